@@ -1,0 +1,795 @@
+"""FCOS: Fully Convolutional One-Stage Object Detection (Tian et al., arXiv 1904.01355) in one file.
+
+    import fcos
+    model = fcos.load("runs/shapes/model.pt")
+    for found in model.predict(["photo.jpg"]):
+        print(found["boxes"], found["scores"], found["labels"])
+
+The text follows the data: pixels become a padded batch, ResNet and FPN features at strides 8 to
+128, and at every location class logits, the distances to the four sides of a box and a centerness;
+then targets and losses for training, or boxes for detection. Everyone's weights come last.
+
+    B  images                 boxes   xyxy in pixels, continuous: x2 = x + w
+    K  classes                ltrb    distances to the left, top, right, bottom side, in pixels
+    P  locations, all levels  labels  0..K-1, in the order of the category ids; -1 is background
+    G  boxes of one image     sizes   (B, 2) height, width of the images before padding
+    D  detections             levels  P3..P7; locations are level-major, row-major inside a level
+"""
+
+import contextlib
+import inspect
+import math
+import os
+import pickle
+import re
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import nn
+
+from kernels.assign import assign
+from kernels.focal_loss import sigmoid_focal_loss
+from kernels.iou_loss import iou_loss
+from kernels.nms import batched_nms
+
+STRIDES = (8, 16, 32, 64, 128)
+# The largest of the four distances, in pixels, that each level is responsible for (section 3.2).
+# Both ends are inclusive, so a distance of exactly 64 is positive on P3 and on P4, as published.
+RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
+
+# One architecture a row, named as the official configurations are, without their schedule.
+R_50 = dict(blocks=(3, 4, 6, 3))
+R_101 = dict(blocks=(3, 4, 23, 3))
+X_101_32x8d = dict(blocks=(3, 4, 23, 3), groups=32, width=8, stride_in_1x1=False)
+X_101_64x4d = dict(blocks=(3, 4, 23, 3), groups=64, width=4, stride_in_1x1=False)
+PLAIN = dict(activation="exp", ctr_on="cls", radius=0.0, iou="iou", unit="pixel")
+IMPRV = dict(activation="relu", ctr_on="box", radius=1.5, iou="giou", unit="stride")
+TINY = dict(block="basic", blocks=(1, 1, 1, 1), stem=32, channels=64, norm="gn", frozen_stages=0)
+MODELS = {
+    "fcos_R_50_FPN":              R_50        | PLAIN,
+    "fcos_R_101_FPN":             R_101       | PLAIN,
+    "fcos_X_101_32x8d_FPN":       X_101_32x8d | PLAIN,
+    "fcos_X_101_64x4d_FPN":       X_101_64x4d | PLAIN,
+    "fcos_imprv_R_50_FPN":        R_50        | IMPRV,
+    "fcos_imprv_R_101_FPN":       R_101       | IMPRV,
+    "fcos_imprv_X_101_32x8d_FPN": X_101_32x8d | IMPRV,
+    "fcos_imprv_X_101_64x4d_FPN": X_101_64x4d | IMPRV,
+    "shapes":                     TINY        | IMPRV,
+}  # fmt: skip
+
+# How pixels enter a network and boxes leave it. This travels with weights, not with architecture:
+# ImageNet weights of the Caffe days take BGR in 0..255 minus a mean, and the official FCOS learned
+# inclusive boxes (x2 = x + w - 1), to which decoding adds the missing pixel.
+CONVENTION = dict(
+    bgr=True, mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), bn_eps=0.0, inclusive=False
+)
+
+
+class UserError(ValueError):
+    """A mistake in what was passed in; the scripts print it as one line, without a traceback."""
+
+
+# ---- images ------------------------------------------------------------------------------------
+
+
+def read_image(source, hw=None):
+    """Decode an image file or PIL image to RGB: uint8 (3, H, W). Grey, palette, CMYK, transparent
+    and 16-bit images become 8-bit RGB.
+
+    EXIF orientation is applied, as a viewer would. With `hw`, the (height, width) that annotations
+    were drawn on, it is applied only if the file as stored does not have that size but the turned
+    image does: COCO's boxes refer to the stored pixels. UserError names an unreadable file.
+    """
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        stored = image.size[::-1]
+        if stored != hw and image.getexif().get(0x0112, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would saturate at 255
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        pixels = np.array(image.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        why = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{source}: cannot be read as an image ({why})") from None
+    if hw is not None and pixels.shape[:2] != tuple(hw):
+        h, w = stored
+        raise UserError(f"{source}: is {w}x{h} pixels, but its annotations say {hw[1]}x{hw[0]}")
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def resized_hw(h, w, min_size, max_size):
+    """(height, width) after scaling the short side to `min_size` pixels, or less if the long side
+    would pass `max_size`. Rounds as the official code does: the long side is truncated."""
+    short, long = min(h, w), max(h, w)
+    if long / short * min_size > max_size:
+        min_size = max(round(max_size * short / long), 1)
+    if short == min_size:
+        return h, w
+    long = int(min_size * long / short)
+    return (min_size, long) if h <= w else (long, min_size)
+
+
+def resize(image, hw):
+    """uint8 (3, H, W) -> uint8 (3, *hw), bilinear and antialiased. Within one grey level of
+    Pillow's, which the official code uses (0.03 % of the pixels differ), at a sixth of its time."""
+    if image.shape[-2:] == tuple(hw):
+        return image
+    return F.interpolate(image[None], tuple(hw), mode="bilinear", antialias=True)[0]
+
+
+def padded_hw(sizes):
+    """The smallest (H, W), multiples of 32, that holds images of all these (height, width)."""
+    h, w = (max(side) for side in zip(*sizes))
+    return -(-h // 32) * 32, -(-w // 32) * 32
+
+
+def pad_batch(images, hw=None):
+    """Images uint8 (3, h, w) -> one uint8 batch (B, 3, *hw), zero at the bottom and right, and
+    sizes int64 (B, 2). `hw` defaults to the smallest multiples of 32."""
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    H, W = hw or padded_hw(sizes)
+    batch = torch.zeros(len(images), H, W, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    for slot, image, (h, w) in zip(batch, images, sizes):
+        slot[:, :h, :w] = image
+    return batch, torch.tensor(sizes)
+
+
+# ---- backbone ----------------------------------------------------------------------------------
+
+
+class FrozenBatchNorm(nn.Module):
+    """BatchNorm2d with constant statistics and affine: y = scale * x + shift for each channel."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.eps = CONVENTION["bn_eps"]
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def scale_shift(self):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+
+NORMS = {
+    "frozen": FrozenBatchNorm,
+    "gn": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
+    "bn": nn.BatchNorm2d,
+    "syncbn": nn.BatchNorm2d,  # train.py converts it, since SyncBatchNorm works on GPUs only
+}
+
+
+class ConvNorm(nn.Module):
+    """A convolution and the normalisation after it; `norm` is one of NORMS."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, groups=1, norm="gn", bias=False):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        self.norm = NORMS[norm](c_out)
+
+    def forward(self, x):
+        if not isinstance(self.norm, FrozenBatchNorm):
+            return self.norm(self.conv(x))
+        # A frozen norm is folded into the weights on every call: one product per weight instead of
+        # a pass over the activations, and no activation saved for backward.
+        scale, shift = self.norm.scale_shift()
+        weight = self.conv.weight * scale[:, None, None, None]
+        return F.conv2d(x, weight, shift, self.conv.stride, self.conv.padding, 1, self.conv.groups)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 (He et al., arXiv 1512.03385). The stride sits in the first 1x1 in Caffe's
+    weights, in the 3x3 in everyone else's."""
+
+    expansion = 4
+
+    def __init__(self, c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1):
+        super().__init__()
+        first, second = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = ConvNorm(c_in, c_mid, 1, first, norm=norm)
+        self.conv2 = ConvNorm(c_mid, c_mid, 3, second, groups, norm=norm)
+        self.conv3 = ConvNorm(c_mid, c_out, 1, norm=norm)
+        self.down = ConvNorm(c_in, c_out, 1, stride, norm=norm) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        y = self.conv1(x).relu_()
+        y = self.conv2(y).relu_()
+        return self.conv3(y).add_(self.down(x)).relu_()
+
+
+class BasicBlock(nn.Module):
+    """3x3, 3x3: the block of ResNet-18 and 34."""
+
+    expansion = 1
+
+    def __init__(self, c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1):
+        super().__init__()
+        self.conv1 = ConvNorm(c_in, c_mid, 3, stride, groups, norm=norm)
+        self.conv2 = ConvNorm(c_mid, c_out, 3, 1, groups, norm=norm)
+        self.down = ConvNorm(c_in, c_out, 1, stride, norm=norm) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        y = self.conv1(x).relu_()
+        return self.conv2(y).add_(self.down(x)).relu_()
+
+
+class ResNet(nn.Module):
+    """ResNet and ResNeXt without the classifier; returns the features at strides 8, 16, 32."""
+
+    def __init__(self, block, blocks, stem, groups, width, norm, stride_in_1x1):
+        super().__init__()
+        block = {"bottleneck": Bottleneck, "basic": BasicBlock}[block]
+        self.stem = ConvNorm(3, stem, 7, 2, norm=norm)
+        c_in = stem
+        for stage, depth in enumerate(blocks):
+            c_mid, c_out = groups * width * 2**stage, block.expansion * stem * 2**stage
+            layers = []
+            for i in range(depth):
+                stride = 2 if stage and i == 0 else 1
+                layers += [block(c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1)]
+                c_in = c_out
+            setattr(self, f"res{stage + 2}", nn.Sequential(*layers))
+        self.channels = [c_out // 4, c_out // 2, c_out]
+
+    def freeze(self, stages):
+        """Stop learning in the first `stages` of stem, res2, res3, res4, res5."""
+        for stage in [self.stem, self.res2, self.res3, self.res4, self.res5][:stages]:
+            stage.requires_grad_(False)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.stem(x).relu_(), 3, 2, 1)
+        c3 = self.res3(self.res2(x))
+        c4 = self.res4(c3)
+        return c3, c4, self.res5(c4)
+
+
+# ---- feature pyramid and head ------------------------------------------------------------------
+
+
+class FPN(nn.Module):
+    """C3, C4, C5 -> P3, P4, P5, and two strided convolutions for P6 and P7 (section 3.2)."""
+
+    def __init__(self, channels_in, channels):
+        super().__init__()
+        for level, c_in in zip((3, 4, 5), channels_in):
+            setattr(self, f"lateral{level}", nn.Conv2d(c_in, channels, 1))
+            setattr(self, f"output{level}", nn.Conv2d(channels, channels, 3, padding=1))
+        self.p6 = nn.Conv2d(channels, channels, 3, 2, 1)
+        self.p7 = nn.Conv2d(channels, channels, 3, 2, 1)
+
+    def forward(self, c3, c4, c5):
+        p5 = self.lateral5(c5)
+        p4 = self.lateral4(c4)
+        p4 = p4 + F.interpolate(p5, p4.shape[-2:])
+        p3 = self.lateral3(c3)
+        p3 = p3 + F.interpolate(p4, p3.shape[-2:])
+        p3, p4, p5 = self.output3(p3), self.output4(p4), self.output5(p5)
+        p6 = self.p6(p5)
+        return p3, p4, p5, p6, self.p7(p6.relu())
+
+
+class Tower(nn.Sequential):
+    """Four 3x3 convolutions with GroupNorm and ReLU."""
+
+    def __init__(self, channels):
+        super().__init__(*(ConvNorm(channels, channels, 3, bias=True) for _ in range(4)))
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x).relu_()
+        return x
+
+
+class Head(nn.Module):
+    """Two towers shared by all levels, a prediction each for class, box and centerness, and one
+    learned scale of the distances for each level (section 3.2)."""
+
+    def __init__(self, channels, num_classes, activation, ctr_on):
+        super().__init__()
+        self.activation, self.ctr_on = activation, ctr_on
+        self.cls_tower, self.box_tower = Tower(channels), Tower(channels)
+        self.cls = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.box = nn.Conv2d(channels, 4, 3, padding=1)
+        self.ctr = nn.Conv2d(channels, 1, 3, padding=1)
+        self.scale = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in STRIDES)
+
+    def forward(self, features):
+        """-> cls (B, P, K) and ctr (B, P) logits, ltrb (B, P, 4) pixels; float32 in any precision
+        of the network, because the losses and the boxes need it."""
+        cls, ltrb, ctr = [], [], []
+        for x, scale, stride in zip(features, self.scale, STRIDES):
+            cls_features, box_features = self.cls_tower(x), self.box_tower(x)
+            distance = scale * self.box(box_features).float()
+            if self.activation == "exp":  # in pixels; exp(16) is beyond any image, inf would be NaN
+                distance = distance.clamp(max=16).exp()  # in the gradient of background locations
+            else:
+                distance = distance.relu() * stride
+            cls.append(self.cls(cls_features).float())
+            ltrb.append(distance)
+            ctr.append(self.ctr(cls_features if self.ctr_on == "cls" else box_features).float())
+        cls, ltrb, ctr = (
+            torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps], 1)
+            for maps in (cls, ltrb, ctr)
+        )
+        return cls, ltrb, ctr.squeeze(2)
+
+
+# ---- locations and targets ---------------------------------------------------------------------
+
+
+def level_sizes(hw):
+    """(rows, columns) of P3..P7 for a padded image; every stage halves, rounding up."""
+    return [(-(-hw[0] // stride), -(-hw[1] // stride)) for stride in STRIDES]
+
+
+def make_points(hw, device=None):
+    """Locations of all levels of a padded image of (height, width): float32 (P, 5) = x, y, stride,
+    lo, hi. A location is the centre of its cell; lo and hi bound the largest distance it learns."""
+    points = []
+    for stride, (lo, hi), (rows, columns) in zip(STRIDES, RANGES, level_sizes(hw)):
+        x = torch.arange(columns, device=device) * stride + stride // 2
+        y = torch.arange(rows, device=device) * stride + stride // 2
+        level = torch.empty(rows, columns, 5, device=device)
+        level[..., 0], level[..., 1] = x, y[:, None]
+        level[..., 2], level[..., 3], level[..., 4] = stride, lo, hi
+        points.append(level.flatten(0, 1))
+    return torch.cat(points)
+
+
+def centerness(ltrb):
+    """How central a location lies in its box (eq. 3): (..., 4) -> (...), 1 at the centre, towards 0
+    at the sides; 0 where ltrb is 0, that is for the background."""
+    left, top, right, bottom = ltrb.unbind(-1)
+    horizontal = torch.minimum(left, right) / torch.maximum(left, right).clamp(min=1e-12)
+    vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom).clamp(min=1e-12)
+    return (horizontal * vertical).sqrt()
+
+
+# ---- losses ------------------------------------------------------------------------------------
+
+
+def normalizer(targets):
+    """-> float32 (2,): the number of positive locations and the sum of their centerness. Sum it
+    over everything that makes up one optimizer step, then pass it to fcos_loss."""
+    positives = (targets["labels"] >= 0).sum().float()
+    return torch.stack([positives, centerness(targets["ltrb"]).sum()])
+
+
+def fcos_loss(outputs, targets, normalizer, iou="giou", unit="stride"):
+    """Focal loss on the classes, IoU loss on the boxes weighted by centerness, and cross entropy on
+    the centerness (eq. 2 and section 3.3), as {"cls", "box", "ctr"} scalars.
+
+    outputs: of FCOS.forward; targets: of FCOS.targets; normalizer (2,): see `normalizer`.
+    iou: "iou", "linear_iou" or "giou"; unit: measure boxes in "pixel" or in "stride" of their level
+    (matters because the IoU is smoothed by +1). Dense: no location is gathered, nothing waits for
+    the device, and a batch without a single box is an ordinary input.
+    """
+    if unit not in ("pixel", "stride"):
+        raise ValueError(f"unit {unit!r}: expected 'pixel' or 'stride'")
+    positives, centernesses = normalizer[0].clamp(min=1), normalizer[1].clamp(min=1e-6)
+    cls, ltrb, labels, target = outputs["cls"], outputs["ltrb"], targets["labels"], targets["ltrb"]
+    weight = centerness(target)
+    if unit == "stride":
+        stride = outputs["points"][:, 2:3]
+        ltrb, target = ltrb / stride, target / stride
+    box = iou_loss(ltrb.flatten(0, 1), target.flatten(0, 1), weight.flatten(), iou)
+    ctr = F.binary_cross_entropy_with_logits(
+        outputs["ctr"], weight, weight=(labels >= 0).float(), reduction="sum"
+    )
+    return {
+        "cls": sigmoid_focal_loss(cls.flatten(0, 1), labels.flatten()) / positives,
+        "box": box / centernesses,
+        "ctr": ctr / positives,
+    }
+
+
+# ---- the model ---------------------------------------------------------------------------------
+
+
+class FCOS(nn.Module):
+    """Made by `build` or `load`. `loss` holds the keywords of fcos_loss, `classes` and
+    `category_ids` the data set's, `test_size` (min_size, max_size) of prediction in pixels, and
+    `convention` (see CONVENTION) what the weights expect of pixels and boxes."""
+
+    def __init__(
+        self,
+        num_classes,
+        blocks,
+        activation,
+        ctr_on,
+        radius,
+        iou,
+        unit,
+        block="bottleneck",
+        stem=64,
+        groups=1,
+        width=None,
+        stride_in_1x1=True,
+        channels=256,
+        norm="frozen",
+        frozen_stages=2,
+    ):
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm {norm!r}: expected one of {', '.join(NORMS)}")
+        self.backbone = ResNet(block, blocks, stem, groups, width or stem, norm, stride_in_1x1)
+        self.fpn = FPN(self.backbone.channels, channels)
+        self.head = Head(channels, num_classes, activation, ctr_on)
+        self.initialize()
+        self.backbone.freeze(frozen_stages)
+
+        self.num_classes, self.radius = num_classes, radius
+        self.loss = dict(iou=iou, unit=unit)
+        self.classes = self.category_ids = None
+        self.test_size = (800, 1333)
+        self.set_convention()
+        self.to(memory_format=torch.channels_last)  # the layout convolutions are fastest in
+
+    def initialize(self):
+        """As the official code: section 4 of the paper, and the bias of the focal loss paper that
+        starts every class at a probability of 0.01 (arXiv 1708.02002, section 3.3)."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d):
+                if name.startswith("head"):
+                    nn.init.normal_(module.weight, std=0.01)
+                else:
+                    nn.init.kaiming_uniform_(module.weight, a=1)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.constant_(self.head.cls.bias, -math.log((1 - 0.01) / 0.01))
+
+    def set_convention(self, **changes):
+        """Change what the weights expect of pixels and boxes: keywords of CONVENTION."""
+        self.convention = {**CONVENTION, **getattr(self, "convention", {}), **changes}
+        for name in ("mean", "std"):
+            value = torch.tensor(self.convention[name]).view(3, 1, 1)
+            device = next(self.parameters()).device
+            self.register_buffer(f"pixel_{name}", value.to(device), persistent=False)
+        for module in self.modules():
+            if isinstance(module, FrozenBatchNorm):
+                module.eps = self.convention["bn_eps"]
+
+    def normalize(self, images, sizes):
+        """uint8 RGB (B, 3, H, W) -> float32, less mean, over std, in the channel order of the
+        weights; the padding becomes 0 after that, which is grey, as in the official code."""
+        B, C, H, W = images.shape
+        if self.convention["bgr"]:
+            images = images.flip(1)
+        images = (images.float() - self.pixel_mean) / self.pixel_std
+        h, w = torch.as_tensor(sizes, device=images.device).view(B, 2, 1, 1, 1).unbind(1)
+        y, x = (torch.arange(n, device=images.device) for n in (H, W))
+        return images.masked_fill_((y[:, None] >= h) | (x >= w), 0)
+
+    def forward(self, images, sizes=None):
+        """images: uint8 RGB (B, 3, H, W), padded at the bottom and right, with sizes (B, 2); or
+        float, taken as normalised and padded already.
+        -> {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits,
+            "points": (P, 5), "levels": the number of locations of P3..P7}
+        """
+        if not images.is_floating_point():
+            images = self.normalize(images, sizes)
+        hw = images.shape[-2:]
+        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        cls, ltrb, ctr = self.head(self.fpn(*features))
+        levels = [rows * columns for rows, columns in level_sizes(hw)]
+        points = make_points(hw, images.device)
+        return {"cls": cls, "ltrb": ltrb, "ctr": ctr, "points": points, "levels": levels}
+
+    def targets(self, hw, boxes, labels):
+        """What every location of a padded (height, width) batch is to learn.
+
+        boxes, labels: B lists of (G, 4) xyxy pixels and (G,) int64, on the device of the result.
+        -> {"labels": (B, P) int64, -1 for background, "ltrb": (B, P, 4) pixels,
+            "index": (B, P) int64 of the matched box}, zeros and -1 for background
+        """
+        points = make_points(hw, boxes[0].device)
+        labels, ltrb, index = assign(points, boxes, labels, self.radius)
+        return {"labels": labels, "ltrb": ltrb, "index": index}
+
+    def decode(self, outputs, sizes, score_threshold=0.05, topk=1000, nms_threshold=0.6,
+               max_detections=100):  # fmt: skip
+        """Boxes of the outputs of `forward`, in shapes that never depend on their values.
+
+        On every level the (location, class) pairs of class probability over `score_threshold`
+        compete by probability times centerness, and `topk` go on; non-maximum suppression within a
+        class over all levels leaves `max_detections` (section 3.3).
+        -> boxes (B, D, 4) xyxy pixels of the padded image, clipped to its size; scores (B, D) =
+           sqrt(probability * centerness), falling; labels (B, D). 0, -inf and -1 where none is left
+        """
+        cls, ctr, points = outputs["cls"].sigmoid(), outputs["ctr"].sigmoid(), outputs["points"]
+        B, P, K = cls.shape
+        ranking = torch.where(cls > score_threshold, cls * ctr[..., None], -math.inf)
+
+        left, top, right, bottom = outputs["ltrb"].unbind(-1)
+        x, y, extra = points[:, 0], points[:, 1], float(self.convention["inclusive"])
+        h, w = torch.as_tensor(sizes, device=cls.device).float().view(B, 2, 1).unbind(1)
+        x1 = torch.minimum((x - left).clamp(min=0), w - extra)
+        y1 = torch.minimum((y - top).clamp(min=0), h - extra)
+        x2 = torch.minimum((x + right + extra).clamp(min=extra), w)
+        y2 = torch.minimum((y + bottom + extra).clamp(min=extra), h)
+        boxes = torch.stack([x1, y1, x2, y2], -1)
+
+        scores, pairs, first = [], [], 0
+        for level in ranking.split(outputs["levels"], 1):
+            score, pair = level.flatten(1).topk(min(topk, level[0].numel()))
+            scores.append(score)
+            pairs.append(pair + first * K)
+            first += level.shape[1]
+        scores, pairs = torch.cat(scores, 1), torch.cat(pairs, 1)
+        labels = pairs % K
+        boxes = boxes.gather(1, (pairs // K)[..., None].expand(-1, -1, 4))
+
+        keep = batched_nms(boxes, scores, labels, nms_threshold, max_detections)
+        found, keep = keep >= 0, keep.clamp(min=0)
+        boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)) * found[..., None]
+        scores = torch.where(found, scores.gather(1, keep).clamp(min=0).sqrt(), -math.inf)
+        return boxes, scores, torch.where(found, labels.gather(1, keep), -1)
+
+    def detect(self, outputs, sizes, **thresholds):
+        """`decode` as torchvision's list of {"boxes" (D, 4), "scores" (D,), "labels" (D,)}, only as
+        long as there are detections. Waits for the device; decode does not."""
+        results = []
+        for boxes, scores, labels in zip(*self.decode(outputs, sizes, **thresholds)):
+            D = int((labels >= 0).sum())
+            results.append({"boxes": boxes[:D], "scores": scores[:D], "labels": labels[:D]})
+        return results
+
+    @torch.inference_mode()
+    def predict(self, images, min_size=None, max_size=None, **thresholds):
+        """Detections in pixels of the given images.
+
+        images: one or a list of paths, PIL images, RGB uint8 arrays (H, W, 3) or RGB uint8 tensors
+        (3, H, W). min_size, max_size: pixels to resize to, by default `test_size`.
+        -> a list of {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)} on the CPU, always a list
+        """
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        min_size, max_size = min_size or self.test_size[0], max_size or self.test_size[1]
+        device, training = self.pixel_mean.device, self.training
+        self.eval()
+        results = []
+        for image in map(as_image, images):
+            h, w = image.shape[-2:]
+            new_h, new_w = resized_hw(h, w, min_size, max_size)
+            batch, sizes = pad_batch([resize(image, (new_h, new_w))])
+            found = self.detect(self(batch.to(device), sizes.to(device)), sizes, **thresholds)[0]
+            found = {name: value.cpu() for name, value in found.items()}
+            found["boxes"] *= torch.tensor([w / new_w, h / new_h, w / new_w, h / new_h])
+            results.append(found)
+        self.train(training)
+        return results
+
+
+def as_image(source):
+    """A path, PIL image, RGB uint8 array (H, W, 3) or tensor (3, H, W) -> uint8 tensor (3, H, W)."""
+    if isinstance(source, (str, os.PathLike, Image.Image)):
+        return read_image(source)
+    if isinstance(source, np.ndarray) and source.ndim == 3:
+        source = torch.from_numpy(np.ascontiguousarray(source)).permute(2, 0, 1)
+    if isinstance(source, torch.Tensor) and source.ndim == 3 and source.dtype == torch.uint8:
+        if len(source) == 3 and source.numel():
+            return source.cpu()
+    what = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else repr(source)
+    raise ValueError(
+        f"image {what}: expected a path, a PIL image, an RGB uint8 array (H, W, 3) or an RGB uint8 "
+        "tensor (3, H, W)"
+    )
+
+
+def build(name, num_classes=80, **overrides):
+    """A new model of the row `name` of MODELS, randomly initialised; never downloads.
+
+    overrides: keywords of FCOS that replace the row's, such as norm="gn", frozen_stages=0.
+    ValueError lists the choices.
+    """
+    if name not in MODELS:
+        raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
+    choices = list(inspect.signature(FCOS).parameters)[1:]
+    for keyword in overrides:
+        if keyword not in choices:
+            raise UserError(f"keyword {keyword!r}: expected one of {', '.join(choices)}")
+    model = FCOS(num_classes, **{**MODELS[name], **overrides})
+    model.name, model.overrides = name, overrides
+    return model
+
+
+# ---- weights -----------------------------------------------------------------------------------
+
+RESNET = [  # the names of torchvision, which the official code shares
+    (r"^backbone\.layer(\d)\.", lambda m: f"backbone.res{int(m[1]) + 1}."),
+    (r"\.conv(\d)\.", r".conv\1.conv."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", ".down.conv."),
+    (r"\.downsample\.1\.", ".down.norm."),
+]
+OFFICIAL = [
+    (r"^backbone\.body\.stem\.conv1\.", "backbone.stem.conv."),
+    (r"^backbone\.body\.stem\.bn1\.", "backbone.stem.norm."),
+    (r"^backbone\.body\.", "backbone."),
+    *RESNET,
+    (r"^backbone\.fpn\.fpn_inner(\d)", lambda m: f"fpn.lateral{int(m[1]) + 1}"),
+    (r"^backbone\.fpn\.fpn_layer(\d)", lambda m: f"fpn.output{int(m[1]) + 1}"),
+    (r"^backbone\.fpn\.top_blocks\.", "fpn."),
+    (r"^rpn\.head\.bbox_", "rpn.head.box_"),
+    (r"_tower\.(\d+)\.", lambda m: f"_tower.{int(m[1]) // 3}.{('conv', 'norm')[int(m[1]) % 3]}."),
+    (r"^rpn\.head\.cls_logits\.", "head.cls."),
+    (r"^rpn\.head\.box_pred\.", "head.box."),
+    (r"^rpn\.head\.centerness\.", "head.ctr."),
+    (r"^rpn\.head\.scales\.(\d)\.scale", r"head.scale.\1"),
+    (r"^rpn\.head\.", "head."),
+]
+CAFFE2 = [  # the ImageNet files R-50.pkl, R-101.pkl, X-101-*.pkl; their norm is an affine map
+    (r"^conv1_w$", "backbone.stem.conv.weight"),
+    (r"^res_conv1_bn_", "backbone.stem.norm."),
+    (r"^res(\d)_(\d+)_branch1_w$", r"backbone.res\1.\2.down.conv.weight"),
+    (r"^res(\d)_(\d+)_branch1_bn_", r"backbone.res\1.\2.down.norm."),
+    (r"^res(\d)_(\d+)_branch2([abc])_w$",
+     lambda m: f"backbone.res{m[1]}.{m[2]}.conv{'abc'.index(m[3]) + 1}.conv.weight"),
+    (r"^res(\d)_(\d+)_branch2([abc])_bn_",
+     lambda m: f"backbone.res{m[1]}.{m[2]}.conv{'abc'.index(m[3]) + 1}.norm."),
+    (r"\.norm\.s$", ".norm.weight"),
+    (r"\.norm\.b$", ".norm.bias"),
+]  # fmt: skip
+CAFFE = {name: CONVENTION[name] for name in ("bgr", "mean", "std", "bn_eps")}
+FAMILIES = {  # name: (a key by which its files are known, renaming rules, what it fixes)
+    "fcos": ("head.cls.weight", [], {}),
+    "official": ("rpn.head.cls_logits.weight", OFFICIAL, dict(CAFFE, inclusive=True)),
+    "caffe2": ("res_conv1_bn_s", CAFFE2, CAFFE),
+}
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """A pickle can run any program; this one admits numpy arrays and plain Python values only."""
+
+    ALLOWED = ("_reconstruct", "scalar", "ndarray", "dtype")
+
+    def find_class(self, module, name):
+        if (module, name) == ("_codecs", "encode") or (
+            module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+            and name in self.ALLOWED
+        ):
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+
+def read_checkpoint(path):
+    """The content of a .pth, .pt or .pkl file, without running code from it. UserError if the file
+    is missing, torn, or holds anything but tensors, arrays and plain values."""
+    try:
+        with open(path, "rb") as file:
+            if str(path).endswith(".pkl"):
+                return ArrayUnpickler(file, encoding="latin1").load()
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # junk makes the readers raise nearly anything
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise UserError(
+                f"{path}: refused, because it holds {refused[1]} and could run any program; save "
+                "its state dict alone"
+            ) from None
+        raise UserError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
+
+
+def load_weights(model, source, finetune=False):
+    """Fill `model` from a path or a dict: our own checkpoints, the official FCOS .pth, or the Caffe2
+    ImageNet .pkl, which fills the backbone. The family is known from the keys and sets what goes
+    with it in model.convention; the architecture is the row's and never changes.
+
+    finetune: a classifier of another number of classes is left as it is, not an error.
+    -> {"family", "loaded", "ignored", "missing"}, the last three lists of names. UserError lists
+       keys of a detector that are missing or unknown, and shapes that differ.
+    """
+    path = source if isinstance(source, (str, os.PathLike)) else "weights"
+    content = read_checkpoint(source) if path is source else source
+    state = content
+    for wrapper in ("model", "state_dict", "blobs"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise UserError(f"{path}: holds no state dict but a {type(state).__name__}")
+    if all(key.startswith("module.") for key in state):  # saved from inside DistributedDataParallel
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    family = next((name for name, (key, _, _) in FAMILIES.items() if key in state), None)
+    if family is None:
+        raise UserError(
+            f"{path}: of no family known here ({', '.join(FAMILIES)}); its first keys are "
+            f"{', '.join(list(state)[:3]) or 'none'}"
+        )
+    _, rules, convention = FAMILIES[family]
+    own, renamed, ignored = model.state_dict(), {}, []
+    for key, value in state.items():
+        name = key
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        if name in own:
+            renamed[name] = torch.as_tensor(value)
+        else:
+            ignored.append(key)
+
+    missing = [name for name in own if name not in renamed]
+    if family == "caffe2":  # an affine norm leaves mean 0 and variance 1 as they are
+        wrong = [name for name in missing if re.match(r"backbone.*(weight|bias)$", name)]
+    else:
+        wrong = missing + ignored
+    if wrong:
+        raise UserError(f"{path}: does not fit {model.name}: {len(wrong)} keys are missing or unknown, "
+                        f"among them {', '.join(wrong[:5])}")  # fmt: skip
+    for name, value in list(renamed.items()):
+        if value.shape != own[name].shape:
+            if finetune and name.startswith("head.cls."):
+                missing.append(name)
+                del renamed[name]
+                continue
+            hint = "; fine-tuning starts a new classifier" if name.startswith("head.cls.") else ""
+            raise UserError(
+                f"{path}: does not fit {model.name}: {name} is {tuple(value.shape)} in the file and "
+                f"{tuple(own[name].shape)} in the model{hint}"
+            )
+    model.load_state_dict(renamed, strict=False)
+    if family == "fcos":
+        convention = content.get("convention", {})
+    model.set_convention(**convention)
+    return {"family": family, "loaded": list(renamed), "ignored": ignored, "missing": missing}
+
+
+def load(path, name=None):
+    """A model from one of our own checkpoints alone, in eval mode; the files of other families do
+    not say which architecture they are of: `name` is a row of MODELS."""
+    content = read_checkpoint(path)
+    ours = isinstance(content, dict) and {"name", "overrides", "convention"} <= content.keys()
+    if not ours and name is None:
+        raise UserError(f"{path}: does not say which model it is; name one of {', '.join(MODELS)}")
+    if not ours:
+        model = build(name)
+        load_weights(model, path)
+        return model.eval()
+    if name not in (None, content["name"]):
+        raise UserError(f"{path}: is a {content['name']}, not a {name}")
+    model = build(content["name"], content["num_classes"], **content["overrides"])
+    load_weights(model, content)
+    model.classes, model.category_ids = content["classes"], content["category_ids"]
+    model.test_size = tuple(content["test_size"])
+    return model.eval()
+
+
+def checkpoint(model):
+    """All that `load` needs to rebuild the model, as tensors and plain Python values."""
+    return {
+        "name": model.name,
+        "num_classes": model.num_classes,
+        "overrides": model.overrides,
+        "classes": model.classes,
+        "category_ids": model.category_ids,
+        "convention": model.convention,
+        "test_size": model.test_size,
+        "model": model.state_dict(),
+    }
+
+
+@contextlib.contextmanager
+def open_whole(path, mode="wb"):
+    """Open a file for writing that appears at `path` whole, when the block ends, or not at all."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def save(model, path):
+    """Write a checkpoint that `load` reads, whole or not at all."""
+    with open_whole(path) as file:
+        torch.save(checkpoint(model), file)

@@ -1,0 +1,548 @@
+"""Train FCOS: the published recipes, on COCO, on your own boxes, or on a generated data set.
+
+    python train.py shapes                                              # minutes on two CPU cores
+    python train.py fcos_imprv_R_50_FPN_1x --batch-size 4               # one GPU, data/coco
+    torchrun --nproc_per_node=8 train.py fcos_imprv_R_50_FPN_1x         # eight: the same training
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py
+
+What a step trains on depends on (seed, step) alone, and its loss on all of its images alone, so the
+number of GPUs, of parts (--accumulate) and of loader workers changes nothing but speed. The same
+command again goes on where the last checkpoint in --out was written.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFilter
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import evaluate
+import fcos
+from fcos import UserError
+
+# ---- recipes -----------------------------------------------------------------------------------
+
+# Shared by all rows: SGD with momentum 0.9 and weight decay 1e-4, a third of the rate for the first
+# `warmup` steps, a tenth after 2/3 of the steps and a hundredth after 8/9. batch_size is images per
+# step over all GPUs and parts; min_size the choices for the short side in pixels, one is drawn for
+# each image; weights are looked for in ~/.torch/models.
+X1 = dict(iters=90_000, batch_size=16, lr=0.01, warmup=500, min_size=[800], max_size=1333)
+X2 = X1 | dict(iters=180_000, min_size=list(range(640, 801)))
+RECIPES = {
+    "fcos_R_50_FPN_1x":              dict(model="fcos_R_50_FPN", weights="R-50.pkl") | X1,
+    "fcos_R_101_FPN_2x":             dict(model="fcos_R_101_FPN", weights="R-101.pkl") | X2,
+    "fcos_X_101_32x8d_FPN_2x":       dict(model="fcos_X_101_32x8d_FPN", weights="X-101-32x8d.pkl") | X2,
+    "fcos_X_101_64x4d_FPN_2x":       dict(model="fcos_X_101_64x4d_FPN", weights="X-101-64x4d.pkl") | X2,
+    "fcos_imprv_R_50_FPN_1x":        dict(model="fcos_imprv_R_50_FPN", weights="R-50.pkl") | X1,
+    "fcos_imprv_R_101_FPN_1x":       dict(model="fcos_imprv_R_101_FPN", weights="R-101.pkl") | X1,
+    "fcos_imprv_R_101_FPN_2x":       dict(model="fcos_imprv_R_101_FPN", weights="R-101.pkl") | X2,
+    "fcos_imprv_X_101_32x8d_FPN_2x": dict(model="fcos_imprv_X_101_32x8d_FPN", weights="X-101-32x8d.pkl") | X2,
+    "fcos_imprv_X_101_64x4d_FPN_2x": dict(model="fcos_imprv_X_101_64x4d_FPN", weights="X-101-64x4d.pkl") | X2,
+    "shapes": dict(model="shapes", weights="none", iters=700, batch_size=16, lr=0.04, warmup=50,
+                   min_size=[160], max_size=224),
+}  # fmt: skip
+
+
+# ---- the shapes data set ------------------------------------------------------------------------
+
+SHAPES = {  # category id (with gaps, as in COCO): name, distances of the corners at equal angles
+    1: ("ellipse", [1] * 72), 3: ("rectangle", [1] * 4), 4: ("triangle", [1] * 3),
+    7: ("star", [1, 0.48] * 5), 9: ("ring", [1] * 72), 10: ("cross", [1, 1, 0.366] * 4)}
+SIZES = (224, 160), (208, 156), (200, 150), (192, 168), (160, 224), (156, 208), (168, 192)
+INKS, PAPERS = (np.array([list(bytes.fromhex(c)) for c in row.split()], np.float32) for row in (
+    "e63946 f3722c ffca3a 52b788 1b998b 3a86ff 8338ec ff70a6 1d3557 fff8e7 7f4f24 8ecae6",
+    "e9dcc3 bcd7e6 b7c9a8 d9dde0 f2e3e3 c9bfd9 22303f 39463b 43374d 5a4a42 2f5061 4f5d75"))
+
+
+def _background(rng, w, h):
+    """Two related papers mixed by a gradient, clouds and stripes or checks, (h,w,3) in 0..255,
+    and the inks that stand out on both, at least ten in random order, (N,3)."""
+    a = PAPERS[rng.integers(len(PAPERS))]
+    b = PAPERS[np.abs(PAPERS - a).sum(1).argsort(kind="stable")[rng.integers(1, 6)]]
+    ramp = a + (b - a) * np.linspace(0, 1, 5, dtype=np.float32)[:, None]
+    inks = INKS[np.linalg.norm(INKS[:, None] - ramp, axis=2).min(1) > 80]
+    y, x = np.mgrid[:h, :w].astype(np.float32)
+    turn, wave = rng.uniform(0, 2 * np.pi), 2 * np.pi / rng.uniform(12, 48)
+    u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+    pattern = (0, np.sin(u * wave), np.sin(u * wave) * np.sin(v * wave))[rng.integers(3)]
+    mix = (u - u.min()) / np.ptp(u) + rng.uniform(0.15, 0.45) * pattern
+    for cell in (48, 20, 8):
+        noise = Image.fromarray(rng.standard_normal((h // cell + 2, w // cell + 2), np.float32))
+        mix += cell / 200 * np.asarray(noise.resize((w, h), Image.BICUBIC))
+    return a + (b - a) * np.clip(mix, 0, 1)[..., None], rng.permutation(inks)
+
+
+def _scene(rng):
+    """One picture, uint8 (h,w,3), and its objects as COCO annotations without ids. A box is tight
+    around the object's part inside the picture, covered or not; at most 40 % of it is covered."""
+    w, h = SIZES[rng.integers(len(SIZES))]
+    image, inks = _background(rng, w, h)
+    light = rng.uniform(0, 2 * np.pi)
+    objects, sizes, top = [], [], np.zeros((h, w), np.uint8)    # top: number of the object seen
+    for ink in inks[:rng.integers(2, 9)]:                       # no two objects of one colour
+        category, centre = int(rng.choice(list(SHAPES))), rng.uniform(0, (w, h))
+        name, radii = SHAPES[category]
+        radius = 7 * 8 ** rng.uniform() ** 0.8
+        z = np.exp(2j * np.pi * (np.arange(len(radii)) - 0.5) / len(radii)) * radii * radius
+        z = (z.real + 1j * z.imag * rng.uniform(0.65, 1)) * np.exp(2j * np.pi * rng.uniform())
+        corners = np.stack([z.real, z.imag], 1)
+        low, high = centre + corners.min(0), centre + corners.max(0)
+        x0, y0 = np.maximum(low - 4, 0).astype(int).tolist()    # a window with room for the shadow
+        x1, y1 = np.minimum(high + 8, (w, h)).astype(int).tolist()
+        mask = Image.new("L", (8 * (x1 - x0), 8 * (y1 - y0)))   # drawn 8 times as large
+        for fill, scale in ((255, 1), (0, 0.55))[:2 if name == "ring" else 1]:
+            points = 8 * (centre - (x0, y0) + corners * scale)
+            ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=fill)
+        x, y, right, lower = (edge / 8 for edge in mask.getbbox())
+        if min(right - x, lower - y) < 8 or (right - x) * (lower - y) < 0.6 * np.prod(high - low):
+            continue                                            # too little inside the picture
+        mask = mask.reduce(8)
+        shadow = mask.transform(mask.size, Image.AFFINE, (1, 0, -1, 0, 1, -2))  # right 1, down 2
+        shadow = shadow.filter(ImageFilter.GaussianBlur(2))
+        mask, shadow = (np.asarray(m, np.float32)[..., None] / 255 for m in (mask, shadow))
+        seen = top.copy()
+        seen[y0:y1, x0:x1][mask[..., 0] > 0.5] = len(objects) + 1
+        pixels = np.bincount(seen.ravel(), minlength=len(objects) + 2)[1:]
+        if (pixels[:-1] < 0.6 * np.array(sizes)).any():
+            continue                                            # would hide an earlier object
+        top, sizes = seen, [*sizes, pixels[-1]]
+        dy, dx = np.mgrid[y0:y1, x0:x1] - centre[::-1, None, None]
+        shade = 1 + 0.15 * (dx * np.cos(light) + dy * np.sin(light)) / radius
+        patch = image[y0:y1, x0:x1]
+        patch *= 1 - 0.4 * shadow
+        patch += mask * (ink * shade[..., None] - patch)
+        objects.append(dict(category_id=category, area=round(float(mask.sum()), 2), iscrowd=0,
+                            bbox=[x0 + x, y0 + y, right - x, lower - y]))
+    image += rng.uniform(1, 4) * rng.standard_normal((h, w, 1), np.float32)
+    return np.clip(image, 0, 255).astype(np.uint8), objects
+
+
+def make_shapes(root, seed=0, train=1400, val=200):
+    """Draw the shapes data set in COCO 2017 layout. Picture i of a split is a function of (seed,
+    split, i). The folder appears when complete; OSError if it is already there and not empty."""
+    root = Path(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    categories = [dict(id=k, name=name, supercategory="shape") for k, (name, _) in SHAPES.items()]
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
+        part = Path(temporary) / root.name
+        (part / "annotations").mkdir(parents=True)
+        for split, (folder, count) in enumerate({"train2017": train, "val2017": val}.items()):
+            (part / folder).mkdir()
+            images, annotations = [], []
+            for i in range(count):
+                picture, objects = _scene(np.random.Generator(np.random.PCG64([seed, split, i])))
+                number, (h, w, _) = 1_000_000 * split + i + 1, picture.shape
+                images.append(dict(id=number, file_name=f"{number:012d}.jpg", width=w, height=h))
+                annotations += [dict(id=len(annotations) + n, image_id=number, **o)
+                                for n, o in enumerate(objects, 1)]
+                Image.fromarray(picture).save(part / folder / images[-1]["file_name"], quality=90)
+            (part / f"annotations/instances_{folder}.json").write_text(json.dumps(dict(
+                info=dict(description=f"shapes, seed {seed}"), licenses=[], images=images,
+                annotations=annotations, categories=categories)))
+        os.replace(part, root)
+
+# ---- batches -----------------------------------------------------------------------------------
+
+
+class TrainBatches(Dataset):
+    """The parts of all steps: item `step * parts + part` is what this rank trains on in that part.
+
+    All images of a step are of one aspect group (height < width, or not), which keeps the padding
+    small. A step draws its group in proportion to the groups' images; a group is an endless stream
+    of seeded permutations, so no batch is ever short, even of a data set smaller than a batch. The
+    step's images are dealt out to parts and ranks like cards. All of them are padded to one size,
+    which every rank works out for itself: padding is background to the loss and enters the
+    GroupNorms, so it must not depend on how a step is divided.
+    """
+
+    def __init__(self, dataset, settings, rank=0, world=1, parts=1):
+        self.dataset, self.rank, self.world, self.parts = dataset, rank, world, parts
+        self.seed, self.batch_size = settings["seed"], settings["batch_size"]
+        self.min_size, self.max_size = settings["min_size"], settings["max_size"]
+        usable = np.flatnonzero(dataset.trainable)
+        upright = dataset.hw[usable, 0] >= dataset.hw[usable, 1]
+        self.groups = usable[~upright], usable[upright]
+        draws = self.rng("group").random(settings["iters"])
+        self.group = (draws >= len(self.groups[0]) / len(usable)).astype(np.int64)
+        counts = np.stack([self.group == 0, self.group == 1]).cumsum(1) - 1
+        self.turn = counts[self.group, np.arange(len(self.group))]  # earlier steps of this group
+
+    def rng(self, purpose, *position):
+        """An independent random stream for each purpose and position of this seed."""
+        key = ("group", "order", "augment").index(purpose)
+        return np.random.Generator(np.random.PCG64([self.seed, key, *position]))
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  (one object a process, as long as the process)
+    def order(self, group, epoch):
+        return self.rng("order", group, epoch).permutation(self.groups[group])
+
+    def plan(self, step):
+        """-> rows of the data set (B,), their resized (height, width), whether to flip each, and the
+        padded (height, width) of the whole step."""
+        group = self.group[step]
+        positions = self.turn[step] * self.batch_size + np.arange(self.batch_size)
+        epochs, places = np.divmod(positions, len(self.groups[group]))
+        rows = [self.order(group, epoch)[place] for epoch, place in zip(epochs, places)]
+        rng = self.rng("augment", step)
+        min_sizes = rng.choice(self.min_size, self.batch_size)
+        flips = rng.random(self.batch_size) < 0.5
+        sizes = [
+            fcos.resized_hw(*self.dataset.hw[row].tolist(), min_size, self.max_size)
+            for row, min_size in zip(rows, min_sizes.tolist())
+        ]
+        return rows, sizes, flips, fcos.padded_hw(sizes)
+
+    def __len__(self):
+        return len(self.group) * self.parts
+
+    def __getitem__(self, item):
+        """-> images uint8 (b, 3, H, W), sizes (b, 2), boxes (sum of G, 4) xyxy pixels, labels (sum
+        of G,), and the list of the b numbers of boxes G."""
+        step, part = divmod(item, self.parts)
+        rows, sizes, flips, padded = self.plan(step)
+        images, boxes, labels = [], [], []
+        for slot in range(part * self.world + self.rank, len(rows), self.world * self.parts):
+            row, (h, w) = rows[slot], sizes[slot]
+            image = fcos.resize(self.dataset.image(row), (h, w))
+            box, label = self.dataset.target(row)
+            old_h, old_w = self.dataset.hw[row]
+            box = box * torch.tensor([w / old_w, h / old_h, w / old_w, h / old_h]).float()
+            if flips[slot]:
+                image = image.flip(2)
+                box = torch.stack([w - box[:, 2], box[:, 1], w - box[:, 0], box[:, 3]], 1)
+            images.append(image)
+            boxes.append(box)
+            labels.append(label)
+        counts = [len(label) for label in labels]
+        return *fcos.pad_batch(images, padded), torch.cat(boxes), torch.cat(labels), counts
+
+
+# ---- optimisation ------------------------------------------------------------------------------
+
+
+def parameter_groups(model):
+    """Weights decay; biases, those of the norms included, do not and learn twice as fast."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in named if "bias" not in name], "rate": 1, "weight_decay": 1e-4},
+        {"params": [p for name, p in named if "bias" in name], "rate": 2, "weight_decay": 0.0},
+    ]
+
+
+def lr_at(step, lr, iters, warmup):
+    """The learning rate of a step counted from 0: constant warm-up, then two decays."""
+    decays = (step >= iters * 2 // 3) + (step >= iters * 8 // 9)
+    return lr * (1 / 3 if step < warmup else 1) * 0.1**decays
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="a row of RECIPES (%(default)s)")
+    # data
+    add("--data", help="folder in COCO's layout (data/coco, or data/shapes for shapes)")
+    add("--train-images", metavar="DIR", help="own data, instead of --data: all four")
+    add("--train-annotations", metavar="JSON")
+    add("--val-images", metavar="DIR")
+    add("--val-annotations", metavar="JSON")
+    add("--workers", type=int, help="loader processes for each rank (4 on a GPU, 1 elsewhere)")
+    # what is trained, instead of the recipe's
+    add("--weights", metavar="PATH|none", help="start from a checkpoint, an ImageNet .pkl, or none")
+    add("--batch-size", type=positive, help="images a step, over all GPUs and parts")
+    add("--iters", type=positive, help="steps; the schedule keeps its proportions")
+    add("--lr", type=float, help="by default in proportion to --batch-size")
+    add("--min-size", type=positive, nargs="+", help="choices for the short side, in pixels")
+    add("--max-size", type=positive, help="most pixels of the long side")
+    add("--seed", type=int, default=0)
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network (%(default)s)")
+    # how it runs
+    add("--out", help="folder of the run (runs/RECIPE)")
+    add("--accumulate", type=positive, default=1, help="parts that a step is computed in")
+    add("--eval-every", type=positive, help="steps between evaluations (only at the end)")
+    add("--checkpoint-every", type=positive, default=2500, help="steps (%(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--fresh", action="store_true", help="start over, whatever --out holds")
+    return parser.parse_args(argv)
+
+
+def resolve(args):
+    """The settings that decide the result of a run: the recipe's, or the flag's where one is given."""
+    if args.recipe not in RECIPES:
+        raise UserError(f"recipe {args.recipe!r}: expected one of {', '.join(RECIPES)}")
+    settings = {"recipe": args.recipe} | RECIPES[args.recipe]
+    for name in ("weights", "iters", "lr", "min_size", "max_size", "batch_size"):
+        given = getattr(args, name)
+        if given is not None:
+            settings[name] = given
+    recipe_batch = RECIPES[args.recipe]["batch_size"]
+    if args.lr is None:
+        settings["lr"] *= settings["batch_size"] / recipe_batch
+    if settings["lr"] <= 0:
+        raise UserError(f"--lr {settings['lr']}: must be over 0")
+    own = [args.train_images, args.train_annotations, args.val_images, args.val_annotations]
+    if any(own) and not all(own):
+        raise UserError(
+            "own data needs all of --train-images, --train-annotations, --val-images and "
+            "--val-annotations"
+        )
+    if not any(own):
+        data = args.data or ("data/shapes" if args.recipe == "shapes" else "data/coco")
+        train, val = (evaluate.coco_paths(data, f"{split}2017") for split in ("train", "val"))
+        own = [train[1], train[0], val[1], val[0]]
+    for name, path in zip(("train_images", "train_annotations", "val_images", "val_annotations"), own):
+        settings[name] = str(path)
+    settings |= {"seed": args.seed, "precision": args.precision}
+    return settings
+
+
+def find_weights(name):
+    """The path that a recipe's or the user's --weights means; None for "none"."""
+    if name == "none":
+        return None
+    path = Path(name)
+    if path.exists():
+        return path
+    cached = Path.home() / ".torch" / "models" / name
+    if os.sep not in name and cached.exists():
+        return cached
+    raise UserError(
+        f"{name}: no such weights, neither here nor in {cached.parent}; the ImageNet weights of the "
+        "recipes are at https://dl.fbaipublicfiles.com/detectron/ (README, Weights); or train from "
+        "scratch with --weights none"
+    )
+
+
+def make_model(settings, dataset, say):
+    """The recipe's model for the classes of a data set, with its initial weights."""
+    path, overrides = find_weights(settings["weights"]), {}
+    if path is None and fcos.MODELS[settings["model"]].get("norm", "frozen") == "frozen":
+        overrides = {"norm": "gn", "frozen_stages": 0}
+        say("no pretrained weights: GroupNorm and no frozen layers in the backbone, because random "
+            "filters that stay frozen learn nothing")  # fmt: skip
+    torch.manual_seed(settings["seed"])
+    model = fcos.build(settings["model"], len(dataset.classes), **overrides)
+    if path:
+        report = fcos.load_weights(model, path, finetune=True)
+        missing = sorted({".".join(name.split(".")[:2]) for name in report["missing"]})
+        missing = [name for name in missing if not name.startswith("backbone")]
+        say(f"{path}: {len(report['loaded'])} tensors of the {report['family']} family; random: "
+            f"{', '.join(missing) or 'nothing'}")  # fmt: skip
+    model.set_convention(inclusive=False)  # the data set's boxes are continuous
+    model.classes, model.category_ids = dataset.classes, dataset.category_ids
+    model.test_size = (max(settings["min_size"]), settings["max_size"])
+    return model
+
+
+def resume(path, settings, model, optimizer):
+    """Fill model and optimizer from a checkpoint of this trainer. -> the steps it had done"""
+    content = fcos.read_checkpoint(path)
+    if not isinstance(content, dict) or "settings" not in content:
+        raise UserError(f"{path}: not a checkpoint of this trainer; --fresh starts over")
+    old = content["settings"]
+    changed = [f"{key} {old.get(key)} there, {settings[key]} here"
+               for key in settings if settings[key] != old.get(key)]  # fmt: skip
+    if changed:
+        raise UserError(
+            f"{path}: was trained with other settings ({'; '.join(changed)}); repeat them, choose "
+            "another --out, or start over with --fresh"
+        )
+    model.load_state_dict(content["model"]["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    return content["step"]
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def main(args):
+    # ---- everything that can be wrong, before anything is written
+    settings = resolve(args)
+    rank, world, device = evaluate.start_process(args.device)
+    say = print if rank == 0 else lambda text: None
+    iters, batch_size, parts = settings["iters"], settings["batch_size"], args.accumulate
+    if batch_size < world * parts:
+        raise UserError(
+            f"--batch-size {batch_size}: less than an image for each of {world} processes and "
+            f"{parts} parts"
+        )
+    for name, value in settings.items():
+        if isinstance(value, list) and len(value) > 8:
+            value = f"{value[0]} to {value[-1]}"
+        say(f"{name:18s} {value}")
+    if settings["lr"] != RECIPES[args.recipe]["lr"] and args.lr is None:
+        say(f"the recipe's rate of {RECIPES[args.recipe]['lr']} for {RECIPES[args.recipe]['batch_size']}"
+            f" images a step becomes {settings['lr']:g} for {batch_size}")  # fmt: skip
+    if args.recipe == "shapes" and settings["train_images"] == "data/shapes/train2017":
+        if rank == 0 and not Path("data/shapes").exists():
+            say("drawing data/shapes")
+            make_shapes("data/shapes")
+        if world > 1:
+            dist.barrier()
+    train_set, val_set = (
+        evaluate.CocoDataset(settings[f"{split}_annotations"], settings[f"{split}_images"])
+        for split in ("train", "val")
+    )
+    for dataset in (train_set, val_set):
+        for note in dataset.notes:
+            say(f"{dataset.annotations}: {note}")
+    if not train_set.trainable.all():
+        say(f"{train_set.annotations}: {(~train_set.trainable).sum()} of {len(train_set)} images have "
+            "no boxes to learn and are left out")  # fmt: skip
+    if not train_set.trainable.any():
+        raise UserError(f"{train_set.annotations}: has no image with a box to learn")
+    model = make_model(settings, train_set, say).to(device)
+    evaluate.check_classes(model, val_set)
+    optimizer = torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
+
+    out = Path(args.out or f"runs/{args.recipe}")
+    start, rows = 0, []
+    if (out / "last.pt").exists() and not args.fresh:
+        start = resume(out / "last.pt", settings, model, optimizer)
+        say(f"{out / 'last.pt'}: going on after step {start} of {iters}")
+        rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
+        rows = [row for row in rows if json.loads(row)["step"] <= start]
+
+    # ---- from here on the run is under way
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        with fcos.open_whole(out / "log.jsonl", "w") as file:
+            file.writelines(rows)
+        log = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115  (open until the end)
+
+    def write_log(step, **row):
+        if rank == 0:
+            log.write(json.dumps({"step": step, **row}) + "\n")
+
+    def write_checkpoint(step):
+        if rank == 0:
+            with fcos.open_whole(out / "last.pt") as file:
+                torch.save({"settings": settings, "step": step, "model": fcos.checkpoint(model),
+                            "optimizer": optimizer.state_dict()}, file)  # fmt: skip
+
+    def validate(step):
+        results = evaluate.predict(model, val_set, 8 if device.type == "cuda" else 1, workers)
+        if rank == 0:
+            metrics = evaluate.score(results, val_set.annotations)
+            write_log(step, **metrics)
+            fcos.save(model, out / "model.pt")
+            return metrics
+
+    workers = args.workers
+    if workers is None:
+        workers = 4 if device.type == "cuda" else 1
+    batches = TrainBatches(train_set, settings, rank, world, parts)
+    loader = iter(DataLoader(
+        batches, batch_size=None, sampler=range(start * parts, iters * parts), num_workers=workers,
+        pin_memory=device.type == "cuda",
+    ))  # fmt: skip
+    if args.compile:
+        model.compile()
+    network = model
+    if world > 1:  # no buffer changes in training, so none is broadcast
+        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model.train()
+
+    log_every = max(1, min(20, iters // 100))
+    diverged = torch.tensor(iters, device=device)  # the first step whose loss was not finite
+    clock, clock_step = time.perf_counter(), start
+    bar = tqdm(range(start, iters), args.recipe, iters, initial=start, disable=rank != 0,
+               unit="step", dynamic_ncols=True)  # fmt: skip
+    for step in bar:
+        inputs, targets = [], []
+        for _ in range(parts):
+            images, sizes, boxes, labels, counts = next(loader)
+            images, sizes, boxes, labels = (
+                tensor.to(device, non_blocking=True) for tensor in (images, sizes, boxes, labels)
+            )
+            inputs.append((images, sizes))
+            targets.append(model.targets(images.shape[2:], boxes.split(counts), labels.split(counts)))
+        # Targets do not depend on predictions, so the sums that normalise the loss of the whole
+        # step, over all parts and ranks, are known before the first forward pass. That hides them.
+        total = sum(map(fcos.normalizer, targets))
+        reduction = dist.all_reduce(total, async_op=True) if world > 1 else None
+        step_losses = 0
+        for part in range(parts):
+            last_part = part == parts - 1
+            synced = contextlib.nullcontext() if world == 1 or last_part else network.no_sync()
+            with synced:
+                with torch.autocast(device.type, torch.bfloat16, settings["precision"] == "bf16"):
+                    outputs = network(*inputs[part])
+                if reduction and part == 0:
+                    reduction.wait()
+                losses = fcos.fcos_loss(outputs, targets[part], total, **model.loss)
+                losses = torch.stack([losses["cls"], losses["box"], losses["ctr"]])
+                (losses.sum() * world).backward()  # DDP averages the gradients; we want their sum
+            step_losses = step_losses + losses.detach()
+        diverged = torch.where(step_losses.sum().isfinite(), diverged, diverged.clamp(max=step))
+
+        rate = lr_at(step, settings["lr"], iters, settings["warmup"])
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["rate"]
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        checkpoint_now = done % args.checkpoint_every == 0 or done == iters
+        evaluate_now = done == iters or (args.eval_every and done % args.eval_every == 0)
+        if done % log_every == 0 or checkpoint_now or evaluate_now:  # the only wait for the device
+            if world > 1:
+                dist.all_reduce(step_losses)
+                dist.all_reduce(diverged, dist.ReduceOp.MIN)
+            if diverged.item() < iters:
+                rows = batches.plan(diverged.item())[0]
+                sys.exit(
+                    f"the loss of step {diverged.item() + 1} is not finite; its images have the ids "
+                    f"{train_set.image_ids[rows].tolist()}; {out / 'last.pt'} is from before"
+                    if rank == 0 else 1
+                )  # fmt: skip
+            cls, box, ctr = step_losses.tolist()
+            speed = (done - clock_step) * batch_size / (time.perf_counter() - clock)
+            clock, clock_step = time.perf_counter(), done
+            write_log(done, loss=cls + box + ctr, cls=cls, box=box, ctr=ctr, lr=rate,
+                      images_per_second=round(speed, 2))  # fmt: skip
+            bar.set_postfix_str(
+                f"cls {cls:.3f} box {box:.3f} ctr {ctr:.3f} lr {rate:.2g} {speed:.1f} img/s"
+            )
+        if checkpoint_now:
+            write_checkpoint(done)
+        if evaluate_now and done < iters:
+            metrics = validate(done)
+            if rank == 0:
+                bar.write(f"step {done}: AP {metrics['AP']:.3f}", file=sys.stderr)
+            clock, clock_step = time.perf_counter(), done
+
+    # ---- the result
+    metrics = validate(iters)
+    if rank == 0:
+        with fcos.open_whole(out / "metrics.json", "w") as file:
+            json.dump(metrics, file)
+        print(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    evaluate.run(main, parse_args())
