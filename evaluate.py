@@ -99,7 +99,7 @@ class CocoDataset:
             image["file_name"] for image in images
             if image["file_name"] not in present
             and not (self.image_dir / image["file_name"]).is_file()
-        ]  # fmt: skip
+        ]
         if missing:
             raise UserError(
                 f"{self.image_dir}: lacks {len(missing)} of {len(images)} images of "
@@ -166,7 +166,7 @@ class CocoDataset:
 # ---- prediction --------------------------------------------------------------------------------
 
 
-class TestBatches(Dataset):
+class EvalBatches(Dataset):
     """The images of a data set, resized, in batches of one padded size: a prediction then depends
     neither on the images beside it nor on the number of processes."""
 
@@ -176,8 +176,8 @@ class TestBatches(Dataset):
         groups = {}
         for i, size in enumerate(self.sizes):
             groups.setdefault(fcos.padded_hw([size]), []).append(i)
-        for members in groups.values():
-            self.batches += [members[k : k + batch_size] for k in range(0, len(members), batch_size)]
+        for group in groups.values():
+            self.batches += [group[k : k + batch_size] for k in range(0, len(group), batch_size)]
 
     def __len__(self):
         return len(self.batches)
@@ -215,11 +215,11 @@ def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=Non
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(model.parameters()).device
     min_size, max_size = min_size or model.test_size[0], max_size or model.test_size[1]
-    batches = TestBatches(dataset, min_size, max_size, batch_size)
+    batches = EvalBatches(dataset, min_size, max_size, batch_size)
     loader = DataLoader(
         Subset(batches, range(rank, len(batches), world)), batch_size=None, num_workers=workers,
         pin_memory=device.type == "cuda",
-    )  # fmt: skip
+    )
     training = model.training
     model.eval()
     results = {}
@@ -237,7 +237,7 @@ def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=Non
                 for box, score, label in zip(
                     boxes.tolist(), found["scores"].tolist(), found["labels"].tolist()
                 )
-            ]  # fmt: skip
+            ]
     model.train(training)
     if world > 1:
         shares = [None] * world if rank == 0 else None
@@ -253,7 +253,7 @@ def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=Non
 
 METRICS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"
-)  # fmt: skip
+)
 
 
 def score(results, annotations, per_class=False):
@@ -389,7 +389,7 @@ def draw_folder(model, sources, out, score_threshold=0.5, min_size=None, max_siz
                  "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
                 for (x1, y1, x2, y2), score, label in rows if score >= score_threshold
             ],
-        })  # fmt: skip
+        })
     with fcos.open_whole(out / "detections.json", "w") as file:
         json.dump(report, file, indent=1)
     return unreadable
@@ -412,7 +412,9 @@ def start_process(device):
         # gloo carries the detections, and rank 0 may take its time to score them
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
+    if not dist.is_initialized():
+        return 0, 1, device
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def run(main, args):
@@ -430,7 +432,9 @@ def run(main, args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", nargs="?", help="model.pt of a training run, or a file of another FCOS family")

@@ -57,7 +57,7 @@ MODELS = {
     "fcos_imprv_X_101_32x8d_FPN": X_101_32x8d | IMPRV,
     "fcos_imprv_X_101_64x4d_FPN": X_101_64x4d | IMPRV,
     "shapes":                     TINY        | IMPRV,
-}  # fmt: skip
+}
 
 # How pixels enter a network and boxes leave it. This travels with weights, not with architecture:
 # ImageNet weights of the Caffe days take BGR in 0..255 minus a mean, and the official FCOS learned
@@ -397,24 +397,9 @@ class FCOS(nn.Module):
     `category_ids` the data set's, `test_size` (min_size, max_size) of prediction in pixels, and
     `convention` (see CONVENTION) what the weights expect of pixels and boxes."""
 
-    def __init__(
-        self,
-        num_classes,
-        blocks,
-        activation,
-        ctr_on,
-        radius,
-        iou,
-        unit,
-        block="bottleneck",
-        stem=64,
-        groups=1,
-        width=None,
-        stride_in_1x1=True,
-        channels=256,
-        norm="frozen",
-        frozen_stages=2,
-    ):
+    def __init__(self, num_classes, blocks, activation, ctr_on, radius, iou, unit,
+                 block="bottleneck", stem=64, groups=1, width=None, stride_in_1x1=True,
+                 channels=256, norm="frozen", frozen_stages=2):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"norm {norm!r}: expected one of {', '.join(NORMS)}")
@@ -493,7 +478,7 @@ class FCOS(nn.Module):
         return {"labels": labels, "ltrb": ltrb, "index": index}
 
     def decode(self, outputs, sizes, score_threshold=0.05, topk=1000, nms_threshold=0.6,
-               max_detections=100):  # fmt: skip
+               max_detections=100):
         """Boxes of the outputs of `forward`, in shapes that never depend on their values.
 
         On every level the (location, class) pairs of class probability over `score_threshold`
@@ -567,7 +552,7 @@ class FCOS(nn.Module):
 
 
 def as_image(source):
-    """A path, PIL image, RGB uint8 array (H, W, 3) or tensor (3, H, W) -> uint8 tensor (3, H, W)."""
+    """A path, PIL image, RGB uint8 array (H, W, 3) or tensor (3, H, W) -> the latter."""
     if isinstance(source, (str, os.PathLike, Image.Image)):
         return read_image(source)
     if isinstance(source, np.ndarray) and source.ndim == 3:
@@ -635,7 +620,7 @@ CAFFE2 = [  # the ImageNet files R-50.pkl, R-101.pkl, X-101-*.pkl; their norm is
      lambda m: f"backbone.res{m[1]}.{m[2]}.conv{'abc'.index(m[3]) + 1}.norm."),
     (r"\.norm\.s$", ".norm.weight"),
     (r"\.norm\.b$", ".norm.bias"),
-]  # fmt: skip
+]
 CAFFE = {name: CONVENTION[name] for name in ("bgr", "mean", "std", "bn_eps")}
 FAMILIES = {  # name: (a key by which its files are known, renaming rules, what it fixes)
     "fcos": ("head.cls.weight", [], {}),
@@ -675,11 +660,12 @@ def read_checkpoint(path):
                 f"{path}: refused, because it holds {refused[1]} and could run any program; save "
                 "its state dict alone"
             ) from None
-        raise UserError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
+        what = type(error).__name__
+        raise UserError(f"{path}: not a checkpoint, or a damaged one ({what})") from None
 
 
 def load_weights(model, source, finetune=False):
-    """Fill `model` from a path or a dict: our own checkpoints, the official FCOS .pth, or the Caffe2
+    """Fill `model` from a path or a dict: our own checkpoints, the official FCOS .pth, or Caffe2's
     ImageNet .pkl, which fills the backbone. The family is known from the keys and sets what goes
     with it in model.convention; the architecture is the row's and never changes.
 
@@ -720,8 +706,10 @@ def load_weights(model, source, finetune=False):
     else:
         wrong = missing + ignored
     if wrong:
-        raise UserError(f"{path}: does not fit {model.name}: {len(wrong)} keys are missing or unknown, "
-                        f"among them {', '.join(wrong[:5])}")  # fmt: skip
+        raise UserError(
+            f"{path}: does not fit {model.name}: {len(wrong)} keys are missing or unknown, among "
+            f"them {', '.join(wrong[:5])}"
+        )
     for name, value in list(renamed.items()):
         if value.shape != own[name].shape:
             if finetune and name.startswith("head.cls."):
@@ -730,8 +718,8 @@ def load_weights(model, source, finetune=False):
                 continue
             hint = "; fine-tuning starts a new classifier" if name.startswith("head.cls.") else ""
             raise UserError(
-                f"{path}: does not fit {model.name}: {name} is {tuple(value.shape)} in the file and "
-                f"{tuple(own[name].shape)} in the model{hint}"
+                f"{path}: does not fit {model.name}: {name} is {tuple(value.shape)} in the file "
+                f"and {tuple(own[name].shape)} in the model{hint}"
             )
     model.load_state_dict(renamed, strict=False)
     if family == "fcos":

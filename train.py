@@ -40,20 +40,21 @@ from fcos import UserError
 # each image; weights are looked for in ~/.torch/models.
 X1 = dict(iters=90_000, batch_size=16, lr=0.01, warmup=500, min_size=[800], max_size=1333)
 X2 = X1 | dict(iters=180_000, min_size=list(range(640, 801)))
+R_50, R_101 = dict(weights="R-50.pkl"), dict(weights="R-101.pkl")
+X_101_32x8d, X_101_64x4d = dict(weights="X-101-32x8d.pkl"), dict(weights="X-101-64x4d.pkl")
 RECIPES = {
-    "fcos_R_50_FPN_1x":              dict(model="fcos_R_50_FPN", weights="R-50.pkl") | X1,
-    "fcos_R_101_FPN_2x":             dict(model="fcos_R_101_FPN", weights="R-101.pkl") | X2,
-    "fcos_X_101_32x8d_FPN_2x":       dict(model="fcos_X_101_32x8d_FPN", weights="X-101-32x8d.pkl") | X2,
-    "fcos_X_101_64x4d_FPN_2x":       dict(model="fcos_X_101_64x4d_FPN", weights="X-101-64x4d.pkl") | X2,
-    "fcos_imprv_R_50_FPN_1x":        dict(model="fcos_imprv_R_50_FPN", weights="R-50.pkl") | X1,
-    "fcos_imprv_R_101_FPN_1x":       dict(model="fcos_imprv_R_101_FPN", weights="R-101.pkl") | X1,
-    "fcos_imprv_R_101_FPN_2x":       dict(model="fcos_imprv_R_101_FPN", weights="R-101.pkl") | X2,
-    "fcos_imprv_X_101_32x8d_FPN_2x": dict(model="fcos_imprv_X_101_32x8d_FPN", weights="X-101-32x8d.pkl") | X2,
-    "fcos_imprv_X_101_64x4d_FPN_2x": dict(model="fcos_imprv_X_101_64x4d_FPN", weights="X-101-64x4d.pkl") | X2,
-    "shapes": dict(model="shapes", weights="none", iters=700, batch_size=16, lr=0.04, warmup=50,
+    "fcos_R_50_FPN_1x":              dict(model="fcos_R_50_FPN")              | R_50        | X1,
+    "fcos_R_101_FPN_2x":             dict(model="fcos_R_101_FPN")             | R_101       | X2,
+    "fcos_X_101_32x8d_FPN_2x":       dict(model="fcos_X_101_32x8d_FPN")       | X_101_32x8d | X2,
+    "fcos_X_101_64x4d_FPN_2x":       dict(model="fcos_X_101_64x4d_FPN")       | X_101_64x4d | X2,
+    "fcos_imprv_R_50_FPN_1x":        dict(model="fcos_imprv_R_50_FPN")        | R_50        | X1,
+    "fcos_imprv_R_101_FPN_1x":       dict(model="fcos_imprv_R_101_FPN")       | R_101       | X1,
+    "fcos_imprv_R_101_FPN_2x":       dict(model="fcos_imprv_R_101_FPN")       | R_101       | X2,
+    "fcos_imprv_X_101_32x8d_FPN_2x": dict(model="fcos_imprv_X_101_32x8d_FPN") | X_101_32x8d | X2,
+    "fcos_imprv_X_101_64x4d_FPN_2x": dict(model="fcos_imprv_X_101_64x4d_FPN") | X_101_64x4d | X2,
+    "shapes": dict(model="shapes", weights="none", iters=1000, batch_size=16, lr=0.04, warmup=50,
                    min_size=[160], max_size=224),
-}  # fmt: skip
-
+}
 
 # ---- the shapes data set ------------------------------------------------------------------------
 
@@ -189,8 +190,8 @@ class TrainBatches(Dataset):
         return self.rng("order", group, epoch).permutation(self.groups[group])
 
     def plan(self, step):
-        """-> rows of the data set (B,), their resized (height, width), whether to flip each, and the
-        padded (height, width) of the whole step."""
+        """-> rows of the data set (B,), their resized (height, width), whether to flip each, and
+        the padded (height, width) of the whole step."""
         group = self.group[step]
         positions = self.turn[step] * self.batch_size + np.arange(self.batch_size)
         epochs, places = np.divmod(positions, len(self.groups[group]))
@@ -259,10 +260,12 @@ def positive(text):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="a row of RECIPES (%(default)s)")
+    add("recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="of RECIPES (%(default)s)")
     # data
     add("--data", help="folder in COCO's layout (data/coco, or data/shapes for shapes)")
     add("--train-images", metavar="DIR", help="own data, instead of --data: all four")
@@ -278,7 +281,7 @@ def parse_args(argv=None):
     add("--min-size", type=positive, nargs="+", help="choices for the short side, in pixels")
     add("--max-size", type=positive, help="most pixels of the long side")
     add("--seed", type=int, default=0)
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network (%(default)s)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
     # how it runs
     add("--out", help="folder of the run (runs/RECIPE)")
     add("--accumulate", type=positive, default=1, help="parts that a step is computed in")
@@ -291,7 +294,7 @@ def parse_args(argv=None):
 
 
 def resolve(args):
-    """The settings that decide the result of a run: the recipe's, or the flag's where one is given."""
+    """The settings that decide the result of a run: the recipe's, or the flags' where given."""
     if args.recipe not in RECIPES:
         raise UserError(f"recipe {args.recipe!r}: expected one of {', '.join(RECIPES)}")
     settings = {"recipe": args.recipe} | RECIPES[args.recipe]
@@ -314,8 +317,8 @@ def resolve(args):
         data = args.data or ("data/shapes" if args.recipe == "shapes" else "data/coco")
         train, val = (evaluate.coco_paths(data, f"{split}2017") for split in ("train", "val"))
         own = [train[1], train[0], val[1], val[0]]
-    for name, path in zip(("train_images", "train_annotations", "val_images", "val_annotations"), own):
-        settings[name] = str(path)
+    names = ("train_images", "train_annotations", "val_images", "val_annotations")
+    settings |= {name: str(path) for name, path in zip(names, own)}
     settings |= {"seed": args.seed, "precision": args.precision}
     return settings
 
@@ -331,9 +334,8 @@ def find_weights(name):
     if os.sep not in name and cached.exists():
         return cached
     raise UserError(
-        f"{name}: no such weights, neither here nor in {cached.parent}; the ImageNet weights of the "
-        "recipes are at https://dl.fbaipublicfiles.com/detectron/ (README, Weights); or train from "
-        "scratch with --weights none"
+        f"{name}: no such weights, neither here nor in {cached.parent}; the README says where the "
+        "recipes' ImageNet weights are to be had; --weights none starts at random"
     )
 
 
@@ -343,7 +345,7 @@ def make_model(settings, dataset, say):
     if path is None and fcos.MODELS[settings["model"]].get("norm", "frozen") == "frozen":
         overrides = {"norm": "gn", "frozen_stages": 0}
         say("no pretrained weights: GroupNorm and no frozen layers in the backbone, because random "
-            "filters that stay frozen learn nothing")  # fmt: skip
+            "filters that stay frozen learn nothing")
     torch.manual_seed(settings["seed"])
     model = fcos.build(settings["model"], len(dataset.classes), **overrides)
     if path:
@@ -351,7 +353,7 @@ def make_model(settings, dataset, say):
         missing = sorted({".".join(name.split(".")[:2]) for name in report["missing"]})
         missing = [name for name in missing if not name.startswith("backbone")]
         say(f"{path}: {len(report['loaded'])} tensors of the {report['family']} family; random: "
-            f"{', '.join(missing) or 'nothing'}")  # fmt: skip
+            f"{', '.join(missing) or 'nothing'}")
     model.set_convention(inclusive=False)  # the data set's boxes are continuous
     model.classes, model.category_ids = dataset.classes, dataset.category_ids
     model.test_size = (max(settings["min_size"]), settings["max_size"])
@@ -365,7 +367,7 @@ def resume(path, settings, model, optimizer):
         raise UserError(f"{path}: not a checkpoint of this trainer; --fresh starts over")
     old = content["settings"]
     changed = [f"{key} {old.get(key)} there, {settings[key]} here"
-               for key in settings if settings[key] != old.get(key)]  # fmt: skip
+               for key in settings if settings[key] != old.get(key)]
     if changed:
         raise UserError(
             f"{path}: was trained with other settings ({'; '.join(changed)}); repeat them, choose "
@@ -394,9 +396,10 @@ def main(args):
         if isinstance(value, list) and len(value) > 8:
             value = f"{value[0]} to {value[-1]}"
         say(f"{name:18s} {value}")
-    if settings["lr"] != RECIPES[args.recipe]["lr"] and args.lr is None:
-        say(f"the recipe's rate of {RECIPES[args.recipe]['lr']} for {RECIPES[args.recipe]['batch_size']}"
-            f" images a step becomes {settings['lr']:g} for {batch_size}")  # fmt: skip
+    recipe = RECIPES[args.recipe]
+    if settings["lr"] != recipe["lr"] and args.lr is None:
+        say(f"the learning rate {recipe['lr']} for {recipe['batch_size']} images a step becomes "
+            f"{settings['lr']:g} for {batch_size}")
     if args.recipe == "shapes" and settings["train_images"] == "data/shapes/train2017":
         if rank == 0 and not Path("data/shapes").exists():
             say("drawing data/shapes")
@@ -411,8 +414,8 @@ def main(args):
         for note in dataset.notes:
             say(f"{dataset.annotations}: {note}")
     if not train_set.trainable.all():
-        say(f"{train_set.annotations}: {(~train_set.trainable).sum()} of {len(train_set)} images have "
-            "no boxes to learn and are left out")  # fmt: skip
+        say(f"{train_set.annotations}: {(~train_set.trainable).sum()} of {len(train_set)} images "
+            "have no boxes to learn and are left out")
     if not train_set.trainable.any():
         raise UserError(f"{train_set.annotations}: has no image with a box to learn")
     model = make_model(settings, train_set, say).to(device)
@@ -442,7 +445,7 @@ def main(args):
         if rank == 0:
             with fcos.open_whole(out / "last.pt") as file:
                 torch.save({"settings": settings, "step": step, "model": fcos.checkpoint(model),
-                            "optimizer": optimizer.state_dict()}, file)  # fmt: skip
+                            "optimizer": optimizer.state_dict()}, file)
 
     def validate(step):
         results = evaluate.predict(model, val_set, 8 if device.type == "cuda" else 1, workers)
@@ -459,19 +462,21 @@ def main(args):
     loader = iter(DataLoader(
         batches, batch_size=None, sampler=range(start * parts, iters * parts), num_workers=workers,
         pin_memory=device.type == "cuda",
-    ))  # fmt: skip
+    ))
     if args.compile:
         model.compile()
     network = model
     if world > 1:  # no buffer changes in training, so none is broadcast
-        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     model.train()
 
     log_every = max(1, min(20, iters // 100))
     diverged = torch.tensor(iters, device=device)  # the first step whose loss was not finite
     clock, clock_step = time.perf_counter(), start
     bar = tqdm(range(start, iters), args.recipe, iters, initial=start, disable=rank != 0,
-               unit="step", dynamic_ncols=True)  # fmt: skip
+               unit="step", dynamic_ncols=True)
     for step in bar:
         inputs, targets = [], []
         for _ in range(parts):
@@ -480,7 +485,8 @@ def main(args):
                 tensor.to(device, non_blocking=True) for tensor in (images, sizes, boxes, labels)
             )
             inputs.append((images, sizes))
-            targets.append(model.targets(images.shape[2:], boxes.split(counts), labels.split(counts)))
+            boxes, labels = boxes.split(counts), labels.split(counts)
+            targets.append(model.targets(images.shape[2:], boxes, labels))
         # Targets do not depend on predictions, so the sums that normalise the loss of the whole
         # step, over all parts and ranks, are known before the first forward pass. That hides them.
         total = sum(map(fcos.normalizer, targets))
@@ -516,15 +522,15 @@ def main(args):
             if diverged.item() < iters:
                 rows = batches.plan(diverged.item())[0]
                 sys.exit(
-                    f"the loss of step {diverged.item() + 1} is not finite; its images have the ids "
-                    f"{train_set.image_ids[rows].tolist()}; {out / 'last.pt'} is from before"
+                    f"the loss of step {diverged.item() + 1} is not finite; its images have the "
+                    f"ids {train_set.image_ids[rows].tolist()}; {out / 'last.pt'} is from before"
                     if rank == 0 else 1
-                )  # fmt: skip
+                )
             cls, box, ctr = step_losses.tolist()
             speed = (done - clock_step) * batch_size / (time.perf_counter() - clock)
             clock, clock_step = time.perf_counter(), done
             write_log(done, loss=cls + box + ctr, cls=cls, box=box, ctr=ctr, lr=rate,
-                      images_per_second=round(speed, 2))  # fmt: skip
+                      images_per_second=round(speed, 2))
             bar.set_postfix_str(
                 f"cls {cls:.3f} box {box:.3f} ctr {ctr:.3f} lr {rate:.2g} {speed:.1f} img/s"
             )
