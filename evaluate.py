@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import io
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -47,6 +48,32 @@ def read_json(path):
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
+def read_coco(path):
+    """The content of a COCO instances JSON, of which the parts that boxes need are checked."""
+    coco = read_json(path)
+    for part in ("images", "annotations", "categories"):
+        if not isinstance(coco, dict) or not isinstance(coco.get(part), list):
+            raise UserError(f"{path}: not COCO instances: it has no list {part!r}")
+        if not all(isinstance(entry, dict) for entry in coco[part]):
+            raise UserError(f"{path}: not COCO instances: {part!r} holds more than objects")
+    for annotation in coco["annotations"]:
+        if not is_box(annotation.get("bbox")):
+            raise UserError(
+                f"{path}: the bbox of annotation {annotation.get('id')} is "
+                f"{annotation.get('bbox')!r}, not four numbers [x, y, w, h]"
+            )
+    return coco
+
+
+def is_box(value):
+    """Whether this is a list of four numbers, NaN and infinity among them."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 4
+        and all(isinstance(x, (int, float)) for x in value)
+    )
+
+
 def what_is_there(path):
     """What a user may have meant by a path that does not exist."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
@@ -70,15 +97,12 @@ class CocoDataset:
 
     def __init__(self, annotations, image_dir):
         self.annotations, self.image_dir = Path(annotations), Path(image_dir)
-        coco = read_json(annotations)
-        for part in ("images", "annotations", "categories"):
-            if not isinstance(coco, dict) or not isinstance(coco.get(part), list):
-                raise UserError(f"{annotations}: not COCO instances: it has no list {part!r}")
+        coco = read_coco(annotations)
         if not self.image_dir.is_dir():
             raise UserError(f"{image_dir}: no such image folder; {what_is_there(image_dir)}")
         try:
             self._flatten(coco)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError) as error:  # a field that is missing, or of another type
             raise UserError(f"{annotations}: not COCO instances ({error!r})") from None
 
     def _flatten(self, coco):
@@ -143,9 +167,14 @@ class CocoDataset:
         self.offsets = np.searchsorted(image[keep], np.arange(len(images) + 1))
 
     def _size(self, image):
-        if "height" in image and "width" in image:
-            return image["height"], image["width"]
-        return fcos.read_image(self.image_dir / image["file_name"]).shape[-2:]
+        hw = image.get("height"), image.get("width")
+        if hw == (None, None):
+            return fcos.read_image(self.image_dir / image["file_name"]).shape[-2:]
+        if not all(isinstance(side, int) and side > 0 for side in hw):
+            raise UserError(
+                f"{self.annotations}: {image['file_name']} has height {hw[0]} and width {hw[1]}"
+            )
+        return hw
 
     def __len__(self):
         return len(self.image_ids)
@@ -184,7 +213,10 @@ class EvalBatches(Dataset):
 
     def __getitem__(self, b):
         members = self.batches[b]
-        images = [fcos.resize(self.dataset.image(i), self.sizes[i]) for i in members]
+        try:
+            images = [fcos.resize(self.dataset.image(i), self.sizes[i]) for i in members]
+        except UserError as error:  # raised here it would come wrapped in a worker's traceback
+            return error
         return *fcos.pad_batch(images), members
 
 
@@ -224,7 +256,10 @@ def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=Non
     model.eval()
     results = {}
     bar = tqdm(loader, "predict", unit="batch", disable=rank != 0, leave=False, dynamic_ncols=True)
-    for images, sizes, members in bar:
+    for batch in bar:
+        if isinstance(batch, UserError):
+            raise batch
+        images, sizes, members = batch
         outputs = model(images.to(device, non_blocking=True), sizes.to(device, non_blocking=True))
         for i, size, found in zip(members, sizes, model.detect(outputs, sizes, **thresholds)):
             h, w = dataset.hw[i]
@@ -264,7 +299,7 @@ def score(results, annotations, per_class=False):
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints; the caller decides what to show
         truth, found = COCO(), COCO()
-        truth.dataset = read_json(annotations)
+        truth.dataset = read_coco(annotations)
         # pycocotools ignores whatever matches the annotation of id 0, so ids are counted from 1
         for id, annotation in enumerate(truth.dataset["annotations"], 1):
             w, h = annotation["bbox"][2:]
@@ -305,11 +340,19 @@ def check_results(results, truth):
     if not isinstance(results, list):
         raise UserError(f"results: expected a list of detections, not a {type(results).__name__}")
     for row, result in enumerate(results):
-        if not isinstance(result, dict) or not fields <= result.keys() or len(result["bbox"]) != 4:
+        if not isinstance(result, dict) or not fields <= result.keys():
             raise UserError(f"results: row {row} lacks one of {', '.join(sorted(fields))}")
         for field, known in (("image_id", truth.imgs), ("category_id", truth.cats)):
-            if result[field] not in known:
+            if not isinstance(result[field], (int, str)) or result[field] not in known:
                 raise UserError(f"results: {field} {result[field]} is not in the annotations")
+        box, score = result["bbox"], result["score"]
+        if not is_box(box) or not all(  # pycocotools matches a NaN to anything
+            isinstance(value, (int, float)) and math.isfinite(value) for value in [*box, score]
+        ):
+            raise UserError(
+                f"results: row {row} needs four finite numbers as bbox and one as score, not "
+                f"{box!r} and {score!r}"
+            )
 
 
 def table(metrics):
@@ -330,7 +373,8 @@ def draw(image, detections, classes=None, score_threshold=0.5, min_side=480):
     """A PIL image with the boxes, class names and scores of one entry of model.predict drawn on it.
     An image whose short side has less than `min_side` pixels is enlarged, for the text's sake."""
     picture = Image.fromarray(fcos.as_image(image).permute(1, 2, 0).numpy())
-    scale = max(1, -(-min_side // min(picture.size)))
+    scale = -(-min_side // min(picture.size))
+    scale = max(1, min(scale, 4000 // max(picture.size)))  # not beyond 4000 pixels
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.BICUBIC)
     pen = ImageDraw.Draw(picture)
     size = max(12, min(picture.size) // 40)
@@ -361,8 +405,7 @@ def draw_folder(model, sources, out, score_threshold=0.5, min_size=None, max_siz
         if not found:
             raise UserError(f"{source}: holds no images")
         paths += found
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(out)
     if any(path.parent.resolve() == out.resolve() for path in paths):
         raise UserError(f"{out}: is where the pictures come from; drawing there would replace them")
     report, unreadable, taken = [], [], set()
@@ -398,6 +441,37 @@ def draw_folder(model, sources, out, score_threshold=0.5, min_size=None, max_siz
 # ---- command line ------------------------------------------------------------------------------
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Shows the script's docstring as help, and a mistake as one line without the usage."""
+
+    def __init__(self, doc):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def positive(text):
+    """argparse type: a whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def not_negative(text):
+    """argparse type: a whole number of at least 0."""
+    return positive(str(int(text) + 1)) - 1
+
+
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made a folder ({error.strerror})") from None
+    return Path(path)
+
+
 def start_process(device):
     """Join torch.distributed if torchrun started this process. -> rank, world, torch.device"""
     if device is None:
@@ -422,8 +496,7 @@ def run(main, args):
     try:
         main(args)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -431,11 +504,7 @@ def run(main, args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("model", nargs="?", help="model.pt of a training run, or a file of another FCOS family")
     add("--model", dest="name", help="row of fcos.MODELS, for files that do not say")
@@ -449,10 +518,10 @@ def parse_args(argv=None):
     add("--images", nargs="+", metavar="FILE|DIR", help="draw detections on pictures; needs --out")
     add("--out", help="folder for the drawn pictures")
     add("--score-threshold", type=float, default=0.5, help="of drawn boxes (%(default)s)")
-    add("--min-size", type=int, help="pixels of the short side (the model's own)")
-    add("--max-size", type=int, help="most pixels of the long side (the model's own)")
-    add("--batch-size", type=int, help="images at a time, a process (8 on a GPU, 1 elsewhere)")
-    add("--workers", type=int, default=2, help="loader processes, a process (%(default)s)")
+    add("--min-size", type=positive, help="pixels of the short side (the model's own)")
+    add("--max-size", type=positive, help="most pixels of the long side (the model's own)")
+    add("--batch-size", type=positive, help="images at a time, a process (8 on a GPU, 1 elsewhere)")
+    add("--workers", type=not_negative, default=2, help="loader processes, a process (%(default)s)")
     add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     return parser.parse_args(argv)
 
@@ -481,9 +550,10 @@ def main(args):
             raise UserError(f"{len(unreadable)} files could not be read")
         return
 
-    annotations, image_dir = (
-        coco_paths(args.data, args.split) if args.data else (args.annotations, args.image_dir)
-    )
+    if args.save_json and not Path(args.save_json).absolute().parent.is_dir():
+        raise UserError(f"--save-json {args.save_json}: there is no such folder")
+    annotations, image_dir = coco_paths(args.data or ".", args.split)
+    annotations, image_dir = args.annotations or annotations, args.image_dir or image_dir
     dataset = CocoDataset(annotations, image_dir)
     check_classes(model, dataset)
     batch_size = args.batch_size or (8 if device.type == "cuda" else 1)

@@ -46,7 +46,7 @@ X_101_32x8d = dict(blocks=(3, 4, 23, 3), groups=32, width=8, stride_in_1x1=False
 X_101_64x4d = dict(blocks=(3, 4, 23, 3), groups=64, width=4, stride_in_1x1=False)
 PLAIN = dict(activation="exp", ctr_on="cls", radius=0.0, iou="iou", unit="pixel")
 IMPRV = dict(activation="relu", ctr_on="box", radius=1.5, iou="giou", unit="stride")
-TINY = dict(block="basic", blocks=(1, 1, 1, 1), stem=32, channels=64, norm="gn", frozen_stages=0)
+TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=32, channels=64, norm="gn", frozen_stages=0)
 MODELS = {
     "fcos_R_50_FPN":              R_50        | PLAIN,
     "fcos_R_101_FPN":             R_101       | PLAIN,
@@ -219,12 +219,15 @@ class BasicBlock(nn.Module):
         return self.conv2(y).add_(self.down(x)).relu_()
 
 
+BLOCKS = {"bottleneck": Bottleneck, "basic": BasicBlock}
+
+
 class ResNet(nn.Module):
     """ResNet and ResNeXt without the classifier; returns the features at strides 8, 16, 32."""
 
     def __init__(self, block, blocks, stem, groups, width, norm, stride_in_1x1):
         super().__init__()
-        block = {"bottleneck": Bottleneck, "basic": BasicBlock}[block]
+        block = BLOCKS[block]
         self.stem = ConvNorm(3, stem, 7, 2, norm=norm)
         c_in = stem
         for stage, depth in enumerate(blocks):
@@ -300,19 +303,20 @@ class Head(nn.Module):
         self.scale = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in STRIDES)
 
     def forward(self, features):
-        """-> cls (B, P, K) and ctr (B, P) logits, ltrb (B, P, 4) pixels; float32 in any precision
-        of the network, because the losses and the boxes need it."""
+        """-> cls (B, P, K) and ctr (B, P) logits, ltrb (B, P, 4) pixels. Under autocast cls, by far
+        the largest, stays in 16 bits: its loss reads them as they are and computes in float32."""
         cls, ltrb, ctr = [], [], []
         for x, scale, stride in zip(features, self.scale, STRIDES):
             cls_features, box_features = self.cls_tower(x), self.box_tower(x)
-            distance = scale * self.box(box_features).float()
+            distance = scale * self.box(box_features)  # float32, as the scale is
             if self.activation == "exp":  # in pixels; exp(16) is beyond any image, inf would be NaN
                 distance = distance.clamp(max=16).exp()  # in the gradient of background locations
             else:
                 distance = distance.relu() * stride
-            cls.append(self.cls(cls_features).float())
+            cls.append(self.cls(cls_features))
             ltrb.append(distance)
-            ctr.append(self.ctr(cls_features if self.ctr_on == "cls" else box_features).float())
+            ctr_features = cls_features if self.ctr_on == "cls" else box_features
+            ctr.append(self.ctr(ctr_features).to(scale.dtype))
         cls, ltrb, ctr = (
             torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps], 1)
             for maps in (cls, ltrb, ctr)
@@ -401,8 +405,15 @@ class FCOS(nn.Module):
                  block="bottleneck", stem=64, groups=1, width=None, stride_in_1x1=True,
                  channels=256, norm="frozen", frozen_stages=2):
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm {norm!r}: expected one of {', '.join(NORMS)}")
+        for keyword, value, choices in (
+            ("norm", norm, NORMS), ("block", block, BLOCKS), ("ctr_on", ctr_on, ("cls", "box")),
+            ("activation", activation, ("exp", "relu")), ("frozen_stages", frozen_stages, range(6)),
+        ):
+            if value not in choices:
+                choices = ", ".join(map(str, choices))
+                raise UserError(f"{keyword} {value!r}: expected one of {choices}")
+        if num_classes < 1:
+            raise UserError(f"num_classes {num_classes}: expected 1 or more")
         self.backbone = ResNet(block, blocks, stem, groups, width or stem, norm, stride_in_1x1)
         self.fpn = FPN(self.backbone.channels, channels)
         self.head = Head(channels, num_classes, activation, ctr_on)
@@ -431,6 +442,9 @@ class FCOS(nn.Module):
 
     def set_convention(self, **changes):
         """Change what the weights expect of pixels and boxes: keywords of CONVENTION."""
+        for keyword in changes:
+            if keyword not in CONVENTION:
+                raise UserError(f"{keyword!r}: expected one of {', '.join(CONVENTION)}")
         self.convention = {**CONVENTION, **getattr(self, "convention", {}), **changes}
         for name in ("mean", "std"):
             value = torch.tensor(self.convention[name]).view(3, 1, 1)
@@ -446,20 +460,20 @@ class FCOS(nn.Module):
         B, C, H, W = images.shape
         if self.convention["bgr"]:
             images = images.flip(1)
-        images = (images.float() - self.pixel_mean) / self.pixel_std
+        images = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         h, w = torch.as_tensor(sizes, device=images.device).view(B, 2, 1, 1, 1).unbind(1)
         y, x = (torch.arange(n, device=images.device) for n in (H, W))
         return images.masked_fill_((y[:, None] >= h) | (x >= w), 0)
 
     def forward(self, images, sizes=None):
-        """images: uint8 RGB (B, 3, H, W), padded at the bottom and right, with sizes (B, 2); or
-        float, taken as normalised and padded already.
+        """images: uint8 RGB (B, 3, H, W), with sizes (B, 2) where padded at the bottom and right;
+        or float, taken as normalised and padded already.
         -> {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits,
             "points": (P, 5), "levels": the number of locations of P3..P7}
         """
-        if not images.is_floating_point():
-            images = self.normalize(images, sizes)
         hw = images.shape[-2:]
+        if not images.is_floating_point():
+            images = self.normalize(images, [hw] * len(images) if sizes is None else sizes)
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         cls, ltrb, ctr = self.head(self.fpn(*features))
         levels = [rows * columns for rows, columns in level_sizes(hw)]
@@ -487,11 +501,12 @@ class FCOS(nn.Module):
         -> boxes (B, D, 4) xyxy pixels of the padded image, clipped to its size; scores (B, D) =
            sqrt(probability * centerness), falling; labels (B, D). 0, -inf and -1 where none is left
         """
-        cls, ctr, points = outputs["cls"].sigmoid(), outputs["ctr"].sigmoid(), outputs["points"]
+        cls, ctr = outputs["cls"].float().sigmoid(), outputs["ctr"].float().sigmoid()
+        points = outputs["points"]
         B, P, K = cls.shape
         ranking = torch.where(cls > score_threshold, cls * ctr[..., None], -math.inf)
 
-        left, top, right, bottom = outputs["ltrb"].unbind(-1)
+        left, top, right, bottom = outputs["ltrb"].float().unbind(-1)
         x, y, extra = points[:, 0], points[:, 1], float(self.convention["inclusive"])
         h, w = torch.as_tensor(sizes, device=cls.device).float().view(B, 2, 1).unbind(1)
         x1 = torch.minimum((x - left).clamp(min=0), w - extra)
@@ -509,10 +524,11 @@ class FCOS(nn.Module):
         scores, pairs = torch.cat(scores, 1), torch.cat(pairs, 1)
         labels = pairs % K
         boxes = boxes.gather(1, (pairs // K)[..., None].expand(-1, -1, 4))
+        scores = scores.masked_fill(boxes.isnan().any(-1), -math.inf)
 
         keep = batched_nms(boxes, scores, labels, nms_threshold, max_detections)
         found, keep = keep >= 0, keep.clamp(min=0)
-        boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)) * found[..., None]
+        boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)).where(found[..., None], 0)
         scores = torch.where(found, scores.gather(1, keep).clamp(min=0).sqrt(), -math.inf)
         return boxes, scores, torch.where(found, labels.gather(1, keep), -1)
 
@@ -525,7 +541,7 @@ class FCOS(nn.Module):
             results.append({"boxes": boxes[:D], "scores": scores[:D], "labels": labels[:D]})
         return results
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, images, min_size=None, max_size=None, **thresholds):
         """Detections in pixels of the given images.
 
@@ -539,15 +555,18 @@ class FCOS(nn.Module):
         device, training = self.pixel_mean.device, self.training
         self.eval()
         results = []
-        for image in map(as_image, images):
-            h, w = image.shape[-2:]
-            new_h, new_w = resized_hw(h, w, min_size, max_size)
-            batch, sizes = pad_batch([resize(image, (new_h, new_w))])
-            found = self.detect(self(batch.to(device), sizes.to(device)), sizes, **thresholds)[0]
-            found = {name: value.cpu() for name, value in found.items()}
-            found["boxes"] *= torch.tensor([w / new_w, h / new_h, w / new_w, h / new_h])
-            results.append(found)
-        self.train(training)
+        try:
+            for image in map(as_image, images):
+                h, w = image.shape[-2:]
+                new_h, new_w = resized_hw(h, w, min_size, max_size)
+                batch, sizes = pad_batch([resize(image, (new_h, new_w))])
+                outputs = self(batch.to(device), sizes.to(device))
+                found = self.detect(outputs, sizes, **thresholds)[0]
+                found = {name: value.cpu() for name, value in found.items()}
+                found["boxes"] *= torch.tensor([w / new_w, h / new_h, w / new_w, h / new_h])
+                results.append(found)
+        finally:
+            self.train(training)
         return results
 
 
@@ -632,12 +651,11 @@ FAMILIES = {  # name: (a key by which its files are known, renaming rules, what 
 class ArrayUnpickler(pickle.Unpickler):
     """A pickle can run any program; this one admits numpy arrays and plain Python values only."""
 
-    ALLOWED = ("_reconstruct", "scalar", "ndarray", "dtype")
+    ALLOWED = ("_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype")
 
     def find_class(self, module, name):
         if (module, name) == ("_codecs", "encode") or (
-            module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
-            and name in self.ALLOWED
+            re.fullmatch(r"numpy(\._?core\.(multiarray|numeric))?", module) and name in self.ALLOWED
         ):
             return super().find_class(module.replace("numpy.core", "numpy._core"), name)
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
@@ -676,9 +694,12 @@ def load_weights(model, source, finetune=False):
     path = source if isinstance(source, (str, os.PathLike)) else "weights"
     content = read_checkpoint(source) if path is source else source
     state = content
-    for wrapper in ("model", "state_dict", "blobs"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+    while isinstance(state, dict):  # last.pt of train.py holds a checkpoint that holds the weights
+        inner = [state.get(wrapper) for wrapper in ("model", "state_dict", "blobs")]
+        inner = [value for value in inner if isinstance(value, dict)]
+        if not inner:
+            break
+        content, state = state, inner[0]
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{path}: holds no state dict but a {type(state).__name__}")
     if all(key.startswith("module.") for key in state):  # saved from inside DistributedDataParallel
@@ -696,13 +717,23 @@ def load_weights(model, source, finetune=False):
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         if name in own:
-            renamed[name] = torch.as_tensor(value)
+            try:
+                renamed[name] = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise UserError(f"{path}: {key} is no tensor but {type(value).__name__}") from None
         else:
             ignored.append(key)
 
+    if family == "caffe2":  # its norms are affine maps, without a mean and a variance
+        if "backbone.stem.norm.running_var" not in own:
+            raise UserError(f"{path}: is of a backbone with BatchNorm, and this one has GroupNorm")
+        for name in own:
+            if name.startswith("backbone.") and re.search(r"running_(mean|var)$", name):
+                renamed[name] = torch.full_like(own[name], name.endswith("var"))
     missing = [name for name in own if name not in renamed]
-    if family == "caffe2":  # an affine norm leaves mean 0 and variance 1 as they are
-        wrong = [name for name in missing if re.match(r"backbone.*(weight|bias)$", name)]
+    if family == "caffe2":
+        wrong = [name for name in missing if name.startswith("backbone.")]
+        wrong += [key for key in ignored if re.match(r"res\d_\d+_branch\w+_w$", key)]
     else:
         wrong = missing + ignored
     if wrong:
@@ -732,7 +763,10 @@ def load(path, name=None):
     """A model from one of our own checkpoints alone, in eval mode; the files of other families do
     not say which architecture they are of: `name` is a row of MODELS."""
     content = read_checkpoint(path)
-    ours = isinstance(content, dict) and {"name", "overrides", "convention"} <= content.keys()
+    if isinstance(content, dict) and "settings" in content:  # last.pt of train.py
+        content = content["model"]
+    fields = {"name", "num_classes", "overrides", "classes", "category_ids", "convention"}
+    ours = isinstance(content, dict) and fields | {"test_size", "model"} <= content.keys()
     if not ours and name is None:
         raise UserError(f"{path}: does not say which model it is; name one of {', '.join(MODELS)}")
     if not ours:
@@ -741,7 +775,10 @@ def load(path, name=None):
         return model.eval()
     if name not in (None, content["name"]):
         raise UserError(f"{path}: is a {content['name']}, not a {name}")
-    model = build(content["name"], content["num_classes"], **content["overrides"])
+    try:
+        model = build(content["name"], content["num_classes"], **content["overrides"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     load_weights(model, content)
     model.classes, model.category_ids = content["classes"], content["category_ids"]
     model.test_size = tuple(content["test_size"])
@@ -763,17 +800,22 @@ def checkpoint(model):
 
 
 @contextlib.contextmanager
-def open_whole(path, mode="wb"):
-    """Open a file for writing that appears at `path` whole, when the block ends, or not at all."""
+def open_whole(path, mode="wb", keep=None):
+    """Open a file for writing that appears at `path` whole, when the block ends, or not at all.
+    What was there moves to `keep`, if given. UserError if it cannot be written."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, keep)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
 
 

@@ -10,11 +10,13 @@ number of GPUs, of parts (--accumulate) and of loader workers changes nothing bu
 command again goes on where the last checkpoint in --out was written.
 """
 
-import argparse
 import contextlib
 import functools
 import json
+import math
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -52,7 +54,7 @@ RECIPES = {
     "fcos_imprv_R_101_FPN_2x":       dict(model="fcos_imprv_R_101_FPN")       | R_101       | X2,
     "fcos_imprv_X_101_32x8d_FPN_2x": dict(model="fcos_imprv_X_101_32x8d_FPN") | X_101_32x8d | X2,
     "fcos_imprv_X_101_64x4d_FPN_2x": dict(model="fcos_imprv_X_101_64x4d_FPN") | X_101_64x4d | X2,
-    "shapes": dict(model="shapes", weights="none", iters=1000, batch_size=16, lr=0.04, warmup=50,
+    "shapes": dict(model="shapes", weights="none", iters=1000, batch_size=16, lr=0.02, warmup=50,
                    min_size=[160], max_size=224),
 }
 
@@ -168,8 +170,9 @@ class TrainBatches(Dataset):
     GroupNorms, so it must not depend on how a step is divided.
     """
 
-    def __init__(self, dataset, settings, rank=0, world=1, parts=1):
+    def __init__(self, dataset, settings, rank=0, world=1, parts=1, skip_bad_images=False):
         self.dataset, self.rank, self.world, self.parts = dataset, rank, world, parts
+        self.skip_bad_images = skip_bad_images
         self.seed, self.batch_size = settings["seed"], settings["batch_size"]
         self.min_size, self.max_size = settings["min_size"], settings["max_size"]
         usable = np.flatnonzero(dataset.trainable)
@@ -210,14 +213,22 @@ class TrainBatches(Dataset):
 
     def __getitem__(self, item):
         """-> images uint8 (b, 3, H, W), sizes (b, 2), boxes (sum of G, 4) xyxy pixels, labels (sum
-        of G,), and the list of the b numbers of boxes G."""
+        of G,), the list of the b numbers of boxes G, and a list of errors of images replaced. Or a
+        UserError, returned because raising it would wrap it in a worker's traceback."""
         step, part = divmod(item, self.parts)
         rows, sizes, flips, padded = self.plan(step)
-        images, boxes, labels = [], [], []
+        images, boxes, labels, bad = [], [], [], []
         for slot in range(part * self.world + self.rank, len(rows), self.world * self.parts):
             row, (h, w) = rows[slot], sizes[slot]
-            image = fcos.resize(self.dataset.image(row), (h, w))
             box, label = self.dataset.target(row)
+            try:
+                image = fcos.resize(self.dataset.image(row), (h, w))
+            except UserError as error:
+                if not self.skip_bad_images:
+                    return error
+                bad.append(str(error))
+                image = torch.full((3, h, w), 128, dtype=torch.uint8)
+                box, label = box[:0], label[:0]
             old_h, old_w = self.dataset.hw[row]
             box = box * torch.tensor([w / old_w, h / old_h, w / old_w, h / old_h]).float()
             if flips[slot]:
@@ -227,7 +238,7 @@ class TrainBatches(Dataset):
             boxes.append(box)
             labels.append(label)
         counts = [len(label) for label in labels]
-        return *fcos.pad_batch(images, padded), torch.cat(boxes), torch.cat(labels), counts
+        return *fcos.pad_batch(images, padded), torch.cat(boxes), torch.cat(labels), counts, bad
 
 
 # ---- optimisation ------------------------------------------------------------------------------
@@ -251,20 +262,9 @@ def lr_at(step, lr, iters, warmup):
 # ---- command line ------------------------------------------------------------------------------
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
+    parser, positive = evaluate.ArgumentParser(__doc__), evaluate.positive
+    add, not_negative = parser.add_argument, evaluate.not_negative
     add("recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="of RECIPES (%(default)s)")
     # data
     add("--data", help="folder in COCO's layout (data/coco, or data/shapes for shapes)")
@@ -272,7 +272,7 @@ def parse_args(argv=None):
     add("--train-annotations", metavar="JSON")
     add("--val-images", metavar="DIR")
     add("--val-annotations", metavar="JSON")
-    add("--workers", type=int, help="loader processes for each rank (4 on a GPU, 1 elsewhere)")
+    add("--workers", type=not_negative, help="loaders for each rank (4 on a GPU, 1 elsewhere)")
     # what is trained, instead of the recipe's
     add("--weights", metavar="PATH|none", help="start from a checkpoint, an ImageNet .pkl, or none")
     add("--batch-size", type=positive, help="images a step, over all GPUs and parts")
@@ -280,13 +280,15 @@ def parse_args(argv=None):
     add("--lr", type=float, help="by default in proportion to --batch-size")
     add("--min-size", type=positive, nargs="+", help="choices for the short side, in pixels")
     add("--max-size", type=positive, help="most pixels of the long side")
-    add("--seed", type=int, default=0)
+    add("--clip-norm", type=float, help="clip the norm of the gradient (not clipped)")
+    add("--seed", type=not_negative, default=0)
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
     # how it runs
     add("--out", help="folder of the run (runs/RECIPE)")
     add("--accumulate", type=positive, default=1, help="parts that a step is computed in")
     add("--eval-every", type=positive, help="steps between evaluations (only at the end)")
     add("--checkpoint-every", type=positive, default=2500, help="steps (%(default)s)")
+    add("--skip-bad-images", action="store_true", help="replace images that cannot be read")
     add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--fresh", action="store_true", help="start over, whatever --out holds")
@@ -302,11 +304,11 @@ def resolve(args):
         given = getattr(args, name)
         if given is not None:
             settings[name] = given
-    recipe_batch = RECIPES[args.recipe]["batch_size"]
     if args.lr is None:
-        settings["lr"] *= settings["batch_size"] / recipe_batch
-    if settings["lr"] <= 0:
-        raise UserError(f"--lr {settings['lr']}: must be over 0")
+        settings["lr"] *= settings["batch_size"] / RECIPES[args.recipe]["batch_size"]
+    settings["warmup"] = min(settings["warmup"], settings["iters"] // 10)  # of a short run
+    if not 0 < settings["lr"] < math.inf:
+        raise UserError(f"--lr {settings['lr']}: must be a number over 0")
     own = [args.train_images, args.train_annotations, args.val_images, args.val_annotations]
     if any(own) and not all(own):
         raise UserError(
@@ -319,7 +321,7 @@ def resolve(args):
         own = [train[1], train[0], val[1], val[0]]
     names = ("train_images", "train_annotations", "val_images", "val_annotations")
     settings |= {name: str(path) for name, path in zip(names, own)}
-    settings |= {"seed": args.seed, "precision": args.precision}
+    settings |= {name: getattr(args, name) for name in ("clip_norm", "seed", "precision")}
     return settings
 
 
@@ -360,32 +362,173 @@ def make_model(settings, dataset, say):
     return model
 
 
-def resume(path, settings, model, optimizer):
-    """Fill model and optimizer from a checkpoint of this trainer. -> the steps it had done"""
-    content = fcos.read_checkpoint(path)
-    if not isinstance(content, dict) or "settings" not in content:
-        raise UserError(f"{path}: not a checkpoint of this trainer; --fresh starts over")
+# ---- what a run leaves -------------------------------------------------------------------------
+
+
+class RunFiles:
+    """log.jsonl, last.pt and previous.pt of a run. A full disk costs the write and not the run: it
+    is told on stderr, and what was there before stays."""
+
+    def __init__(self, out, start, iters):
+        self.out, rows = evaluate.make_folder(out), []
+        if start == 0:  # a run that --fresh replaces
+            for name in ("last.pt", "previous.pt", "model.pt", "metrics.json"):
+                (out / name).unlink(missing_ok=True)
+        elif (out / "log.jsonl").exists():  # without the rows that will be written again
+            rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
+            rows = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= start]
+            if start == iters:
+                rows = [row for row in rows if "AP" not in json.loads(row)]
+        with fcos.open_whole(out / "log.jsonl", "w") as file:
+            file.writelines(rows)
+
+    def log(self, step, **values):
+        try:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            tqdm.write(f"{self.out / 'log.jsonl'}: {error.strerror}", file=sys.stderr)
+
+    def checkpoint(self, step, settings, model, optimizer):
+        content = {
+            "settings": settings, "step": step, "made_with": provenance(),
+            "model": fcos.checkpoint(model), "optimizer": optimizer.state_dict(),
+        }
+        try:
+            with fcos.open_whole(self.out / "last.pt", keep=self.out / "previous.pt") as file:
+                torch.save(content, file)
+        except UserError as error:
+            tqdm.write(f"{error}; the older checkpoint stays", file=sys.stderr)
+
+
+def provenance():
+    """What a result was made with: the commit, where there is one, and the versions."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return {"commit": commit, "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+def resume(out, settings, model, optimizer, say):
+    """Fill model and optimizer from last.pt, or from previous.pt where last.pt is damaged.
+    -> the steps done, 0 if there is no checkpoint. UserError for a run of other settings."""
+    content, problems = None, []
+    for path in (out / "last.pt", out / "previous.pt"):
+        if content is None and path.exists():
+            try:
+                content = fcos.read_checkpoint(path)
+            except UserError as error:
+                problems.append(str(error))
+            if content is not None and not (
+                isinstance(content, dict) and isinstance(content.get("settings"), dict)
+            ):
+                problems.append(f"{path}: not a checkpoint of this trainer")
+                content = None
+    if content is None and problems:
+        raise UserError(f"{'; '.join(problems)}; --fresh starts over")
+    for problem in problems:
+        say(f"{problem}; {out / 'previous.pt'} takes its place")
+    if content is None:
+        return 0
     old = content["settings"]
-    changed = [f"{key} {old.get(key)} there, {settings[key]} here"
-               for key in settings if settings[key] != old.get(key)]
+    changed = [
+        f"{key} {old.get(key)} there, {settings[key]} here"
+        for key in settings if settings[key] != old.get(key)
+    ]
     if changed:
         raise UserError(
-            f"{path}: was trained with other settings ({'; '.join(changed)}); repeat them, choose "
+            f"{out}: holds a run of other settings ({'; '.join(changed)}); repeat them, choose "
             "another --out, or start over with --fresh"
         )
     model.load_state_dict(content["model"]["model"])
     optimizer.load_state_dict(content["optimizer"])
+    say(f"{out}: going on after step {content['step']} of {settings['iters']}")
     return content["step"]
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """SIGTERM and SIGINT no longer end the process but fill the list that this yields; the same
+    signal a second time does end it."""
+    received, before = [], {}
+
+    def handle(number, _frame):
+        received.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- training ----------------------------------------------------------------------------------
 
 
+def load_data(settings, rank, world, say):
+    """-> the training and the validation set, after saying what is odd about them."""
+    if settings["train_images"] == "data/shapes/train2017":
+        if rank == 0 and not Path("data/shapes").exists():
+            say("drawing data/shapes")
+            make_shapes("data/shapes")
+        if world > 1:
+            dist.barrier()
+    for path in (settings["train_annotations"], settings["val_annotations"]):
+        if not Path(path).exists():
+            raise UserError(
+                f"{path}: no such file; {evaluate.what_is_there(path)}; the README says how to "
+                "prepare COCO 2017 (cocodataset.org), and python train.py shapes needs no data"
+            )
+    train_set, val_set = (
+        evaluate.CocoDataset(settings[f"{split}_annotations"], settings[f"{split}_images"])
+        for split in ("train", "val")
+    )
+    for dataset in (train_set, val_set):
+        for note in dataset.notes:
+            say(f"{dataset.annotations}: {note}")
+    useless = (~train_set.trainable).sum()
+    if useless == len(train_set):
+        raise UserError(f"{train_set.annotations}: has no image with a box to learn")
+    if useless:
+        say(f"{train_set.annotations}: {useless} of {len(train_set)} images have no boxes to learn "
+            "and are left out")
+    return train_set, val_set
+
+
+def start_worker(_):
+    """A loader worker leaves Ctrl-C to its parent, and ends at SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def fetch(loader, batches, step):
+    """The next part of the loader; if a worker hangs or dies, which images it may have been at."""
+    try:
+        part = next(loader)
+    except RuntimeError as error:
+        paths = [str(batches.dataset.path(row)) for row in batches.plan(step)[0]]
+        raise UserError(f"{error}; it was reading one of {', '.join(paths)}") from None
+    if isinstance(part, UserError):
+        raise part
+    return part
+
+
 def main(args):
+    with stop_signals() as signals:
+        train(args, signals)
+
+
+def train(args, signals):
     # ---- everything that can be wrong, before anything is written
     settings = resolve(args)
     rank, world, device = evaluate.start_process(args.device)
     say = print if rank == 0 else lambda text: None
+    recipe, out = RECIPES[args.recipe], Path(args.out or f"runs/{args.recipe}")
     iters, batch_size, parts = settings["iters"], settings["batch_size"], args.accumulate
     if batch_size < world * parts:
         raise UserError(
@@ -396,72 +539,27 @@ def main(args):
         if isinstance(value, list) and len(value) > 8:
             value = f"{value[0]} to {value[-1]}"
         say(f"{name:18s} {value}")
-    recipe = RECIPES[args.recipe]
     if settings["lr"] != recipe["lr"] and args.lr is None:
         say(f"the learning rate {recipe['lr']} for {recipe['batch_size']} images a step becomes "
             f"{settings['lr']:g} for {batch_size}")
-    if args.recipe == "shapes" and settings["train_images"] == "data/shapes/train2017":
-        if rank == 0 and not Path("data/shapes").exists():
-            say("drawing data/shapes")
-            make_shapes("data/shapes")
-        if world > 1:
-            dist.barrier()
-    train_set, val_set = (
-        evaluate.CocoDataset(settings[f"{split}_annotations"], settings[f"{split}_images"])
-        for split in ("train", "val")
-    )
-    for dataset in (train_set, val_set):
-        for note in dataset.notes:
-            say(f"{dataset.annotations}: {note}")
-    if not train_set.trainable.all():
-        say(f"{train_set.annotations}: {(~train_set.trainable).sum()} of {len(train_set)} images "
-            "have no boxes to learn and are left out")
-    if not train_set.trainable.any():
-        raise UserError(f"{train_set.annotations}: has no image with a box to learn")
+    train_set, val_set = load_data(settings, rank, world, say)
     model = make_model(settings, train_set, say).to(device)
     evaluate.check_classes(model, val_set)
     optimizer = torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
-
-    out = Path(args.out or f"runs/{args.recipe}")
-    start, rows = 0, []
-    if (out / "last.pt").exists() and not args.fresh:
-        start = resume(out / "last.pt", settings, model, optimizer)
-        say(f"{out / 'last.pt'}: going on after step {start} of {iters}")
-        rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
-        rows = [row for row in rows if json.loads(row)["step"] <= start]
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
+    fresh = args.fresh and not restarted
+    start = 0 if fresh else resume(out, settings, model, optimizer, say)
 
     # ---- from here on the run is under way
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        with fcos.open_whole(out / "log.jsonl", "w") as file:
-            file.writelines(rows)
-        log = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115  (open until the end)
-
-    def write_log(step, **row):
-        if rank == 0:
-            log.write(json.dumps({"step": step, **row}) + "\n")
-
-    def write_checkpoint(step):
-        if rank == 0:
-            with fcos.open_whole(out / "last.pt") as file:
-                torch.save({"settings": settings, "step": step, "model": fcos.checkpoint(model),
-                            "optimizer": optimizer.state_dict()}, file)
-
-    def validate(step):
-        results = evaluate.predict(model, val_set, 8 if device.type == "cuda" else 1, workers)
-        if rank == 0:
-            metrics = evaluate.score(results, val_set.annotations)
-            write_log(step, **metrics)
-            fcos.save(model, out / "model.pt")
-            return metrics
-
+    files = RunFiles(out, start, iters) if rank == 0 else None
     workers = args.workers
     if workers is None:
         workers = 4 if device.type == "cuda" else 1
-    batches = TrainBatches(train_set, settings, rank, world, parts)
+    batches = TrainBatches(train_set, settings, rank, world, parts, args.skip_bad_images)
     loader = iter(DataLoader(
         batches, batch_size=None, sampler=range(start * parts, iters * parts), num_workers=workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda", worker_init_fn=start_worker,
+        timeout=600 if workers else 0,
     ))
     if args.compile:
         model.compile()
@@ -472,71 +570,102 @@ def main(args):
         )
     model.train()
 
+    def validate(step):
+        results = evaluate.predict(model, val_set, 8 if device.type == "cuda" else 1, workers)
+        if rank == 0:
+            metrics = evaluate.score(results, val_set.annotations)
+            files.log(step, **metrics)
+            fcos.save(model, out / "model.pt")
+            return metrics
+
     log_every = max(1, min(20, iters // 100))
     diverged = torch.tensor(iters, device=device)  # the first step whose loss was not finite
-    clock, clock_step = time.perf_counter(), start
+    clock, clock_step, skipped = time.perf_counter(), start, torch.zeros(1, device=device)
     bar = tqdm(range(start, iters), args.recipe, iters, initial=start, disable=rank != 0,
                unit="step", dynamic_ncols=True)
     for step in bar:
+        # ---- this rank's images, and what their locations are to learn
         inputs, targets = [], []
         for _ in range(parts):
-            images, sizes, boxes, labels, counts = next(loader)
+            images, sizes, boxes, labels, counts, bad = fetch(loader, batches, step)
             images, sizes, boxes, labels = (
                 tensor.to(device, non_blocking=True) for tensor in (images, sizes, boxes, labels)
             )
-            inputs.append((images, sizes))
             boxes, labels = boxes.split(counts), labels.split(counts)
+            inputs.append((images, sizes))
             targets.append(model.targets(images.shape[2:], boxes, labels))
-        # Targets do not depend on predictions, so the sums that normalise the loss of the whole
-        # step, over all parts and ranks, are known before the first forward pass. That hides them.
-        total = sum(map(fcos.normalizer, targets))
-        reduction = dist.all_reduce(total, async_op=True) if world > 1 else None
-        step_losses = 0
+            skipped += len(bad)
+            for error in bad:
+                tqdm.write(f"{error}; a grey image takes its place", file=sys.stderr)
+
+        # ---- gradients. Targets do not depend on predictions, so the sums that normalise the loss
+        # of the whole step, over all parts and ranks, are known before the first forward pass,
+        # which hides their reduction. With them goes the wish of any rank to stop.
+        stop = torch.full((1,), float(len(signals) > 0), device=device)
+        sums = torch.cat([sum(map(fcos.normalizer, targets)), stop])
+        reduction = dist.all_reduce(sums, async_op=True) if world > 1 else None
+        step_losses = torch.zeros(3, device=device)
         for part in range(parts):
-            last_part = part == parts - 1
-            synced = contextlib.nullcontext() if world == 1 or last_part else network.no_sync()
-            with synced:
+            more = world > 1 and part < parts - 1
+            with network.no_sync() if more else contextlib.nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, settings["precision"] == "bf16"):
                     outputs = network(*inputs[part])
                 if reduction and part == 0:
                     reduction.wait()
-                losses = fcos.fcos_loss(outputs, targets[part], total, **model.loss)
+                losses = fcos.fcos_loss(outputs, targets[part], sums[:2], **model.loss)
                 losses = torch.stack([losses["cls"], losses["box"], losses["ctr"]])
-                (losses.sum() * world).backward()  # DDP averages the gradients; we want their sum
-            step_losses = step_losses + losses.detach()
-        diverged = torch.where(step_losses.sum().isfinite(), diverged, diverged.clamp(max=step))
+                (losses.sum() * world).backward()  # DDP averages what is to be added
+            step_losses += losses.detach()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = step_losses.sum().isfinite() & norm.isfinite()
+        diverged = torch.where(finite, diverged, diverged.clamp(max=step))
 
+        # ---- the step
         rate = lr_at(step, settings["lr"], iters, settings["warmup"])
         for group in optimizer.param_groups:
             group["lr"] = rate * group["rate"]
+        if settings["clip_norm"]:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings["clip_norm"], norm)
         optimizer.step()
         optimizer.zero_grad()
 
+        # ---- now and then: log, checkpoint, evaluate. Reading a number from a GPU waits for all
+        # its work, so nothing is read in between; from a CPU it is free.
         done = step + 1
-        checkpoint_now = done % args.checkpoint_every == 0 or done == iters
-        evaluate_now = done == iters or (args.eval_every and done % args.eval_every == 0)
-        if done % log_every == 0 or checkpoint_now or evaluate_now:  # the only wait for the device
+        evaluating = done == iters or (args.eval_every and done % args.eval_every == 0)
+        saving = done == iters or done % args.checkpoint_every == 0
+        logging = done % log_every == 0 or saving or evaluating
+        stopping = (logging or device.type == "cpu") and sums[2].item() > 0
+        if logging or stopping:
+            numbers = torch.cat([step_losses, skipped])
             if world > 1:
-                dist.all_reduce(step_losses)
+                dist.all_reduce(numbers)
                 dist.all_reduce(diverged, dist.ReduceOp.MIN)
             if diverged.item() < iters:
                 rows = batches.plan(diverged.item())[0]
-                sys.exit(
-                    f"the loss of step {diverged.item() + 1} is not finite; its images have the "
-                    f"ids {train_set.image_ids[rows].tolist()}; {out / 'last.pt'} is from before"
-                    if rank == 0 else 1
+                raise UserError(
+                    f"the loss or its gradient is not finite since step {diverged.item() + 1}, of "
+                    f"the images {train_set.image_ids[rows].tolist()}; cls, box and ctr are now "
+                    f"{numbers[:3].tolist()}; nothing of it is in {out / 'last.pt'}"
                 )
-            cls, box, ctr = step_losses.tolist()
+            cls, box, ctr, grey = numbers.tolist()
             speed = (done - clock_step) * batch_size / (time.perf_counter() - clock)
             clock, clock_step = time.perf_counter(), done
-            write_log(done, loss=cls + box + ctr, cls=cls, box=box, ctr=ctr, lr=rate,
-                      images_per_second=round(speed, 2))
+            if rank == 0:
+                files.log(done, loss=cls + box + ctr, cls=cls, box=box, ctr=ctr, lr=rate,
+                          images_per_second=round(speed, 2), skipped_images=int(grey))
             bar.set_postfix_str(
                 f"cls {cls:.3f} box {box:.3f} ctr {ctr:.3f} lr {rate:.2g} {speed:.1f} img/s"
             )
-        if checkpoint_now:
-            write_checkpoint(done)
-        if evaluate_now and done < iters:
+        if rank == 0 and (saving or stopping):
+            files.checkpoint(done, settings, model, optimizer)
+        if stopping:
+            bar.close()
+            say(f"{' and '.join(signals) or 'a signal elsewhere'}: stopped after step {done} of "
+                f"{iters}; the same command goes on from there")
+            return
+        if evaluating and done < iters:
             metrics = validate(done)
             if rank == 0:
                 bar.write(f"step {done}: AP {metrics['AP']:.3f}", file=sys.stderr)

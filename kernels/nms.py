@@ -1,5 +1,27 @@
+"""Class-aware greedy non-maximum suppression of a whole batch in one CUDA launch.
+
+    keep = batched_nms(boxes, scores, labels, iou_threshold=0.6, max_detections=100)   # (B, 100)
+
+`batched_nms_ref` is the same in plain PyTorch. The file needs nothing but PyTorch, and CuPy for the
+kernel: copy it. `python kernels/nms.py` compares the two, then times them.
+
+The usual kernel sorts the candidates, fills an N x N bit mask and reduces it one image at a time;
+the number of survivors then has to reach the host before the next operator can start. A detector
+wants its best 100, and that needs neither a sort nor a mask: take the best live candidate, suppress
+what it overlaps, 100 times. One block an image, one barrier a round, every step in the same launch.
+Time and traffic are O(N) a round, memory is O(N): N keys of 4 bytes beside the input. The output
+has a fixed shape and nothing goes to the host, so that a CUDA graph can hold it.
+"""
+
+import functools
+import os
+import warnings
+
+import numpy as np
 import torch
 from torch import Tensor
+
+# ---- reference
 
 
 def batched_nms_ref(boxes, scores, labels, iou_threshold, max_detections):
@@ -8,31 +30,252 @@ def batched_nms_ref(boxes, scores, labels, iou_threshold, max_detections):
     keep = torch.full((B, D), -1, dtype=torch.int64, device=boxes.device)
     if N == 0:
         return keep
-    boxes, live = boxes.float(), scores.float()
-    live = torch.where(live.isnan(), -torch.inf, live)  # a copy: suppressed candidates become -inf
-    x1, y1, x2, y2 = boxes.unbind(2)
+    live = scores.float()
+    live = torch.where(live.isnan(), -torch.inf, live)  # a copy; what is done with becomes -inf
+    x1, y1, x2, y2 = boxes.float().unbind(2)
     area = (x2 - x1) * (y2 - y1)
     for d in range(D):
         score, best = live.max(dim=1, keepdim=True)  # the first of equal scores
         found = score > -torch.inf
-        if not live.is_cuda and not found.any():
+        if not live.is_cuda and not found.any():  # on a GPU the look would cost a synchronisation
             break
         keep[:, d : d + 1] = torch.where(found, best, -1)
-        bx1, by1, bx2, by2 = (c.gather(1, best) for c in (x1, y1, x2, y2))
-        width = (torch.minimum(x2, bx2) - torch.maximum(x1, bx1)).clamp_(min=0)
-        height = (torch.minimum(y2, by2) - torch.maximum(y1, by1)).clamp_(min=0)
+        best_x1, best_y1, best_x2, best_y2 = (side.gather(1, best) for side in (x1, y1, x2, y2))
+        width = (torch.minimum(x2, best_x2) - torch.maximum(x1, best_x1)).clamp(min=0)
+        height = (torch.minimum(y2, best_y2) - torch.maximum(y1, best_y1)).clamp(min=0)
         inter = width * height
-        iou = inter / (area + area.gather(1, best) - inter)
+        iou = inter / (area + area.gather(1, best) - inter)  # NaN, which suppresses nothing, if 0/0
         suppressed = (iou > iou_threshold) & (labels == labels.gather(1, best))
         live.masked_fill_(suppressed, -torch.inf).scatter_(1, best, -torch.inf)
     return keep
 
 
-def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_detections: int) -> Tensor:
-    if boxes.ndim != 3 or boxes.shape[2] != 4 or scores.shape != boxes.shape[:2] or labels.shape != boxes.shape[:2]:
-        raise ValueError(f"boxes must be (B, N, 4), scores and labels (B, N), got {tuple(boxes.shape)}, {tuple(scores.shape)}, {tuple(labels.shape)}")
+# ---- kernel
+
+CUDA_SOURCE = r"""
+// Unsigned numbers in the order of the scores, all above 0; 0 for padding (-inf, NaN).
+__device__ unsigned order(float score)
+{
+    if (!(score > __uint_as_float(0xff800000u))) return 0;
+    const unsigned bits = __float_as_uint(score + 0.0f);  // + 0 makes one zero of -0 and 0
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ float area(float4 box) { return (box.z - box.x) * (box.w - box.y); }
+
+__device__ float box_iou(float4 a, float4 b)
+{
+    const float width = fmaxf(fminf(a.z, b.z) - fmaxf(a.x, b.x), 0.0f);
+    const float height = fmaxf(fminf(a.w, b.w) - fmaxf(a.y, b.y), 0.0f);
+    const float inter = width * height;
+    return inter / (area(a) + area(b) - inter);
+}
+
+__device__ unsigned long long warp_max(unsigned long long x)
+{
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        const unsigned long long other = __shfl_xor_sync(0xffffffffu, x, lanes);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+// One block an image; a thread owns candidates threadIdx.x, threadIdx.x + blockDim.x, ...
+extern "C" __global__ void nms(
+    const float4* boxes,      // (B, n) x1, y1, x2, y2
+    const float* scores,      // (B, n)
+    const long long* labels,  // (B, n)
+    unsigned* keys,           // (B, n) scratch: order(score) while a candidate lives, then 0
+    long long* keep,          // (B, max_detections) out
+    int n, int max_detections, float iou_threshold)
+{
+    __shared__ unsigned long long warp_best[2][32];
+    boxes += (long long)blockIdx.x * n;
+    scores += (long long)blockIdx.x * n;
+    labels += (long long)blockIdx.x * n;
+    keys += (long long)blockIdx.x * n;
+    keep += (long long)blockIdx.x * max_detections;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) keys[i] = order(scores[i]);
+
+    const int warps = blockDim.x / 32;
+    int kept = -1, round = 0;
+    float4 box = {0.0f, 0.0f, 0.0f, 0.0f};  // nothing overlaps this one
+    long long label = 0;
+    for (; round < max_detections; ++round) {
+        // One sweep suppresses for the last round's winner and looks for this round's.
+        unsigned long long best = 0;
+        for (int i = threadIdx.x; i < n; i += blockDim.x) {
+            const unsigned key = keys[i];
+            const bool rival = labels[i] == label;  // read beside the key, not after it
+            if (key == 0) continue;
+            if (i == kept || (rival && box_iou(boxes[i], box) > iou_threshold)) {
+                keys[i] = 0;
+                continue;
+            }
+            // Score above, complement of the index below: of equal scores the first wins.
+            const unsigned long long candidate = (unsigned long long)key << 32 | ~(unsigned)i;
+            best = candidate > best ? candidate : best;
+        }
+        // Alternate rows of shared memory: a warp that is a round ahead writes where nobody reads,
+        // so that one barrier a round is enough.
+        unsigned long long* row = warp_best[round % 2];
+        best = warp_max(best);
+        if (threadIdx.x % 32 == 0) row[threadIdx.x / 32] = best;
+        __syncthreads();
+        best = warp_max(threadIdx.x % 32 < warps ? row[threadIdx.x % 32] : 0);
+        if (best == 0) break;  // every thread has the same best
+        kept = (int)~(unsigned)best;
+        box = boxes[kept];
+        label = labels[kept];
+        if (threadIdx.x == 0) keep[round] = kept;
+    }
+    for (int i = round + threadIdx.x; i < max_detections; i += blockDim.x) keep[i] = -1;
+}
+"""
+KERNELS, OPTIONS = ("nms",), ("--fmad=false",)  # no fused rounding: bit for bit PyTorch
+
+
+# ---- launcher: the same lines in every kernel file, because a file is copied whole
+
+
+@functools.cache
+def _load(device):
+    """The kernels compiled for GPU number `device`, or the exception that says why not."""
+    try:
+        import cupy  # only here: importing this file needs neither CuPy nor a GPU
+
+        kernels = {name: cupy.RawKernel(CUDA_SOURCE, name, OPTIONS) for name in KERNELS}
+        with torch.cuda.device(device):
+            for kernel in kernels.values():
+                kernel.compile()
+        return kernels
+    except Exception as error:
+        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=4)
+        return error
+
+
+def _use_kernel(like):
+    """Whether the kernel serves this tensor. FCOS_KERNELS=cupy or torch forces the answer."""
+    choice = os.environ.get("FCOS_KERNELS", "")
+    if choice not in ("", "cupy", "torch"):
+        raise ValueError(f"FCOS_KERNELS is {choice!r}; choose cupy or torch, or unset it")
+    if choice == "torch" or not like.is_cuda:
+        return False
+    kernels = _load(like.device.index)
+    if choice == "cupy" and isinstance(kernels, Exception):
+        raise ImportError(
+            f"FCOS_KERNELS=cupy, but the kernel cannot run: {kernels!r}. "
+            "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
+        ) from kernels
+    return not isinstance(kernels, Exception)
+
+
+def _launch(name, grid, threads, *args):
+    """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
+    must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
+    import cupy
+
+    device = args[0].device
+    values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream()
+        if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14
+            stream = cupy.cuda.Stream.from_external(stream)
+        else:
+            stream = cupy.cuda.ExternalStream(stream.cuda_stream, device.index)
+        with stream:
+            _load(device.index)[name](grid, (threads,), values)
+
+
+# ---- operator
+
+
+def _aligned(tensor):
+    """Contiguous and on a 16-byte boundary, as 16-byte loads need; nearly always the tensor."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _nms_kernel(boxes, scores, labels, iou_threshold, max_detections):
+    B, N = scores.shape
+    keys = torch.empty((B, N), dtype=torch.int32, device=boxes.device)
+    keep = torch.empty((B, max_detections), dtype=torch.int64, device=boxes.device)
+    _launch(
+        "nms", (B,), min(1024, max(32, -(-N // 32) * 32)),
+        _aligned(boxes), scores.contiguous(), labels.contiguous(), keys, keep,
+        np.int32(N), np.int32(max_detections), np.float32(iou_threshold),
+    )  # fmt: skip
+    return keep
+
+
+@torch.no_grad()
+def batched_nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_detections: int
+) -> Tensor:
+    """Greedy NMS inside each class of each image, stopped at the best max_detections of an image.
+
+    boxes: (B, N, 4) x1, y1, x2, y2; scores: (B, N); labels: (B, N) integers, any number of classes.
+    The arithmetic is fp32. A candidate goes when its IoU with a better kept one of its label is
+    strictly above iou_threshold; no class offsets are added to the boxes, which would cost their
+    precision. Scores of -inf and NaN are padding: never kept, never suppressing. Of equal scores
+    the lower index is the better. Boxes without area overlap nothing.
+
+    Returns (B, max_detections) int64: indices by falling score, then -1. Differentiable in nothing.
+
+    Raises ValueError for another shape or device, a threshold outside [0, 1], or max_detections
+    below 1.
+    """
+    shape = scores.shape
+    if len(shape) != 2 or boxes.shape != (*shape, 4) or labels.shape != shape:
+        raise ValueError(
+            f"boxes is {tuple(boxes.shape)}, scores {tuple(shape)}, labels {tuple(labels.shape)}; "
+            "they must be (B, N, 4), (B, N) and (B, N): [None] adds a batch of one"
+        )
+    if not boxes.device == scores.device == labels.device:
+        raise ValueError(f"boxes is on {boxes.device}; move scores and labels there as well")
     if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"iou_threshold is {iou_threshold}; give a number from 0 to 1")
+        raise ValueError(f"iou_threshold is {iou_threshold}; it must lie in [0, 1]")
     if max_detections < 1:
-        raise ValueError(f"max_detections is {max_detections}; give 1 or more")
-    return batched_nms_ref(boxes, scores, labels, iou_threshold, max_detections)
+        raise ValueError(f"max_detections is {max_detections}; it must be 1 or more")
+    boxes, scores, labels = boxes.float(), scores.float(), labels.long()
+    run = _nms_kernel if len(boxes) and _use_kernel(boxes) else batched_nms_ref
+    return run(boxes, scores, labels, iou_threshold, max_detections)
+
+
+# ---- compare, then time
+
+if __name__ == "__main__":
+    import torchvision
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU no fallback may pass for the kernel
+
+    def candidates(images, n, classes):
+        # Whole pixels, which stay exact under the class offsets that torchvision adds.
+        corner, size = (torch.randint(high, (images, n, 2)).float() for high in (800, 200))
+        scores = torch.stack([torch.randperm(n) for _ in range(images)]) / max(n, 1)  # no ties
+        labels = torch.randint(classes, (images, n), device=device)
+        boxes = torch.cat((corner, corner + size), dim=2).to(device)
+        return boxes, scores.to(device), labels, 0.5, 100
+
+    def image_by_image(boxes, scores, labels, threshold, limit):
+        images = zip(boxes, scores, labels, strict=True)
+        return [torchvision.ops.batched_nms(*image, threshold)[:limit] for image in images]
+
+    for n, classes in (0, 1), (1, 1), (100, 1), (1000, 3), (1000, 1203), (5000, 80):
+        args = candidates(2, n, classes)
+        for mine, expected in zip(batched_nms(*args), image_by_image(*args), strict=True):
+            assert torch.equal(mine[mine >= 0], expected), f"{n} candidates, {classes} classes"
+    if device == "cpu":
+        raise SystemExit("OK for the reference. No GPU here: the kernel did not run.")
+    print("OK")
+    from torch.utils.benchmark import Timer
+
+    def milliseconds(f, *args):
+        return 1e3 * Timer("f(*args)", globals={"f": f, "args": args}).timeit(20).mean
+
+    for images, n in (1, 100), (1, 5000), (16, 5000), (16, 75_000):
+        args = candidates(images, n, 80)
+        for name, function in ("kernel", batched_nms), ("torchvision", image_by_image):
+            ms = milliseconds(function, *args)
+            print(f"{images} images x {n} candidates x 80 classes, {name}: {ms:.3f} ms")

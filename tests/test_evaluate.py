@@ -1,0 +1,880 @@
+"""evaluate.py: the data set, prediction, scoring, drawing and the command line."""
+
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import fcos
+from fcos import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+TINY = SHARED / "data" / "coco2017_tiny"
+needs_shared = pytest.mark.skipif(not TINY.is_dir(), reason="no ../shared beside this checkout")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The networks here are too small for more; and processes under torchrun have one as well."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+CATEGORIES = [dict(id=7, name="seven"), dict(id=3, name="three"), dict(id=90, name="ninety")]
+
+
+def write_coco(root, images, annotations, categories=CATEGORIES, **extra):
+    """A COCO instances JSON and its folder of images, which are made where they are missing.
+    images: {id: (width, height)} -> (annotation file, image folder)"""
+    folder = root / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for id, (w, h) in images.items():
+        rows.append(dict(id=id, file_name=f"{id}.png", width=w, height=h))
+        if not (folder / f"{id}.png").exists():
+            noise = np.random.default_rng(id).integers(0, 256, (h, w, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / f"{id}.png")
+    content = dict(images=rows, annotations=annotations, categories=categories, **extra)
+    path = root / "instances.json"
+    path.write_text(json.dumps(content))
+    return path, folder
+
+
+def box(id, image_id, bbox, category_id=3, **extra):
+    area = bbox[2] * bbox[3] if len(bbox) == 4 else 0
+    return dict(id=id, image_id=image_id, category_id=category_id, bbox=bbox,
+                area=area, iscrowd=0) | extra  # fmt: skip
+
+
+def edit(path, **changes):
+    """Replace lists of a JSON file by functions of them, or set them."""
+    content = json.loads(path.read_text())
+    for name, change in changes.items():
+        content[name] = change(content[name]) if callable(change) else change
+    path.write_text(json.dumps(content))
+
+
+# ---- data set ----------------------------------------------------------------------------------
+
+
+def test_dataset_is_flat_arrays_in_the_order_of_ids(tmp_path):
+    dataset = evaluate.CocoDataset(*write_coco(tmp_path, {9: (60, 40), 2: (30, 50), 5: (20, 20)}, [
+        box(11, 9, [1.5, 2, 10, 20], 90),
+        box(0, 2, [0, 0, 5, 6], 3),
+        box(12, 9, [3, 4, 5, 6.25], 7),
+        box(13, 9, [0, 0, 60, 40], 7, iscrowd=1),
+    ]))  # fmt: skip
+    assert dataset.image_ids.tolist() == [2, 5, 9]
+    assert dataset.hw.tolist() == [[50, 30], [20, 20], [40, 60]]
+    assert (dataset.classes, dataset.category_ids) == (["three", "seven", "ninety"], [3, 7, 90])
+    assert dataset.offsets.tolist() == [0, 1, 1, 3]
+    assert dataset.boxes.dtype == np.float32
+    assert dataset.boxes.tolist() == [[0, 0, 5, 6], [1.5, 2, 11.5, 22], [3, 4, 8, 10.25]]
+    assert dataset.labels.tolist() == [0, 2, 1]
+    assert dataset.trainable.tolist() == [True, False, True]
+    assert dataset.notes == []
+    boxes, labels = dataset.target(1)
+    assert boxes.shape == (0, 4) and boxes.dtype == torch.float32
+    assert labels.shape == (0,) and labels.dtype == torch.int64
+    assert dataset.target(2)[0].tolist() == [[1.5, 2, 11.5, 22], [3, 4, 8, 10.25]]
+    assert len(dataset) == 3 and dataset.path(2) == tmp_path / "images" / "9.png"
+    assert dataset.image(2).shape == (3, 40, 60)
+
+
+def test_boxes_without_area_or_image_are_left_out_and_others_clipped_all_counted(tmp_path, recwarn):
+    dataset = evaluate.CocoDataset(*write_coco(tmp_path, {1: (100, 50), 2: (40, 40)}, [
+        box(1, 1, [90, 40, 30, 30]),            # reaches beyond: clipped
+        box(2, 1, [-5, -5, 20, 20]),            # starts outside: clipped
+        box(3, 1, [99.7, 10, 0.8, 5]),          # by less than a pixel: rounding, not told
+        box(4, 1, [200, 10, 5, 5]),             # outside
+        box(5, 1, [10, 10, 0, 5]),              # empty
+        box(6, 1, [10, 10, 5, -5]),             # negative
+        box(7, 1, [math.nan, 10, 5, 5]),
+        box(8, 1, [10, 10, math.inf, 5]),
+        box(9, 77, [10, 10, 5, 5]),             # of no image
+        box(10, 2, [10, 10, 1, 1]),             # fine, but too small for the official filter
+    ]))  # fmt: skip
+    expected = [[90, 40, 100, 50], [0, 0, 15, 15], [99.7, 10, 100, 15], [10, 10, 11, 11]]
+    np.testing.assert_allclose(dataset.boxes, expected, rtol=1e-6)
+    assert dataset.offsets.tolist() == [0, 3, 4]
+    assert dataset.trainable.tolist() == [True, False]
+    notes = [" ".join(note.split()[:5]) for note in dataset.notes]
+    assert notes == ["1 of 10 boxes belong", "5 of 10 boxes have", "2 of 10 boxes reach"]
+    assert not recwarn.list
+
+
+def test_crowds_are_no_targets_but_keep_their_image_as_in_the_official_filter(tmp_path):
+    dataset = evaluate.CocoDataset(*write_coco(tmp_path, {1: (20, 20), 2: (20, 20)}, [
+        box(1, 1, [2, 2, 9, 9], iscrowd=1), box(2, 2, [2, 2, 9, 1]),
+    ]))  # fmt: skip
+    assert len(dataset.boxes) == 1 and dataset.target(0)[0].shape == (0, 4)
+    assert dataset.trainable.tolist() == [True, False]
+
+
+def test_a_data_set_without_any_annotation_is_ordinary(tmp_path):
+    dataset = evaluate.CocoDataset(*write_coco(tmp_path, {1: (20, 20)}, []))
+    assert len(dataset) == 1 and dataset.target(0)[0].shape == (0, 4)
+    assert dataset.trainable.tolist() == [False] and dataset.notes == []
+
+
+def test_annotations_without_iscrowd_or_area_are_ordinary(tmp_path):
+    row = dict(id=1, image_id=1, category_id=3, bbox=[1, 2, 3, 4])
+    dataset = evaluate.CocoDataset(*write_coco(tmp_path, {1: (20, 20)}, [row]))
+    assert dataset.boxes.tolist() == [[1, 2, 4, 6]]
+
+
+@pytest.mark.parametrize("missing", [("width", "height"), ("height",)])
+def test_sizes_missing_from_the_json_are_read_from_the_files(tmp_path, missing):
+    path, folder = write_coco(tmp_path, {1: (30, 20), 2: (25, 20)}, [box(1, 1, [1, 1, 5, 5])])
+    edit(path, images=lambda rows: [
+        {key: value for key, value in row.items() if key not in missing or row["id"] == 2}
+        for row in rows
+    ])  # fmt: skip
+    assert evaluate.CocoDataset(path, folder).hw.tolist() == [[20, 30], [20, 25]]
+
+
+def test_images_in_subfolders_and_unicode_names_are_found(tmp_path):
+    path, folder = write_coco(tmp_path, {1: (8, 6), 2: (8, 6)}, [])
+    (folder / "a").mkdir()
+    (folder / "1.png").rename(folder / "a" / "größe 1.png")
+    edit(path, images=lambda rows: [rows[0] | dict(file_name="a/größe 1.png"), rows[1]])
+    assert evaluate.CocoDataset(path, folder).image(0).shape == (3, 6, 8)
+
+
+BAD_ROWS = {
+    "no category": (dict(category_id=5), ("category 5", "[3, 7, 90]")),
+    "short bbox": (dict(bbox=[1, 2, 3]), ("bbox",)),
+    "bbox of words": (dict(bbox=["a", 2, 3, 4]), ("bbox",)),
+    "no bbox": (dict(bbox=None), ("bbox",)),
+}
+
+
+@pytest.mark.parametrize("change, names", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_annotation_is_one_error_that_names_it(tmp_path, change, names):
+    good = [box(k, 1, [1, 1, 5, 5]) for k in range(3)]
+    path, folder = write_coco(tmp_path, {1: (20, 20)}, good)
+    edit(path, annotations=lambda rows: [*rows, rows[0] | change])
+    with pytest.raises(UserError) as error:
+        evaluate.CocoDataset(path, folder)
+    assert "\n" not in str(error.value)
+    for name in (str(path), *names):
+        assert name in str(error.value)
+
+
+BAD_FILES = {
+    "not JSON": (b"{", ("cannot be read as JSON",)),
+    "not text": (b"\xff\xfe\x00\x80", ("cannot be read as JSON",)),
+    "a list": (b"[]", ("not COCO instances", "'images'")),
+    "captions": (b'{"images": [], "annotations": []}', ("not COCO instances", "'categories'")),
+    "no images": (b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
+                  ("no images",)),
+    "no categories": (b'{"images": [{"id": 1}], "annotations": [], "categories": []}',
+                      ("no categories",)),
+    "rows of numbers": (b'{"images": [1], "annotations": [], "categories": [2]}',
+                        ("not COCO instances",)),
+    "no image_id": (b'{"images": [{"id": 1, "file_name": "1.png", "height": 5, "width": 5}], '
+                    b'"annotations": [{"id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}], '
+                    b'"categories": [{"id": 1, "name": "a"}]}', ("image_id",)),
+    "no size in a broken file": (b'{"images": [{"id": 1, "file_name": "bad.png"}], "annotations": '
+                                 b'[], "categories": [{"id": 1, "name": "a"}]}', ("bad.png",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content, names", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_file_that_is_not_coco_is_one_error_that_names_it(tmp_path, content, names):
+    path, folder = write_coco(tmp_path, {1: (20, 20)}, [])
+    (folder / "bad.png").write_bytes(b"not an image")
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        evaluate.CocoDataset(path, folder)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value) or "bad.png" in names
+    for name in names:
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("part, id", [("images", 1), ("categories", 7)])
+def test_ids_given_twice_are_an_error(tmp_path, part, id):
+    path, folder = write_coco(tmp_path, {1: (20, 20)}, [])
+    edit(path, **{part: lambda rows: rows + rows[:1]})
+    with pytest.raises(UserError, match=f"id {id} twice.*{part}"):
+        evaluate.CocoDataset(path, folder)
+
+
+@pytest.mark.parametrize("height", [0, -5, None, "tall"])
+def test_an_image_of_impossible_size_is_an_error_that_names_it(tmp_path, height):
+    path, folder = write_coco(tmp_path, {1: (20, 20)}, [])
+    edit(path, images=lambda rows: [rows[0] | dict(height=height)])
+    with pytest.raises(UserError, match=r"1\.png"):
+        evaluate.CocoDataset(path, folder)
+
+
+def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
+    path, folder = write_coco(tmp_path, {1: (20, 20), 4: (20, 20), 5: (20, 20)}, [])
+    (folder / "4.png").unlink()
+    (folder / "5.png").unlink()
+    with pytest.raises(UserError, match=r"lacks 2 of 3 images .*4\.png"):
+        evaluate.CocoDataset(path, folder)
+
+
+def test_missing_paths_name_what_is_there(tmp_path):
+    path, folder = write_coco(tmp_path, {1: (20, 20)}, [])
+    with pytest.raises(UserError, match=r"nothing\.json: no such file; .* holds .*instances\.json"):
+        evaluate.CocoDataset(tmp_path / "nothing.json", folder)
+    with pytest.raises(UserError, match=r"nowhere: no such image folder; .* holds images"):
+        evaluate.CocoDataset(path, tmp_path / "nowhere")
+
+
+# ---- EXIF orientation --------------------------------------------------------------------------
+
+
+def rotated_png(path, w, h, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((h, w, 3), np.uint8)
+    pixels[0, 0] = 255  # the corner that shows what was turned
+    Image.fromarray(pixels).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("declared, corner", [((30, 20), (0, 0)), ((20, 30), (0, 19))])
+def test_exif_turns_an_image_only_if_the_json_says_so(tmp_path, declared, corner):
+    path, folder = write_coco(tmp_path, {1: declared}, [])
+    rotated_png(folder / "1.png", 30, 20, 6)
+    dataset = evaluate.CocoDataset(path, folder)
+    image = dataset.image(0)
+    assert image.shape[1:] == declared[::-1]
+    assert image[(slice(None), *corner)].tolist() == [255, 255, 255]
+
+
+def test_exif_of_a_size_that_fits_neither_way_is_an_error(tmp_path):
+    path, folder = write_coco(tmp_path, {1: (40, 20)}, [])
+    rotated_png(folder / "1.png", 30, 20, 6)
+    with pytest.raises(UserError, match=r"1\.png: is 30x20 pixels, .* 40x20"):
+        evaluate.CocoDataset(path, folder).image(0)
+
+
+# ---- the official data set ---------------------------------------------------------------------
+
+
+@functools.cache
+def official():
+    return json.loads((SHARED / "golden" / "transforms.json").read_text())
+
+
+@functools.cache
+def tiny(split):
+    return evaluate.CocoDataset(*evaluate.coco_paths(TINY, f"{split}2017"))
+
+
+@needs_shared
+def test_boxes_and_sizes_are_those_of_the_official_data_set():
+    for sample in official()["dataset_samples"]:
+        dataset = tiny(sample["split"])
+        i = dataset.image_ids.tolist().index(sample["image_id"])
+        (old_h, old_w), (h, w) = dataset.hw[i].tolist(), sample["resized_hw"]
+        assert fcos.resized_hw(old_h, old_w, 800, 1333) == (h, w)
+        boxes, labels = dataset.target(i)
+        assert (labels + 1).tolist() == sample["labels"]  # the official background is class 0
+        ours = boxes.double() / torch.tensor([old_w, old_h, old_w, old_h])
+        if sample["hflip"]:
+            ours = torch.stack([1 - ours[:, 2], ours[:, 1], 1 - ours[:, 0], ours[:, 3]], 1)
+        # Theirs are inclusive in original pixels, then scaled: a pixel less at the far side. Their
+        # flip mirrors the resized image with a pixel of that, so it is a fraction of a pixel off.
+        pixel_w, pixel_h = w / old_w, h / old_h
+        theirs = torch.tensor(sample["boxes_xyxy"], dtype=torch.float64)
+        if sample["hflip"]:
+            theirs = theirs + torch.tensor([1 - pixel_w, 0, 1, pixel_h])
+        else:
+            theirs = theirs + torch.tensor([0, 0, pixel_w, pixel_h])
+        difference = (ours * torch.tensor([w, h, w, h]) - theirs).abs()
+        assert difference.max() < 1e-3, (sample["image_id"], sample["hflip"])
+
+
+@needs_shared
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_training_filter_is_the_official_one(split):
+    golden, dataset = official()["dataset_filter"][split], tiny(split)
+    assert dataset.image_ids.tolist() == golden["all_ids"]
+    assert dataset.image_ids[dataset.trainable].tolist() == golden["ids_with_valid_annotations"]
+
+
+@needs_shared
+def test_the_category_mapping_is_the_official_one():
+    ours = {str(id): label + 1 for label, id in enumerate(tiny("val").category_ids)}
+    assert ours == official()["json_category_id_to_contiguous_id"]
+
+
+# ---- scoring -----------------------------------------------------------------------------------
+
+
+def pycocotools_says(results, annotations):
+    """The twelve numbers of pycocotools, run as its own demo does."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        coco = COCOeval(truth, truth.loadRes(json.loads(json.dumps(results))), "bbox")
+        coco.evaluate()
+        coco.accumulate()
+        coco.summarize()
+    return coco.stats
+
+
+def noisy_results(coco, seed=0):
+    """Results in which the boxes of an annotation file are found, moved, missed, mistaken, found
+    twice and made up."""
+    rng = np.random.default_rng(seed)
+    images, ids = coco["images"], [category["id"] for category in coco["categories"]]
+    results = []
+    for a in coco["annotations"]:
+        for _ in range(rng.integers(0, 4)):
+            bbox = np.array(a["bbox"]) * rng.uniform(0.8, 1.2, 4) + rng.uniform(-2, 2, 4)
+            category = a["category_id"] if rng.random() < 0.9 else int(rng.choice(ids))
+            results.append(dict(image_id=a["image_id"], category_id=category,
+                                bbox=bbox.clip(0.1).tolist(), score=rng.random()))  # fmt: skip
+    for _ in range(len(images)):
+        results.append(dict(image_id=images[rng.integers(len(images))]["id"],
+                            category_id=int(rng.choice(ids)), score=rng.random(),
+                            bbox=rng.uniform(1, 80, 4).tolist()))  # fmt: skip
+    return results
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    """Annotations of thirty images, small and large objects and crowds; ids from 1."""
+    rng, annotations = np.random.default_rng(0), []
+    for image_id in range(10, 40):
+        for _ in range(rng.integers(0, 8)):
+            size = rng.choice([12, 60, 200])
+            bbox = [*rng.uniform(0, 300, 2), *rng.uniform(size / 2, size * 1.5, 2)]
+            annotations.append(box(len(annotations) + 1, image_id, bbox, int(rng.choice([3, 7])),
+                                   iscrowd=int(rng.random() < 0.1)))  # fmt: skip
+    content = dict(images=[dict(id=id, file_name=f"{id}.png", width=640, height=480)
+                           for id in range(10, 40)],
+                   annotations=annotations, categories=CATEGORIES)  # fmt: skip
+    path = tmp_path_factory.mktemp("synthetic") / "instances.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_score_is_pycocotools_on_synthetic_results(synthetic):
+    results = noisy_results(json.loads(synthetic.read_text()))
+    metrics = evaluate.score(results, synthetic)
+    assert list(metrics) == list(evaluate.METRICS)
+    np.testing.assert_array_equal(list(metrics.values()), pycocotools_says(results, synthetic))
+    assert 0.02 < metrics["AP"] < 0.9 and min(metrics.values()) > 0
+
+
+@needs_shared
+def test_score_is_pycocotools_on_real_annotations():
+    path, _ = evaluate.coco_paths(TINY, "val2017")
+    results = noisy_results(json.loads(path.read_text()), seed=1)
+    metrics = evaluate.score(results, path)
+    np.testing.assert_array_equal(list(metrics.values()), pycocotools_says(results, path))
+
+
+def perfect(annotations):
+    return [dict(image_id=a["image_id"], category_id=a["category_id"], bbox=a["bbox"], score=0.9)
+            for a in annotations if not a.get("iscrowd")]  # fmt: skip
+
+
+def test_annotation_id_0_and_ids_given_twice_lose_no_match(tmp_path):
+    annotations = [box(0, 1, [5, 5, 40, 40]), box(0, 2, [5, 5, 40, 40], 7)]
+    path, _ = write_coco(tmp_path, {1: (80, 80), 2: (80, 80)}, annotations)
+    assert evaluate.score(perfect(annotations), path)["AP"] == pytest.approx(1)
+
+
+def test_missing_area_and_iscrowd_are_made_up_for(tmp_path, synthetic):
+    results = noisy_results(json.loads(synthetic.read_text()))
+    path = tmp_path / "bare.json"
+    path.write_text(synthetic.read_text())
+    edit(path, annotations=lambda rows: [
+        {key: value for key, value in row.items()
+         if key != "area" and (key != "iscrowd" or row["iscrowd"])}
+        for row in rows
+    ])  # fmt: skip
+    assert evaluate.score(results, path) == evaluate.score(results, synthetic)
+
+
+def test_annotations_that_cannot_be_scored_are_an_error_that_names_them(tmp_path):
+    path, _ = write_coco(tmp_path, {1: (20, 20)}, [box(1, 1, [1, 1, 5, 5])])
+    edit(path, annotations=lambda rows: [{k: v for k, v in rows[0].items() if k != "bbox"}])
+    with pytest.raises(UserError, match="instances.json.*bbox"):
+        evaluate.score([], path)
+
+
+def test_no_results_score_0_and_no_annotations_score_minus_1(tmp_path, synthetic):
+    assert set(evaluate.score([], synthetic).values()) == {0}
+    path, _ = write_coco(tmp_path, {1: (20, 20)}, [])
+    result = dict(image_id=1, category_id=3, bbox=[1, 1, 5, 5], score=0.5)
+    assert set(evaluate.score([], path).values()) == {-1}
+    assert set(evaluate.score([result], path).values()) == {-1}
+
+
+def test_the_mean_over_classes_is_the_ap(synthetic):
+    results = noisy_results(json.loads(synthetic.read_text()))
+    metrics = evaluate.score(results, synthetic, per_class=True)
+    of_class = {name: value for name, value in metrics.items() if name.startswith("AP/")}
+    assert list(of_class) == ["AP/three", "AP/seven", "AP/ninety"]
+    assert of_class["AP/ninety"] == -1  # there is none to find
+    present = [value for value in of_class.values() if value >= 0]
+    assert np.mean(present) == pytest.approx(metrics["AP"], abs=1e-12)
+    lines = evaluate.table(metrics).splitlines()
+    assert len(lines) == 12 + 3 and "-" in lines[-1]
+
+
+def test_scoring_changes_neither_the_results_nor_the_file(synthetic):
+    before = synthetic.read_bytes()
+    results = perfect(json.loads(before)["annotations"])
+    copy = json.loads(json.dumps(results))
+    evaluate.score(results, synthetic)
+    assert results == copy and synthetic.read_bytes() == before
+
+
+GOOD_RESULT = dict(image_id=10, category_id=3, bbox=[1, 2, 3, 4], score=0.5)
+BAD_RESULTS = {
+    "unknown image": ([GOOD_RESULT, GOOD_RESULT | dict(image_id=999)], "image_id 999"),
+    "unknown category": ([GOOD_RESULT | dict(category_id=5)], "category_id 5"),
+    "no score": ([{k: v for k, v in GOOD_RESULT.items() if k != "score"}], "score"),
+    "bbox of three": ([GOOD_RESULT | dict(bbox=[1, 2, 3])], "bbox"),
+    "bbox of none": ([GOOD_RESULT | dict(bbox=None)], "bbox"),
+    "bbox of words": ([GOOD_RESULT | dict(bbox=["1", "2", "3", "4"])], "bbox"),
+    "score of words": ([GOOD_RESULT | dict(score="high")], "score"),
+    "rows of numbers": ([1, 2], "row 0"),
+    "bbox of NaN": ([GOOD_RESULT | dict(bbox=[1, 2, math.nan, 4])], "bbox"),  # matches anything
+    "score of NaN": ([GOOD_RESULT | dict(score=math.nan)], "score"),
+    "image_id a list": ([GOOD_RESULT | dict(image_id=[10])], "image_id"),
+    "annotations": ({"annotations": []}, "list"),
+}
+
+
+@pytest.mark.parametrize("results, name", BAD_RESULTS.values(), ids=BAD_RESULTS)
+def test_results_that_do_not_fit_the_annotations_are_one_error(synthetic, results, name):
+    with pytest.raises(UserError, match=name) as error:
+        evaluate.score(results, synthetic)
+    assert "\n" not in str(error.value)
+
+
+# ---- prediction --------------------------------------------------------------------------------
+
+
+class PixelModel(torch.nn.Module):
+    """Stands for FCOS: finds boxes that tell which pixels and sizes it was shown."""
+
+    test_size = (64, 96)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.calls = []
+
+    def forward(self, images, sizes):
+        assert not self.training and images.dtype == torch.uint8
+        self.calls.append(tuple(images.shape))
+        return images
+
+    def detect(self, images, sizes):
+        found = []
+        for image, (h, w) in zip(images, sizes.tolist()):
+            assert image[:, h:].sum() == 0 and image[:, :, w:].sum() == 0
+            mean = image[:, :h, :w].double().mean().item()
+            found.append(detections(([w / 4, h / 4, w, h], mean / 256, 1)))
+        return found
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Seven images of four sizes."""
+    sizes = [(64, 64), (90, 60), (60, 90), (64, 64), (90, 60), (33, 21), (90, 60)]
+    root = tmp_path_factory.mktemp("mixed")
+    annotations = [box(k, k, [5, 5, 20, 10]) for k in range(7)]
+    return write_coco(root, dict(enumerate(sizes)), annotations)
+
+
+@pytest.mark.parametrize("batch_size, workers", [(1, 0), (4, 0), (4, 2)])
+def test_every_image_is_predicted_once_in_its_own_pixels(mixed, batch_size, workers):
+    dataset, model = evaluate.CocoDataset(*mixed), PixelModel().train()
+    results = evaluate.predict(model, dataset, batch_size, workers)
+    assert model.training  # as it was
+    assert [result["image_id"] for result in results] == list(range(7))
+    assert {result["category_id"] for result in results} == {7}  # label 1
+    for result, (h, w) in zip(results, dataset.hw.tolist()):
+        assert result["bbox"] == pytest.approx([w / 4, h / 4, w * 3 / 4, h * 3 / 4], rel=1e-6)
+    assert results == evaluate.predict(PixelModel(), dataset, 1, 0)
+    assert all(shape[0] <= batch_size for shape in model.calls)
+    json.dumps(results)  # plain Python values only
+
+
+def test_prediction_takes_sizes_from_the_model_unless_given(mixed):
+    dataset, model = evaluate.CocoDataset(*mixed), PixelModel()
+    evaluate.predict(model, dataset, 8, 0, min_size=32, max_size=40)
+    assert {shape[2:] for shape in model.calls} == {(32, 32), (32, 64), (64, 32)}
+    model.calls.clear()
+    evaluate.predict(model, dataset, 8, 0)
+    assert {shape[2:] for shape in model.calls} == {(64, 64), (64, 96), (96, 64)}
+
+
+def tiny_model(num_classes=3, classes=("three", "seven", "ninety"), ids=(3, 7, 90)):
+    """A small FCOS whose random weights find many boxes of well-separated scores."""
+    torch.manual_seed(0)
+    model = fcos.build("shapes", num_classes, stem=16, channels=64)
+    torch.nn.init.normal_(model.head.cls.weight, std=0.4)
+    torch.nn.init.constant_(model.head.cls.bias, -1.0)
+    model.classes, model.category_ids = list(classes), list(ids)
+    model.test_size = (64, 96)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    fcos.save(tiny_model(), path)
+    return str(path)
+
+
+LAUNCHED = """
+import json, sys
+import evaluate
+
+def every_call(_):
+    for argv in json.loads(sys.argv[1]):
+        evaluate.main(evaluate.parse_args(argv))
+
+evaluate.run(every_call, None)
+"""
+
+
+def test_two_processes_predict_what_one_does(tmp_path, mixed, model_file):
+    one_image = write_coco(tmp_path / "one", {5: (40, 30)}, [box(1, 5, [1, 1, 9, 9])])
+    calls = []
+    for k, ((annotations, folder), batch) in enumerate([(mixed, 1), (mixed, 4), (one_image, 1)]):
+        calls.append([model_file, "--annotations", str(annotations), "--image-dir", str(folder),
+                      "--device", "cpu", "--workers", "0", "--batch-size", str(batch),
+                      "--save-json", str(tmp_path / f"{k}.json")])  # fmt: skip
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(script), json.dumps(calls)]  # fmt: skip
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("AP50") == len(calls)  # rank 0 alone prints
+
+    for k, argv in enumerate(calls):
+        two = json.loads((tmp_path / f"{k}.json").read_text())
+        evaluate.main(evaluate.parse_args([*argv[:-1], str(tmp_path / "alone.json")]))
+        assert two == json.loads((tmp_path / "alone.json").read_text())
+        assert len(two) > 20
+
+
+def test_saved_results_score_as_the_prediction_did(tmp_path, mixed, model_file, capsys):
+    annotations, folder = map(str, mixed)
+    saved = str(tmp_path / "results.json")
+    evaluate.main(evaluate.parse_args([
+        model_file, "--annotations", annotations, "--image-dir", folder, "--workers", "0",
+        "--device", "cpu", "--save-json", saved, "--per-class",
+    ]))  # fmt: skip
+    first = capsys.readouterr().out
+    argv = ["--results", saved, "--annotations", annotations, "--per-class"]
+    evaluate.main(evaluate.parse_args(argv))
+    assert capsys.readouterr().out == first
+    names = [line.split()[0] for line in first.splitlines()]
+    assert names == [*evaluate.METRICS, "AP/three", "AP/seven", "AP/ninety"]
+    row = json.loads(Path(saved).read_text())[0]
+    assert row.keys() == {"image_id", "category_id", "bbox", "score"}
+    assert row["category_id"] in (3, 7, 90)
+    pycocotools_says(json.loads(Path(saved).read_text()), annotations)  # loadRes takes the file
+
+
+def test_categories_that_differ_from_the_models_are_named(tmp_path, mixed):
+    dataset = evaluate.CocoDataset(*mixed)
+    evaluate.check_classes(tiny_model(), dataset)
+    evaluate.check_classes(tiny_model(ids=(1, 2, 3)), dataset)  # ids are the data set's affair
+    for classes in (("three", "eight", "ninety"), ("three",), ("three", "seven", "ninety", "more")):
+        other = tiny_model(len(classes), classes)
+        with pytest.raises(UserError, match="seven.*eight|eight.*seven|None|'more'"):
+            evaluate.check_classes(other, dataset)
+    unnamed = tiny_model(4)
+    unnamed.classes = None
+    with pytest.raises(UserError, match="has 3 categories, the model 4"):
+        evaluate.check_classes(unnamed, dataset)
+
+
+# ---- drawing -----------------------------------------------------------------------------------
+
+
+def detections(*rows):
+    boxes, scores, labels = zip(*rows)
+    return dict(boxes=torch.tensor(boxes), scores=torch.tensor(scores), labels=torch.tensor(labels))
+
+
+def changed(before, after, box, margin=3):
+    """Whether any pixel within `margin` of the outline of box (xyxy) differs, side by side."""
+    different = (np.asarray(before) != np.asarray(after)).any(2)
+    x1, y1, x2, y2 = (round(value) for value in box)
+    sides = (different[y1 : y2 + 1, max(x1 - margin, 0) : x1 + margin],
+             different[y1 : y2 + 1, x2 - margin : x2 + margin],
+             different[y2 - margin : y2 + margin, x1 : x2 + 1])  # fmt: skip
+    return [side.any() for side in sides]
+
+
+def test_boxes_over_the_threshold_are_drawn_where_they_are():
+    grey = Image.new("RGB", (600, 500), (128, 128, 128))
+    high, low = [100.0, 100.0, 200.0, 300.0], [350.0, 100.0, 500.0, 300.0]
+    picture = evaluate.draw(grey, detections((high, 0.9, 0), (low, 0.3, 1)))
+    assert picture.size == grey.size
+    assert all(changed(grey, picture, high)) and not any(changed(grey, picture, low))
+    inside = np.asarray(picture)[120:280, 120:180]
+    assert (inside == 128).all()  # an outline, not a filled box
+    both = evaluate.draw(grey, detections((high, 0.9, 0), (low, 0.3, 1)), score_threshold=0.2)
+    assert all(changed(grey, both, low))
+    assert grey.getpixel((100, 150)) == (128, 128, 128)  # the argument is as it was
+
+
+def test_class_names_are_written_and_classes_have_colours():
+    grey = Image.new("RGB", (600, 500), (128, 128, 128))
+    row = [100.0, 100.0, 200.0, 300.0]
+    pictures = [evaluate.draw(grey, detections((row, 0.9, label)), classes).tobytes()
+                for label, classes in [(0, None), (0, ["cat", "dog"]), (1, ["cat", "dog"]),
+                                       (1, ["cat", "cat"])]]  # fmt: skip
+    assert len(set(pictures)) == 4
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_images_of_any_mode_can_be_drawn_on(mode):
+    picture = evaluate.draw(Image.new(mode, (500, 480)), detections(([9.0, 9, 99, 99], 0.9, 0)))
+    assert picture.mode == "RGB" and picture.size == (500, 480)
+
+
+def test_nothing_found_draws_nothing():
+    grey = Image.new("RGB", (600, 500), (128, 128, 128))
+    nothing = dict(boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0).long())
+    assert evaluate.draw(grey, nothing).tobytes() == grey.tobytes()
+
+
+def test_small_images_are_enlarged_with_their_boxes_and_long_ones_within_reason():
+    small = Image.new("RGB", (60, 40))
+    picture = evaluate.draw(small, detections(([10.0, 5, 50, 35], 0.9, 0)))
+    assert picture.size == (720, 480)
+    assert all(changed(small.resize(picture.size), picture, [120, 60, 600, 420], 8))
+    ribbon = evaluate.draw(Image.new("RGB", (2000, 2)), detections(([1.0, 0, 3, 2], 0.9, 0)))
+    assert ribbon.width * ribbon.height < 50e6
+
+
+def test_boxes_at_the_border_and_of_no_size_are_drawn():
+    grey = Image.new("RGB", (500, 500), (128, 128, 128))
+    rows = [([0.0, 0, 500, 500], 0.9, 0), ([499.5, 499.5, 500, 500], 0.8, 1), ([7.0] * 4, 0.7, 2)]
+    evaluate.draw(grey, detections(*rows), ["a name that is far too long " * 5, "b", "c"])
+
+
+def photo(path, size=(50, 40), value=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def test_draw_folder_writes_pictures_and_their_detections(tmp_path):
+    for name in ("a/x.png", "b/x.jpg", "c.PNG"):
+        photo(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("not a picture")
+    (tmp_path / "a" / "deeper").mkdir()
+    out, model = tmp_path / "new" / "drawn", tiny_model()
+    unreadable = evaluate.draw_folder(
+        model, [tmp_path / "a", tmp_path / "b" / "x.jpg", tmp_path / "c.PNG"], out, 0.4
+    )
+    assert unreadable == []
+    report = json.loads((out / "detections.json").read_text())
+    assert [Path(row["file"]).relative_to(tmp_path).as_posix() for row in report] == [
+        "a/x.png", "b/x.jpg", "c.PNG"]  # fmt: skip
+    drawn = [row["drawn"] for row in report]
+    assert drawn == ["x.jpg", "x_2.jpg", "c.jpg"]  # two photos of one name
+    assert sorted(path.name for path in out.iterdir()) == sorted([*drawn, "detections.json"])
+    assert all((row["height"], row["width"]) == (40, 50) for row in report)
+    expected = model.predict(tmp_path / "c.PNG")[0]
+    rows = report[-1]["detections"]
+    assert len(rows) == (expected["scores"] >= 0.4).sum() > 0
+    x1, y1, x2, y2 = expected["boxes"][0].tolist()
+    assert rows[0]["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1])
+    assert rows[0]["class"] == model.classes[expected["labels"][0]]
+    assert rows[0]["category_id"] == model.category_ids[expected["labels"][0]]
+    assert all(row["score"] >= 0.4 for row in rows)
+
+
+def test_names_taken_by_numbering_do_not_collide(tmp_path):
+    for folder, name in [("a", "x.png"), ("b", "x.png"), ("c", "x_2.png")]:
+        photo(tmp_path / folder / name)
+    out = tmp_path / "out"
+    evaluate.draw_folder(tiny_model(), [tmp_path / folder for folder in "abc"], out)
+    report = json.loads((out / "detections.json").read_text())
+    assert len({row["drawn"] for row in report}) == 3 == len(list(out.glob("*.jpg")))
+
+
+def test_a_file_that_cannot_be_read_is_told_left_out_and_fails_the_command(
+    tmp_path, model_file, capsys
+):
+    photo(tmp_path / "in" / "good.png")
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"junk")
+    torn = photo(tmp_path / "in" / "torn.png").read_bytes()
+    (tmp_path / "in" / "torn.png").write_bytes(torn[: len(torn) // 2])
+    folders = "--images", tmp_path / "in", "--out", tmp_path / "out"
+    code, lines = command(capsys, model_file, *folders)
+    assert code == 2
+    assert [any(name in line for line in lines) for name in ("bad.jpg", "torn.png")] == [True, True]
+    report = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [row["drawn"] for row in report] == ["good.jpg"]
+
+
+@pytest.mark.parametrize("through", ["itself", "a link"])
+def test_the_pictures_are_never_replaced(tmp_path, through):
+    before = photo(tmp_path / "in" / "x.jpg").read_bytes()
+    out = tmp_path / "in"
+    if through == "a link":
+        out = tmp_path / "link"
+        out.symlink_to(tmp_path / "in")
+    with pytest.raises(UserError, match="would replace"):
+        evaluate.draw_folder(tiny_model(), [tmp_path / "in" / "x.jpg"], out)
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["x.jpg"]
+    assert (tmp_path / "in" / "x.jpg").read_bytes() == before
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+
+def command(capsys, *argv):
+    """-> exit code and lines on stderr of a call of the script, without tqdm's bars."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.run(evaluate.main, evaluate.parse_args([*map(str, argv)]))
+    err = capsys.readouterr().err.replace("\r", "\n")
+    return stop.value.code, [line for line in err.splitlines() if line.strip() and "%|" not in line]
+
+
+MISTAKES = {
+    "nothing": ("", "model"),
+    "no data": ("{model}", "--data"),
+    "no such model": ("{tmp}/none.pt --data {tmp}", "none.pt"),
+    "a model of junk": ("{tmp}/junk.pt --data {tmp}", "junk.pt"),
+    "no such data": ("{model} --data {tmp}/nowhere", "nowhere"),
+    "no such annotations": ("{model} --annotations {tmp}/none.json --image-dir {dir}", "none.json"),
+    "no such images": ("{model} --annotations {json} --image-dir {tmp}/none", "none"),
+    "annotations without images": ("{model} --annotations {json}", "--image-dir"),
+    "no such picture": ("{model} --images {tmp}/none.jpg --out {tmp}/out", "none.jpg"),
+    "a folder without pictures": ("{model} --images {tmp}/empty --out {tmp}/out", "empty"),
+    "no out": ("{model} --images {dir}", "--out"),
+    "out is a file": ("{model} --images {dir} --out {json}", "instances.json"),
+    "results alone": ("--results {json}", "--annotations"),
+    "no such results": ("--results {tmp}/none.json --annotations {json}", "none.json"),
+    "results that are none": ("--results {json} --annotations {json}", "list"),
+    "results against no COCO": ("--results {tmp}/list.json --annotations {tmp}/list.json",
+                                "list.json"),
+    "unknown model name": ("{tmp}/state.pt --model fcos_R_51 --data {tmp}", "fcos_R_51"),
+    "another model's name": ("{model} --model fcos_R_50_FPN --data {tmp}", "fcos_R_50_FPN"),
+    "a foreign file without name": ("{tmp}/state.pt --data {tmp}", "name one of"),
+    "other categories": ("{model} --annotations {tmp}/other/instances.json --image-dir {dir}",
+                         "eight"),
+    "a broken image, read here": ("{model} --annotations {tmp}/torn/instances.json "
+                                  "--image-dir {tmp}/torn/images --workers 0", "1.png"),
+    "a broken image, read by a worker": ("{model} --annotations {tmp}/torn/instances.json "
+                                         "--image-dir {tmp}/torn/images --workers 1", "1.png"),
+    "nowhere to save": ("{model} --annotations {json} --image-dir {dir} --workers 0 "
+                        "--save-json {tmp}/none/results.json", "results.json"),
+    "no GPU": ("{model} --data {tmp} --device cuda", "--device cpu"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory, mixed, model_file):
+    """The places that MISTAKES speaks of."""
+    tmp = tmp_path_factory.mktemp("mistakes")
+    (tmp / "empty").mkdir()
+    (tmp / "junk.pt").write_bytes(b"junk")
+    (tmp / "list.json").write_text("[]")
+    torch.save({"weight": torch.zeros(3)}, tmp / "state.pt")
+    other = [category | dict(name="eight") for category in CATEGORIES[:1]] + CATEGORIES[1:]
+    path, _ = write_coco(tmp / "other", {0: (64, 64)}, [], other)
+    _, folder = write_coco(tmp / "torn", {1: (64, 64)}, [])
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:300])
+    return dict(tmp=tmp, model=model_file, json=mixed[0], dir=mixed[1])
+
+
+@pytest.mark.parametrize("line, name", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(mistakes, capsys, line, name):
+    if "--device cuda" in line and torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    argv = [part.format(**mistakes) for part in line.split()]
+    if "--device" not in argv:
+        argv += ["--device", "cpu"]
+    code, lines = command(capsys, *argv)
+    assert code == 2
+    assert len(lines) == 1 and name in lines[0], lines
+
+
+BAD_FLAGS = {
+    "unknown": ("--min-siz 5", "--min-siz"),
+    "no number": ("--batch-size many", "--batch-size"),
+    "batch of none": ("--batch-size 0", "--batch-size"),
+    "size of none": ("--min-size 0", "--min-size"),
+    "negative size": ("--max-size -1", "--max-size"),
+    "negative workers": ("--workers -1", "--workers"),
+    "no such device": ("--device tpu", "--device"),
+}
+
+
+@pytest.mark.parametrize("flags, name", BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_a_bad_flag_is_one_line_that_names_it_and_exit_code_2(mistakes, capsys, flags, name):
+    argv = [mistakes["model"], "--annotations", mistakes["json"], "--image-dir", mistakes["dir"],
+            *flags.split()]  # fmt: skip
+    code, lines = command(capsys, *argv)
+    assert code == 2
+    assert len(lines) == 1 and name in lines[0], lines
+
+
+def test_prediction_does_not_begin_before_there_is_a_place_to_save_to(
+    mistakes, capsys, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "predict", lambda *_: pytest.fail("hours of prediction, lost"))
+    code, _ = command(capsys, mistakes["model"], "--annotations", mistakes["json"], "--image-dir",
+                      mistakes["dir"], "--save-json", mistakes["tmp"] / "none" / "results.json",
+                      "--device", "cpu")  # fmt: skip
+    assert code == 2
+
+
+def script(*argv):
+    return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, argv)], timeout=120,
+                          capture_output=True, text=True, cwd=ROOT)  # fmt: skip
+
+
+def test_the_script_itself_ends_a_mistake_with_one_line(mistakes):
+    done = script(mistakes["tmp"] / "none.pt", "--data", "nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("evaluate.py: ") and done.stderr.count("\n") == 1
+
+
+def test_the_script_draws_a_folder(mistakes, tmp_path):
+    done = script(mistakes["model"], "--images", mistakes["dir"], "--out", tmp_path / "drawn",
+                  "--score-threshold", "0.4", "--device", "cpu")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "drawn").glob("*.jpg"))) == 7
+
+
+def test_help_tells_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "--save-json" in out and "--results" in out

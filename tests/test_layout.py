@@ -1,0 +1,231 @@
+"""The repository as a whole: who imports whom, what lies where, and that the README is true."""
+
+import ast
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import fcos
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+
+ARROWS = {  # what each may import of this repository
+    "kernels": set(),
+    "fcos": {"kernels"},
+    "evaluate": {"fcos"},
+    "train": {"evaluate", "fcos"},
+}
+TOP_LEVEL = {
+    "kernels", "fcos.py", "evaluate.py", "train.py", "notebooks", "tests", "README.md", "LICENSE",
+    "requirements.txt", "pyproject.toml", ".ci", ".gitignore",
+}  # fmt: skip
+
+
+def repository_files():
+    """Paths that are or would be committed, relative to the root."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [Path(name) for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+# ---- imports -----------------------------------------------------------------------------------
+
+
+def imported(path):
+    """The top-level names of all modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("kernels" if node.level else node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names |= {a.value.split(".")[0] for a in node.args if isinstance(a, ast.Constant)}
+    return names
+
+
+SOURCES = [*sorted((ROOT / "kernels").glob("**/*.py")), *(ROOT / f"{name}.py" for name in ARROWS)]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.exists()], ids=lambda p: p.stem)
+def test_imports_go_one_way(path):
+    own = ARROWS.keys() | {"tests", "notebooks"}
+    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert imported(path) & own <= ARROWS[part]
+
+
+def test_importing_loads_no_extra_and_wakes_no_gpu():
+    code = """
+import sys
+import fcos, evaluate, train
+import torch
+loaded = [name for name in ("cupy", "pycocotools", "matplotlib", "notebook") if name in sys.modules]
+assert not loaded, loaded
+assert not torch.cuda.is_initialized()
+assert not torch.distributed.is_initialized()
+"""
+    done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", code],
+                          cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == done.stderr == ""
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def test_the_top_level_holds_what_the_design_names():
+    assert {path.parts[0] for path in repository_files()} <= TOP_LEVEL
+
+
+def test_every_module_has_tests_that_mirror_it():
+    missing = [name for name in ("fcos", "evaluate", "train")
+               if not (ROOT / "tests" / f"test_{name}.py").exists()]  # fmt: skip
+    assert not missing
+
+
+def test_no_file_speaks_of_the_machine_it_was_written_on():
+    names = "|".join(["work", "root", "opt/venv"])
+    machine = re.compile(rf"(?<![\w.~/-])/({names})/|\.\./\.(library)\b")
+    found = {}
+    for path in repository_files():
+        try:
+            text = (ROOT / path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # pictures and arrays
+        for number, line in enumerate(text.splitlines(), 1):
+            if machine.search(line):
+                found[f"{path}:{number}"] = line[:100]
+    assert not found
+
+
+def test_no_file_is_large():
+    sizes = {str(path): (ROOT / path).stat().st_size for path in repository_files()}
+    assert not {name: size for name, size in sizes.items() if size > 3_000_000}
+
+
+# ---- the README --------------------------------------------------------------------------------
+
+needs_readme = pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
+
+
+def code_blocks():
+    """(language, text) of the fenced and the indented code blocks of the README."""
+    text = README.read_text() if README.exists() else ""
+    fenced = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+    blocks = [(match[1], match[2]) for match in fenced.finditer(text)]
+    indented = re.compile(r"(?:^(?: {4}|\t).*\n(?:[ \t]*\n)*)+", re.M)
+    blocks += [("", re.sub(r"^(?: {4}|\t)", "", match[0], flags=re.M))
+               for match in indented.finditer(fenced.sub("", text))]  # fmt: skip
+    return blocks
+
+
+def commands():
+    """Every command line of the code blocks, split as a shell does, without its comment."""
+    lines = []
+    for language, text in code_blocks():
+        if language in ("python", "py", "text", "json"):
+            continue
+        for line in text.replace("\\\n", " ").splitlines():
+            try:
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+            except ValueError:
+                continue  # prose
+            if words and not re.match(r"[├└│]", words[0]):
+                lines.append(words)
+    return lines
+
+
+def calls_of(script):
+    """The arguments of every call of a script in the README, cut at the end of the command."""
+    calls = []
+    for words in commands():
+        for k, word in enumerate(words):
+            if word == script and re.search(r"\b(python3?|torchrun)\b", " ".join(words[:k])):
+                rest = itertools.takewhile(lambda w: not re.match(r"[|;&>]", w), words[k + 1 :])
+                calls.append(list(rest))
+    return calls
+
+
+def help_of(module, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        module.parse_args(["--help"])
+    return capsys.readouterr().out
+
+
+@needs_readme
+@pytest.mark.parametrize("module", [train, evaluate], ids=lambda module: module.__name__)
+def test_every_flag_of_the_readme_exists(module, capsys):
+    known = set(re.findall(r"--[a-z][a-z-]*", help_of(module, capsys)))
+    calls = calls_of(f"{module.__name__}.py")
+    assert calls, f"the README shows no call of {module.__name__}.py"
+    for words in calls:
+        flags = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert flags <= known, f"{module.__name__}.py {' '.join(words)}"
+        if not any(re.search(r"\.\.\.|\[|\$", word) for word in words):
+            module.parse_args(words)  # would exit
+
+
+@needs_readme
+def test_every_recipe_and_model_named_in_the_readme_exists():
+    for words in calls_of("train.py"):
+        recipe = train.parse_args(words).recipe
+        assert recipe in train.RECIPES, recipe
+    named = set(re.findall(r"\bfcos_\w*FPN\w*", README.read_text()))
+    assert named <= train.RECIPES.keys() | fcos.MODELS.keys()
+
+
+@needs_readme
+def test_every_flag_in_the_text_of_the_readme_exists(capsys):
+    known = set(re.findall(r"--[a-z][a-z-]*", help_of(train, capsys) + help_of(evaluate, capsys)))
+    in_text = set(re.findall(r"`(--[a-z][a-z-]*)", README.read_text()))
+    elsewhere = {"--nproc_per_node", "--nnodes", "--standalone", "--max-restarts", "--upgrade"}
+    assert in_text <= known | elsewhere
+
+
+@needs_readme
+def test_every_file_named_in_the_code_of_the_readme_exists():
+    """Those of this repository: modules, notebooks, tests, pictures; not what a run would write."""
+    files = {path.as_posix() for path in repository_files()}
+    ends = {"/" + name for name in files}
+    made_by_runs = re.compile(r"^(runs|data|drawn|folder)/|^(photo|my|your)\b")
+    word = re.compile(r"(?<![\w/.*-])(?:\./)?([\w.-]+(?:/[\w.-]+)*\.(?:py|ipynb|txt|toml|sh|md))\b")
+    missing = set()
+    for _, text in code_blocks():
+        for name in word.findall(text):
+            if not made_by_runs.match(name) and not any(end.endswith("/" + name) for end in ends):
+                missing.add(name)
+    assert not missing
+
+
+@needs_readme
+def test_every_link_of_the_readme_into_the_repository_leads_somewhere():
+    links = re.findall(r"(?:\]\(|src=\")([^)\"#\s]+)", README.read_text())
+    local = [link for link in links if not re.match(r"\w+:", link)]
+    assert not [link for link in local if not (ROOT / link).exists()]
+
+
+@needs_readme
+def test_the_python_of_the_readme_names_what_exists():
+    modules = {"fcos": fcos, "evaluate": evaluate, "train": train}
+    for language, text in code_blocks():
+        if language not in ("python", "py"):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                if node.value.id in modules:
+                    assert hasattr(modules[node.value.id], node.attr), ast.unparse(node)
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "kernels":
+                assert (ROOT / (node.module.replace(".", "/") + ".py")).exists(), node.module
