@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +113,7 @@ class CocoDataset:
         images = sorted(coco["images"], key=lambda image: image["id"])
         for what, ids in (("categories", self.category_ids), ("images", [x["id"] for x in images])):
             if not ids or len(set(ids)) < len(ids):
-                twice = next((id for id in ids if ids.count(id) > 1), None)
-                problem = f"id {twice} twice among its" if ids else "no"
+                problem = f"id {Counter(ids).most_common(1)[0][0]} twice among its" if ids else "no"
                 raise UserError(f"{self.annotations}: has {problem} {what}")
 
         self.image_ids = np.array([image["id"] for image in images])
