@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
+from torchvision.ops import deform_conv2d
 
 from kernels.assign import assign
 from kernels.focal_loss import sigmoid_focal_loss
@@ -39,31 +40,51 @@ STRIDES = (8, 16, 32, 64, 128)
 # Both ends are inclusive, so a distance of exactly 64 is positive on P3 and on P4, as published.
 RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
 
-# One architecture a row, named as the official configurations are, without their schedule.
+# One architecture a row, named as the official configurations are, without their schedule; then
+# torchvision's, and the small ResNets. Keywords are those of FCOS.
+R_18 = dict(block="basic", blocks=(2, 2, 2, 2), stride_in_1x1=False)
+R_34 = dict(block="basic", blocks=(3, 4, 6, 3), stride_in_1x1=False)
 R_50 = dict(blocks=(3, 4, 6, 3))
 R_101 = dict(blocks=(3, 4, 23, 3))
 X_101_32x8d = dict(blocks=(3, 4, 23, 3), groups=32, width=8, stride_in_1x1=False)
 X_101_64x4d = dict(blocks=(3, 4, 23, 3), groups=64, width=4, stride_in_1x1=False)
+MNV2 = dict(block="inverted", blocks=(1, 2, 3, 4, 3, 3, 1), stem=32, frozen_stages=0, norm="bn")
+SYNCBN, C128 = dict(norm="syncbn"), dict(channels=128)
 PLAIN = dict(activation="exp", ctr_on="cls", radius=0.0, iou="iou", unit="pixel")
 IMPRV = dict(activation="relu", ctr_on="box", radius=1.5, iou="giou", unit="stride")
 TINY = dict(block="basic", blocks=(1, 1, 1, 1), stem=32, channels=64, norm="gn", frozen_stages=0)
+DCN_345, DCN_45 = IMPRV | dict(dcn=(3, 4, 5)), IMPRV | dict(dcn=(4, 5))
+VISION = IMPRV | dict(stride_in_1x1=False, scales=False, grid="corner")
 MODELS = {
-    "fcos_R_50_FPN":              R_50        | PLAIN,
-    "fcos_R_101_FPN":             R_101       | PLAIN,
-    "fcos_X_101_32x8d_FPN":       X_101_32x8d | PLAIN,
-    "fcos_X_101_64x4d_FPN":       X_101_64x4d | PLAIN,
-    "fcos_imprv_R_50_FPN":        R_50        | IMPRV,
-    "fcos_imprv_R_101_FPN":       R_101       | IMPRV,
-    "fcos_imprv_X_101_32x8d_FPN": X_101_32x8d | IMPRV,
-    "fcos_imprv_X_101_64x4d_FPN": X_101_64x4d | IMPRV,
-    "shapes":                     TINY        | IMPRV,
+    "fcos_R_50_FPN":                    R_50        | PLAIN,
+    "fcos_R_101_FPN":                   R_101       | PLAIN,
+    "fcos_X_101_32x8d_FPN":             X_101_32x8d | PLAIN,
+    "fcos_X_101_64x4d_FPN":             X_101_64x4d | PLAIN,
+    "fcos_imprv_R_50_FPN":              R_50        | IMPRV,
+    "fcos_imprv_R_101_FPN":             R_101       | IMPRV,
+    "fcos_imprv_X_101_32x8d_FPN":       X_101_32x8d | IMPRV,
+    "fcos_imprv_X_101_64x4d_FPN":       X_101_64x4d | IMPRV,
+    "fcos_imprv_dcnv2_R_50_FPN":        R_50        | DCN_345,
+    "fcos_imprv_dcnv2_R_101_FPN":       R_101       | DCN_345,
+    "fcos_imprv_dcnv2_X_101_32x8d_FPN": X_101_32x8d | DCN_45,
+    "fcos_imprv_dcnv2_X_101_64x4d_FPN": X_101_64x4d | DCN_45,
+    "fcos_bn_MNV2_FPN":                 MNV2        | PLAIN,
+    "fcos_syncbn_MNV2_FPN":             MNV2        | PLAIN | SYNCBN,
+    "fcos_syncbn_c128_MNV2_FPN":        MNV2        | PLAIN | SYNCBN | C128,
+    "fcos_torchvision_R_50_FPN":        R_50        | VISION,
+    "fcos_imprv_R_18_FPN":              R_18        | IMPRV,
+    "fcos_imprv_R_34_FPN":              R_34        | IMPRV,
+    "shapes":                           TINY        | IMPRV,
 }
 
-# How pixels enter a network and boxes leave it. This travels with weights, not with architecture:
-# ImageNet weights of the Caffe days take BGR in 0..255 minus a mean, and the official FCOS learned
-# inclusive boxes (x2 = x + w - 1), to which decoding adds the missing pixel.
+# How pixels enter a network and boxes leave it. This travels with weights, not with architecture.
+# Pixels: Caffe's ImageNet weights take BGR in 0..255 minus a mean, and their norms have no epsilon.
+# Boxes: the official FCOS learned inclusive ones (x2 = x + w - 1), to which decoding adds the
+# missing pixel. Locations lie at the "centre" of their cells, or in torchvision at the "corner".
+# Scores are those of "fcos", "torchvision" or "mmdetection": see FCOS.decode.
 CONVENTION = dict(
-    bgr=True, mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), bn_eps=0.0, inclusive=False
+    bgr=True, mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), bn_eps=0.0,
+    inclusive=False, grid="centre", score="fcos",
 )
 
 
@@ -165,12 +186,28 @@ NORMS = {
 }
 
 
+class DeformConv(nn.Conv2d):
+    """3x3 convolution that reads each of its nine taps at a learned distance from the regular place
+    and weighs it by a learned mask in 0..1 (DCNv2: Zhu et al., arXiv 1811.11168). The channels of
+    `offset` are y, x of each tap in pixels, and then the logits of the nine masks."""
+
+    def __init__(self, c_in, c_out, kernel, stride, padding, groups=1, bias=True):
+        super().__init__(c_in, c_out, kernel, stride, padding, groups=groups, bias=bias)
+        self.offset = nn.Conv2d(c_in, 27, kernel, stride, padding)
+
+    def _conv_forward(self, x, weight, bias):  # what nn.Conv2d.forward calls
+        offset, mask = self.offset(x).to(weight.dtype).split((18, 9), 1)
+        x, mask = x.to(weight.dtype), mask.sigmoid()  # deform_conv2d knows no bf16
+        return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, mask=mask)
+
+
 class ConvNorm(nn.Module):
     """A convolution and the normalisation after it; `norm` is one of NORMS."""
 
-    def __init__(self, c_in, c_out, kernel, stride=1, groups=1, norm="gn", bias=False):
+    def __init__(self, c_in, c_out, kernel, stride=1, groups=1, norm="gn", bias=False, dcn=False):
         super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        conv = DeformConv if dcn else nn.Conv2d
+        self.conv = conv(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = NORMS[norm](c_out)
 
     def forward(self, x):
@@ -180,7 +217,7 @@ class ConvNorm(nn.Module):
         # a pass over the activations, and no activation saved for backward.
         scale, shift = self.norm.scale_shift()
         weight = self.conv.weight * scale[:, None, None, None]
-        return F.conv2d(x, weight, shift, self.conv.stride, self.conv.padding, 1, self.conv.groups)
+        return self.conv._conv_forward(x, weight, shift)
 
 
 class Bottleneck(nn.Module):
@@ -189,11 +226,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1):
+    def __init__(self, c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1, dcn):
         super().__init__()
         first, second = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = ConvNorm(c_in, c_mid, 1, first, norm=norm)
-        self.conv2 = ConvNorm(c_mid, c_mid, 3, second, groups, norm=norm)
+        self.conv2 = ConvNorm(c_mid, c_mid, 3, second, groups, norm=norm, dcn=dcn)
         self.conv3 = ConvNorm(c_mid, c_out, 1, norm=norm)
         self.down = ConvNorm(c_in, c_out, 1, stride, norm=norm) if c_in != c_out else nn.Identity()
 
@@ -208,10 +245,10 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1):
+    def __init__(self, c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1, dcn):
         super().__init__()
         self.conv1 = ConvNorm(c_in, c_mid, 3, stride, groups, norm=norm)
-        self.conv2 = ConvNorm(c_mid, c_out, 3, 1, groups, norm=norm)
+        self.conv2 = ConvNorm(c_mid, c_out, 3, 1, groups, norm=norm, dcn=dcn)
         self.down = ConvNorm(c_in, c_out, 1, stride, norm=norm) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
@@ -219,22 +256,27 @@ class BasicBlock(nn.Module):
         return self.conv2(y).add_(self.down(x)).relu_()
 
 
-class ResNet(nn.Module):
-    """ResNet and ResNeXt without the classifier; returns the features at strides 8, 16, 32."""
+BLOCKS = {"bottleneck": Bottleneck, "basic": BasicBlock}
 
-    def __init__(self, block, blocks, stem, groups, width, norm, stride_in_1x1):
+
+class ResNet(nn.Module):
+    """ResNet and ResNeXt without the classifier; returns the features at strides 8, 16, 32. The
+    last 3x3 of every block is deformable in the stages `dcn`, some of 2..5."""
+
+    def __init__(self, block, blocks, stem, groups, width, norm, stride_in_1x1, dcn):
         super().__init__()
-        block = {"bottleneck": Bottleneck, "basic": BasicBlock}[block]
+        block = BLOCKS[block]
         self.stem = ConvNorm(3, stem, 7, 2, norm=norm)
         c_in = stem
-        for stage, depth in enumerate(blocks):
-            c_mid, c_out = groups * width * 2**stage, block.expansion * stem * 2**stage
+        for stage, depth in enumerate(blocks, 2):
+            c_mid, c_out = (c * 2 ** (stage - 2) for c in (groups * width, block.expansion * stem))
             layers = []
             for i in range(depth):
-                stride = 2 if stage and i == 0 else 1
-                layers += [block(c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1)]
+                stride = 2 if stage > 2 and i == 0 else 1
+                settings = stride, groups, norm, stride_in_1x1, stage in dcn
+                layers += [block(c_in, c_mid, c_out, *settings)]
                 c_in = c_out
-            setattr(self, f"res{stage + 2}", nn.Sequential(*layers))
+            setattr(self, f"res{stage}", nn.Sequential(*layers))
         self.channels = [c_out // 4, c_out // 2, c_out]
 
     def freeze(self, stages):
@@ -248,6 +290,56 @@ class ResNet(nn.Module):
         c4 = self.res4(c3)
         return c3, c4, self.res5(c4)
 
+
+class InvertedResidual(nn.Sequential):
+    """1x1 to `expand` times the channels, 3x3 on each channel alone, 1x1 without activation."""
+
+    def __init__(self, c_in, c_out, stride, expand, norm):
+        c_mid = expand * c_in
+        super().__init__(
+            *([ConvNorm(c_in, c_mid, 1, norm=norm)] if expand > 1 else []),
+            ConvNorm(c_mid, c_mid, 3, stride, groups=c_mid, norm=norm),
+            ConvNorm(c_mid, c_out, 1, norm=norm),
+        )
+        self.residual = stride == 1 and c_in == c_out
+
+    def forward(self, x):
+        *layers, last = self
+        y = x
+        for layer in layers:
+            y = F.relu6(layer(y), inplace=True)
+        return last(y) + x if self.residual else last(y)
+
+
+class MobileNetV2(nn.Module):
+    """Sandler et al., arXiv 1801.04381, table 2, without the last 1x1 and the classifier; returns
+    the features at strides 8, 16, 32."""
+
+    STAGES = (1, 16, 1), (6, 24, 2), (6, 32, 2), (6, 64, 2), (6, 96, 1), (6, 160, 2), (6, 320, 1)
+    channels = [32, 96, 320]
+
+    def __init__(self, blocks, stem, norm):
+        super().__init__()
+        self.features, c_in = nn.Sequential(ConvNorm(3, stem, 3, 2, norm=norm)), stem
+        for (expand, c_out, stride), depth in zip(self.STAGES, blocks):
+            for i in range(depth):
+                s = stride if i == 0 else 1
+                self.features.append(InvertedResidual(c_in, c_out, s, expand, norm))
+                c_in = c_out
+        self.ends = [sum(blocks[:n]) for n in (3, 5, 7)]  # the last block at strides 8, 16, 32
+
+    def freeze(self, stages):
+        """Stop learning in the stem and the blocks after it, `stages` in all."""
+        self.features[:stages].requires_grad_(False)
+
+    def forward(self, x):
+        stem, *blocks = self.features
+        x, found = F.relu6(stem(x), inplace=True), []
+        for i, block in enumerate(blocks, 1):
+            x = block(x)
+            if i in self.ends:
+                found.append(x)
+        return found
 
 # ---- feature pyramid and head ------------------------------------------------------------------
 
@@ -275,10 +367,12 @@ class FPN(nn.Module):
 
 
 class Tower(nn.Sequential):
-    """Four 3x3 convolutions with GroupNorm and ReLU."""
+    """Four 3x3 convolutions with GroupNorm and ReLU; with `dcn`, the last is deformable."""
 
-    def __init__(self, channels):
-        super().__init__(*(ConvNorm(channels, channels, 3, bias=True) for _ in range(4)))
+    def __init__(self, channels, dcn):
+        super().__init__(*(
+            ConvNorm(channels, channels, 3, bias=True, dcn=dcn and i == 3) for i in range(4)
+        ))
 
     def forward(self, x):
         for layer in self:
@@ -288,16 +382,19 @@ class Tower(nn.Sequential):
 
 class Head(nn.Module):
     """Two towers shared by all levels, a prediction each for class, box and centerness, and one
-    learned scale of the distances for each level (section 3.2)."""
+    learned scale of the distances for each level (section 3.2), unless `scales` is False."""
 
-    def __init__(self, channels, num_classes, activation, ctr_on):
+    def __init__(self, channels, num_classes, activation, ctr_on, dcn, scales):
         super().__init__()
         self.activation, self.ctr_on = activation, ctr_on
-        self.cls_tower, self.box_tower = Tower(channels), Tower(channels)
+        self.cls_tower, self.box_tower = Tower(channels, dcn), Tower(channels, dcn)
         self.cls = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.box = nn.Conv2d(channels, 4, 3, padding=1)
         self.ctr = nn.Conv2d(channels, 1, 3, padding=1)
-        self.scale = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in STRIDES)
+        if scales:
+            self.scale = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in STRIDES)
+        else:
+            self.register_buffer("scale", torch.ones(len(STRIDES), 1), persistent=False)
 
     def forward(self, features):
         """-> cls (B, P, K) and ctr (B, P) logits, ltrb (B, P, 4) pixels; float32 in any precision
@@ -328,13 +425,20 @@ def level_sizes(hw):
     return [(-(-hw[0] // stride), -(-hw[1] // stride)) for stride in STRIDES]
 
 
-def make_points(hw, device=None):
+def make_points(hw, device=None, grid="centre"):
     """Locations of all levels of a padded image of (height, width): float32 (P, 5) = x, y, stride,
-    lo, hi. A location is the centre of its cell; lo and hi bound the largest distance it learns."""
+    lo, hi. A location is the centre of its cell; lo and hi bound the largest distance it learns.
+
+    grid "corner" is torchvision's: multiples of (height // rows, width // columns), which is less
+    than the stride on P6 and P7 of most images, from 0 on.
+    """
     points = []
     for stride, (lo, hi), (rows, columns) in zip(STRIDES, RANGES, level_sizes(hw)):
-        x = torch.arange(columns, device=device) * stride + stride // 2
-        y = torch.arange(rows, device=device) * stride + stride // 2
+        y, x = (torch.arange(n, device=device) for n in (rows, columns))
+        if grid == "centre":
+            y, x = y * stride + stride // 2, x * stride + stride // 2
+        else:
+            y, x = y * (hw[0] // rows), x * (hw[1] // columns)
         level = torch.empty(rows, columns, 5, device=device)
         level[..., 0], level[..., 1] = x, y[:, None]
         level[..., 2], level[..., 3], level[..., 4] = stride, lo, hi
@@ -398,14 +502,27 @@ class FCOS(nn.Module):
     `convention` (see CONVENTION) what the weights expect of pixels and boxes."""
 
     def __init__(self, num_classes, blocks, activation, ctr_on, radius, iou, unit,
-                 block="bottleneck", stem=64, groups=1, width=None, stride_in_1x1=True,
-                 channels=256, norm="frozen", frozen_stages=2):
+                 block="bottleneck", stem=64, groups=1, width=None, stride_in_1x1=True, dcn=(),
+                 channels=256, scales=True, grid="centre", norm="frozen", frozen_stages=2):
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm {norm!r}: expected one of {', '.join(NORMS)}")
-        self.backbone = ResNet(block, blocks, stem, groups, width or stem, norm, stride_in_1x1)
+        for keyword, value, choices in (
+            ("norm", norm, NORMS), ("block", block, (*BLOCKS, "inverted")),
+            ("ctr_on", ctr_on, ("cls", "box")), ("activation", activation, ("exp", "relu")),
+            ("grid", grid, ("centre", "corner")),
+            ("frozen_stages", frozen_stages, range(19 if block == "inverted" else 6)),
+        ):
+            if value not in choices:
+                choices = ", ".join(map(str, choices))
+                raise UserError(f"{keyword} {value!r}: expected one of {choices}")
+        if num_classes < 1:
+            raise UserError(f"num_classes {num_classes}: expected 1 or more")
+        if block == "inverted":
+            self.backbone = MobileNetV2(blocks, stem, norm)
+        else:
+            width = width or stem
+            self.backbone = ResNet(block, blocks, stem, groups, width, norm, stride_in_1x1, dcn)
         self.fpn = FPN(self.backbone.channels, channels)
-        self.head = Head(channels, num_classes, activation, ctr_on)
+        self.head = Head(channels, num_classes, activation, ctr_on, bool(dcn), scales)
         self.initialize()
         self.backbone.freeze(frozen_stages)
 
@@ -413,7 +530,7 @@ class FCOS(nn.Module):
         self.loss = dict(iou=iou, unit=unit)
         self.classes = self.category_ids = None
         self.test_size = (800, 1333)
-        self.set_convention()
+        self.set_convention(grid=grid)
         self.to(memory_format=torch.channels_last)  # the layout convolutions are fastest in
 
     def initialize(self):
@@ -421,8 +538,13 @@ class FCOS(nn.Module):
         starts every class at a probability of 0.01 (arXiv 1708.02002, section 3.3)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
-                if name.startswith("head"):
+                if isinstance(module, DeformConv):
+                    bound = (9 * module.in_channels) ** -0.5
+                    nn.init.uniform_(module.weight, -bound, bound)
+                elif name.startswith("head"):
                     nn.init.normal_(module.weight, std=0.01)
+                elif name.startswith("backbone.features"):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out")
                 else:
                     nn.init.kaiming_uniform_(module.weight, a=1)
                 if module.bias is not None:
@@ -463,7 +585,7 @@ class FCOS(nn.Module):
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         cls, ltrb, ctr = self.head(self.fpn(*features))
         levels = [rows * columns for rows, columns in level_sizes(hw)]
-        points = make_points(hw, images.device)
+        points = make_points(hw, images.device, self.convention["grid"])
         return {"cls": cls, "ltrb": ltrb, "ctr": ctr, "points": points, "levels": levels}
 
     def targets(self, hw, boxes, labels):
@@ -473,25 +595,34 @@ class FCOS(nn.Module):
         -> {"labels": (B, P) int64, -1 for background, "ltrb": (B, P, 4) pixels,
             "index": (B, P) int64 of the matched box}, zeros and -1 for background
         """
-        points = make_points(hw, boxes[0].device)
+        points = make_points(hw, boxes[0].device, self.convention["grid"])
         labels, ltrb, index = assign(points, boxes, labels, self.radius)
         return {"labels": labels, "ltrb": ltrb, "index": index}
 
-    def decode(self, outputs, sizes, score_threshold=0.05, topk=1000, nms_threshold=0.6,
+    def decode(self, outputs, sizes, score_threshold=None, topk=1000, nms_threshold=0.6,
                max_detections=100):
         """Boxes of the outputs of `forward`, in shapes that never depend on their values.
 
         On every level the (location, class) pairs of class probability over `score_threshold`
-        compete by probability times centerness, and `topk` go on; non-maximum suppression within a
-        class over all levels leaves `max_detections` (section 3.3).
+        (0.05) compete by probability times centerness, and `topk` go on; non-maximum suppression
+        within a class over all levels leaves `max_detections` (section 3.3).
         -> boxes (B, D, 4) xyxy pixels of the padded image, clipped to its size; scores (B, D) =
            sqrt(probability * centerness), falling; labels (B, D). 0, -inf and -1 where none is left
+        Weights of torchvision bring its custom along, a threshold (0.2) on that square root; those
+        of mmdetection to choose `topk` by probability alone, and to report no square root. (Their
+        plain configurations also ask for nms_threshold=0.5.)
         """
-        cls, ctr, points = outputs["cls"].sigmoid(), outputs["ctr"].sigmoid(), outputs["points"]
+        custom = self.convention["score"]
+        if score_threshold is None:
+            score_threshold = 0.2 if custom == "torchvision" else 0.05
+        cls, ctr = outputs["cls"].float().sigmoid(), outputs["ctr"].float().sigmoid()
+        points = outputs["points"]
         B, P, K = cls.shape
-        ranking = torch.where(cls > score_threshold, cls * ctr[..., None], -math.inf)
+        joint = cls * ctr[..., None]
+        passed = joint > score_threshold**2 if custom == "torchvision" else cls > score_threshold
+        ranking = torch.where(passed, cls if custom == "mmdetection" else joint, -math.inf)
 
-        left, top, right, bottom = outputs["ltrb"].unbind(-1)
+        left, top, right, bottom = outputs["ltrb"].float().unbind(-1)
         x, y, extra = points[:, 0], points[:, 1], float(self.convention["inclusive"])
         h, w = torch.as_tensor(sizes, device=cls.device).float().view(B, 2, 1).unbind(1)
         x1 = torch.minimum((x - left).clamp(min=0), w - extra)
@@ -507,13 +638,17 @@ class FCOS(nn.Module):
             pairs.append(pair + first * K)
             first += level.shape[1]
         scores, pairs = torch.cat(scores, 1), torch.cat(pairs, 1)
+        if custom == "mmdetection":
+            scores = scores * ctr.gather(1, pairs // K)
         labels = pairs % K
         boxes = boxes.gather(1, (pairs // K)[..., None].expand(-1, -1, 4))
+        scores = scores.masked_fill(boxes.isnan().any(-1), -math.inf)
 
         keep = batched_nms(boxes, scores, labels, nms_threshold, max_detections)
         found, keep = keep >= 0, keep.clamp(min=0)
-        boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)) * found[..., None]
-        scores = torch.where(found, scores.gather(1, keep).clamp(min=0).sqrt(), -math.inf)
+        boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)).where(found[..., None], 0)
+        scores = scores.gather(1, keep).clamp(min=0)
+        scores = torch.where(found, scores if custom == "mmdetection" else scores.sqrt(), -math.inf)
         return boxes, scores, torch.where(found, labels.gather(1, keep), -1)
 
     def detect(self, outputs, sizes, **thresholds):
