@@ -721,47 +721,121 @@ def build(name, num_classes=80, **overrides):
 
 # ---- weights -----------------------------------------------------------------------------------
 
-RESNET = [  # the names of torchvision, which the official code shares
-    (r"^backbone\.layer(\d)\.", lambda m: f"backbone.res{int(m[1]) + 1}."),
-    (r"\.conv(\d)\.", r".conv\1.conv."),
-    (r"\.bn(\d)\.", r".conv\1.norm."),
-    (r"\.downsample\.0\.", ".down.conv."),
-    (r"\.downsample\.1\.", ".down.norm."),
-]
-OFFICIAL = [
-    (r"^backbone\.body\.stem\.conv1\.", "backbone.stem.conv."),
-    (r"^backbone\.body\.stem\.bn1\.", "backbone.stem.norm."),
-    (r"^backbone\.body\.", "backbone."),
-    *RESNET,
-    (r"^backbone\.fpn\.fpn_inner(\d)", lambda m: f"fpn.lateral{int(m[1]) + 1}"),
-    (r"^backbone\.fpn\.fpn_layer(\d)", lambda m: f"fpn.output{int(m[1]) + 1}"),
-    (r"^backbone\.fpn\.top_blocks\.", "fpn."),
-    (r"^rpn\.head\.bbox_", "rpn.head.box_"),
-    (r"_tower\.(\d+)\.", lambda m: f"_tower.{int(m[1]) // 3}.{('conv', 'norm')[int(m[1]) % 3]}."),
-    (r"^rpn\.head\.cls_logits\.", "head.cls."),
-    (r"^rpn\.head\.box_pred\.", "head.box."),
-    (r"^rpn\.head\.centerness\.", "head.ctr."),
-    (r"^rpn\.head\.scales\.(\d)\.scale", r"head.scale.\1"),
-    (r"^rpn\.head\.", "head."),
-]
-CAFFE2 = [  # the ImageNet files R-50.pkl, R-101.pkl, X-101-*.pkl; their norm is an affine map
-    (r"^conv1_w$", "backbone.stem.conv.weight"),
-    (r"^res_conv1_bn_", "backbone.stem.norm."),
-    (r"^res(\d)_(\d+)_branch1_w$", r"backbone.res\1.\2.down.conv.weight"),
-    (r"^res(\d)_(\d+)_branch1_bn_", r"backbone.res\1.\2.down.norm."),
-    (r"^res(\d)_(\d+)_branch2([abc])_w$",
-     lambda m: f"backbone.res{m[1]}.{m[2]}.conv{'abc'.index(m[3]) + 1}.conv.weight"),
-    (r"^res(\d)_(\d+)_branch2([abc])_bn_",
-     lambda m: f"backbone.res{m[1]}.{m[2]}.conv{'abc'.index(m[3]) + 1}.norm."),
-    (r"\.norm\.s$", ".norm.weight"),
-    (r"\.norm\.b$", ".norm.bias"),
-]
+# COCO's 80 classes; a category id is a place in this list, counted from 1, and ten are not used.
+COCO = {id: name for id, name in enumerate(
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,"
+    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,"
+    "backpack,umbrella,,,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
+    "baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,cup,fork,knife,spoon,"
+    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,microwave,"
+    "oven,toaster,sink,refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,"
+    "toothbrush".split(","), 1) if name}
+
+# How others name what is called backbone.*, fpn.* and head.* here: pattern and replacement, applied
+# from top to bottom. "+" adds; n/3 is the name of module n among convolution, norm, relu, ...
+NAMES = r"""
+    # ResNets of torchvision, the official code, mmdetection and, with bottom_up, Detectron2
+    ^(backbone\.)?(body\.|bottom_up\.)?(stem\.)?conv1\.(?=weight)  backbone.stem.conv.
+    ^(backbone\.)?(body\.)?(stem\.)?bn1\.                          backbone.stem.norm.
+    ^(backbone\.bottom_up\.)?stem\.conv1\.norm\.                   backbone.stem.norm.
+    ^(backbone\.)?(body\.)?layer(\d)\.                             backbone.res\3+1.
+    ^(backbone\.bottom_up\.)?res(\d)\.                             backbone.res\2.
+    \.conv(\d)\.(?=weight)                                         .conv\1.conv.
+    \.bn(\d)\.                                                     .conv\1.norm.
+    \.(downsample\.0|shortcut)\.(?=weight)                         .down.conv.
+    \.(downsample\.1|shortcut\.norm)\.                             .down.norm.
+    \.conv2(\.|\.conv_|_)offset\.                                  .conv2.conv.offset.
+    # ResNets of Caffe2 and, with gamma and beta, Detectron2
+    ^conv1_w$                        backbone.stem.w
+    ^res_conv1_bn                    backbone.stem.bn
+    ^res(\d)_(\d+)_branch1_(w|bn)    backbone.res\1.\2.down.\3
+    ^res(\d)_(\d+)_branch2a_(w|bn)   backbone.res\1.\2.conv1.\3
+    ^res(\d)_(\d+)_branch2b_(w|bn)   backbone.res\1.\2.conv2.\3
+    ^res(\d)_(\d+)_branch2c_(w|bn)   backbone.res\1.\2.conv3.\3
+    \.w$                             .conv.weight
+    \.bn_(s|gamma)$                  .norm.weight
+    \.bn_(b|beta)$                   .norm.bias
+    \.bn_(rm|running_mean)$          .norm.running_mean
+    \.bn_(riv|running_var)$          .norm.running_var
+    # MobileNets
+    ^(backbone\.body\.)?features\.(\d|1[0-7])\.  backbone.features.\2.
+    \.features\.0\.0\.                           .features.0.conv.
+    \.features\.0\.1\.                           .features.0.norm.
+    \.features\.(\d+)\.conv\.(\d+)\.             .features.\1.\2/3.
+    # pyramids: official, torchvision (its files have both spellings), AdelaiDet, mmdetection
+    ^backbone\.fpn\.fpn_inner(\d)\.              fpn.lateral\1+1.
+    ^backbone\.fpn\.fpn_layer(\d)\.              fpn.output\1+1.
+    ^backbone\.fpn\.inner_blocks\.(\d)\.(0\.)?   fpn.lateral\1+3.
+    ^backbone\.fpn\.layer_blocks\.(\d)\.(0\.)?   fpn.output\1+3.
+    ^backbone\.fpn\.(top|extra)_blocks\.         fpn.
+    ^backbone\.fpn_(lateral|output)              fpn.\1
+    ^backbone\.top_block\.                       fpn.
+    ^neck\.lateral_convs\.(\d)\.conv\.           fpn.lateral\1+3.
+    ^neck\.fpn_convs\.([012])\.conv\.            fpn.output\1+3.
+    ^neck\.fpn_convs\.([34])\.conv\.             fpn.p\1+3.
+    # heads: official, AdelaiDet, mmdetection, torchvision
+    ^(rpn\.head|proposal_generator\.fcos_head|bbox_head)\.  head.
+    ^head\.classification_head\.conv\.                      head.cls_tower.
+    ^head\.regression_head\.conv\.                          head.bbox_tower.
+    ^head\.\w+_head\.                                       head.
+    ^head\.cls_tower\.(\d+)\.                               head.cls_tower.\1/3.
+    ^head\.bbox_tower\.(\d+)\.                              head.box_tower.\1/3.
+    ^head\.cls_convs\.                                      head.cls_tower.
+    ^head\.reg_convs\.                                      head.box_tower.
+    \.gn\.                                                  .norm.
+    ^head\.(cls_logits|conv_cls|fcos_cls)\.                 head.cls.
+    ^head\.(bbox_pred|bbox_reg|conv_reg|fcos_reg)\.         head.box.
+    ^head\.(bbox_ctrness|ctrness|(conv_|fcos_)?centerness)\.  head.ctr.
+    ^head\.scales\.(\d)\.scale$                             head.scale.\1
+    \.conv\.conv\.                                          .conv.
+    \.conv\.conv_offset\.                                   .conv.offset.
+"""
+NESTED_MOBILENET = r"""
+    # torchvision nests its layers, and so counts them in twos
+    ^features\.1\.conv\.([12])\.(?=\D)             features.1.conv.\1+2.
+    ^features\.(\d\d|[2-9])\.conv\.([23])\.(?=\D)  features.\1.conv.\2+4.
+    \.conv\.0\.([01])\.                            .conv.\1.
+    \.conv\.1\.([01])\.                            .conv.\1+3.
+"""
 CAFFE = {name: CONVENTION[name] for name in ("bgr", "mean", "std", "bn_eps")}
-FAMILIES = {  # name: (a key by which its files are known, renaming rules, what it fixes)
-    "fcos": ("head.cls.weight", [], {}),
-    "official": ("rpn.head.cls_logits.weight", OFFICIAL, dict(CAFFE, inclusive=True)),
-    "caffe2": ("res_conv1_bn_s", CAFFE2, CAFFE),
+MSRA = CAFFE | dict(mean=(103.53, 116.28, 123.675), bn_eps=1e-5)
+TORCH = dict(
+    bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bn_eps=1e-5
+)
+DETECTORS = {  # family: (a key by which its files are known, the convention of its weights)
+    "fcos": (r"head\.cls\.weight", {}),
+    "official": (r"rpn\.head\.cls_logits\.weight", CONVENTION | dict(inclusive=True)),
+    "adelaidet": (r"proposal_generator\.fcos_head\.cls_logits\.weight", CONVENTION | MSRA),
+    "torchvision": (r"head\.classification_head\.cls_logits\.weight",
+                    CONVENTION | TORCH | dict(grid="corner", score="torchvision")),
+    "mmdetection": (r"bbox_head\.(conv|fcos)_cls\.weight",
+                    CONVENTION | dict(bn_eps=1e-5, score="mmdetection")),
 }
+CLASSIFIERS = {  # for their backbone; the official recipes feed Caffe's pixels to MobileNet, too
+    "detectron2": (r"res_conv1_bn_(gamma|rm)", MSRA),
+    "caffe2": (r"res_conv1_bn_s", CAFFE),
+    "torchvision_in_detectron2": (r"stem\.conv1\.norm\.weight", TORCH),
+    "torchvision_resnet": (r"layer1\.0\.conv1\.weight", TORCH),
+    "torchvision_mobilenet": (r"features\.1\.conv\.0\.0\.weight", TORCH),
+    "mobilenet": (r"features\.1\.conv\.3\.weight", CAFFE),
+}
+FAMILIES = DETECTORS | CLASSIFIERS
+
+
+def our_name(key, table=NAMES):
+    """A key of another family in our words, by a table such as NAMES."""
+    def expand(match):
+        text = match.expand(replacement)
+        text = re.sub(r"(\d)\+(\d)", lambda m: str(int(m[1]) + int(m[2])), text)
+        part = ("conv", "norm", "relu")
+        return re.sub(r"(\d+)/3", lambda m: f"{int(m[1]) // 3}.{part[int(m[1]) % 3]}", text)
+
+    for row in table.split("\n"):
+        if row and "#" not in row:
+            pattern, replacement = row.split()
+            key = re.sub(pattern, expand, key)
+    return key
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -799,52 +873,105 @@ def read_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({what})") from None
 
 
-def load_weights(model, source, finetune=False):
-    """Fill `model` from a path or a dict: our own checkpoints, the official FCOS .pth, or Caffe2's
-    ImageNet .pkl, which fills the backbone. The family is known from the keys and sets what goes
-    with it in model.convention; the architecture is the row's and never changes.
-
-    finetune: a classifier of another number of classes is left as it is, not an error.
-    -> {"family", "loaded", "ignored", "missing"}, the last three lists of names. UserError lists
-       keys of a detector that are missing or unknown, and shapes that differ.
-    """
+def open_weights(source):
+    """A path or a dict of any family -> (path, content, state dict, family, the key that tells)."""
     path = source if isinstance(source, (str, os.PathLike)) else "weights"
     content = read_checkpoint(source) if path is source else source
     state = content
-    for wrapper in ("model", "state_dict", "blobs"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+    while isinstance(state, dict):  # last.pt of train.py holds a checkpoint that holds the weights
+        inner = [state.get(wrapper) for wrapper in ("model", "state_dict", "blobs")]
+        inner = [value for value in inner if isinstance(value, dict)]
+        if not inner:
+            break
+        content, state = state, inner[0]
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{path}: holds no state dict but a {type(state).__name__}")
     if all(key.startswith("module.") for key in state):  # saved from inside DistributedDataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    family = next((name for name, (key, _, _) in FAMILIES.items() if key in state), None)
-    if family is None:
-        raise UserError(
-            f"{path}: of no family known here ({', '.join(FAMILIES)}); its first keys are "
-            f"{', '.join(list(state)[:3]) or 'none'}"
-        )
-    _, rules, convention = FAMILIES[family]
-    own, renamed, ignored = model.state_dict(), {}, []
-    for key, value in state.items():
-        name = key
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        if name in own:
-            renamed[name] = torch.as_tensor(value)
-        else:
-            ignored.append(key)
+    for family, (mark, _) in FAMILIES.items():
+        for key, value in state.items():
+            if re.fullmatch(mark, key) and getattr(value, "ndim", 0):
+                return path, content, state, family, key
+    raise UserError(
+        f"{path}: of no family known here ({', '.join(FAMILIES)}); its first keys are "
+        f"{', '.join(list(state)[:3]) or 'none'}"
+    )
 
-    missing = [name for name in own if name not in renamed]
-    if family == "caffe2":  # an affine norm leaves mean 0 and variance 1 as they are
-        wrong = [name for name in missing if re.match(r"backbone.*(weight|bias)$", name)]
-    else:
-        wrong = missing + ignored
+
+def input_convention(model, family, content, state):
+    """What a file tells of the pixels it wants beyond its family, as keywords of CONVENTION."""
+    row = MODELS[model.name] | model.overrides
+    if "pixel_mean" in state:  # AdelaiDet's
+        mean, std = (tuple(state[f"pixel_{x}"].flatten().tolist()) for x in ("mean", "std"))
+        return dict(bgr=mean[0] < mean[2], mean=mean, std=std)
+    if family in ("adelaidet", "detectron2") and row.get("groups") == 32:
+        return dict(std=(57.375, 57.12, 58.395))  # for this backbone alone
+    if family == "mmdetection":  # the text of its configuration lies beside the weights
+        text = str(content.get("meta"))
+        found = [re.search(name + r"=\[([^\]]*)\]", text) for name in ("mean", "std")]
+        if all(found):
+            mean, std = (tuple(map(float, re.findall(r"[\d.]+", match[1]))) for match in found)
+            return dict(bgr="to_rgb=True" not in text, mean=mean, std=std)
+        if not row.get("stride_in_1x1", True):
+            return TORCH
+        if "bbox_head.cls_convs.0.conv.bias" in state:
+            return MSRA
+    return {}
+
+
+def load_weights(model, source, finetune=False):
+    """Fill `model` from a path or a dict: our own checkpoints; detectors of the official FCOS,
+    AdelaiDet, torchvision and mmdetection; and of ImageNet classifiers of Caffe2, Detectron2 and
+    torchvision the backbone. The family is known from the keys and sets what goes with it in
+    model.convention. The architecture is the row's and never changes; a file that contradicts it is
+    an error, but no file tells exp from relu. A detector of 80 classes gets the names of COCO's.
+
+    finetune: a classifier of another number of classes is left as it is, not an error.
+    -> {"family", "convention", "loaded", "ignored", "missing"}, the last three lists of names.
+       UserError lists keys that are missing or unknown, and shapes that differ.
+    """
+    path, content, state, family, _ = open_weights(source)
+
+    def refuse(why):
+        raise UserError(f"{path}: does not fit {model.name}: {why}")
+
+    # ---- their names become ours
+    table = NESTED_MOBILENET + NAMES if family == "torchvision_mobilenet" else NAMES
+    own, renamed, unknown = model.state_dict(), {}, {}
+    for key, value in state.items():
+        name = key if family == "fcos" else our_name(key, table)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+            value = torch.from_numpy(value.astype(np.float32))
+        if name not in own or name in renamed:
+            unknown[key] = name
+        elif isinstance(value, torch.Tensor):
+            renamed[name] = value
+        else:
+            raise UserError(f"{path}: {key} is no tensor but {type(value).__name__}")
+    for name, value in own.items():
+        if family == "caffe2" and re.match(r"backbone\..*\.running_(mean|var)$", name):
+            renamed[name] = torch.full_like(value, name.endswith("var"))  # its norm is affine
+        elif family == "mmdetection" and re.fullmatch(r"head\.\w+_tower\.\d\.conv\.bias", name):
+            renamed.setdefault(name, torch.zeros_like(value))  # its plain models have none
+        elif family == "mmdetection" and name.startswith("head.scale.") and name in renamed:
+            renamed[name] = renamed[name].reshape(1)
+        elif family == "torchvision" and name.startswith("head.cls.") and name in renamed:
+            ids = model.category_ids or list(COCO)  # its 91 rows are category ids
+            if len(renamed[name]) == 91 != model.num_classes == len(ids) and max(ids) < 91:
+                renamed[name] = renamed[name][ids]
+
+    # ---- does everything fit?
+    missing, spare = [name for name in own if name not in renamed], r".*num_batches_tracked"
+    if family in DETECTORS:
+        wrong, spare = missing + list(unknown), spare + r"|pixel_(mean|std)"
+    else:  # the rest of the file is its classifier
+        if "backbone.stem.norm.running_var" not in own and "backbone.stem.conv.weight" in own:
+            raise UserError(f"{path}: is of a backbone with BatchNorm, and this one has GroupNorm")
+        wrong = missing + [key for key, name in unknown.items() if name.startswith("backbone.")]
+        spare += r"|(fpn|head)\..*|.*\.offset\..*"
+    wrong = [name for name in wrong if not re.fullmatch(spare, name)]
     if wrong:
-        raise UserError(
-            f"{path}: does not fit {model.name}: {len(wrong)} keys are missing or unknown, among "
-            f"them {', '.join(wrong[:5])}"
-        )
+        refuse(f"{len(wrong)} keys are missing or unknown, among them {', '.join(wrong[:5])}")
     for name, value in list(renamed.items()):
         if value.shape != own[name].shape:
             if finetune and name.startswith("head.cls."):
@@ -852,31 +979,54 @@ def load_weights(model, source, finetune=False):
                 del renamed[name]
                 continue
             hint = "; fine-tuning starts a new classifier" if name.startswith("head.cls.") else ""
-            raise UserError(
-                f"{path}: does not fit {model.name}: {name} is {tuple(value.shape)} in the file "
-                f"and {tuple(own[name].shape)} in the model{hint}"
-            )
+            refuse(f"{name} is {tuple(value.shape)} in the file and {tuple(own[name].shape)} in "
+                   f"the model{hint}")
+    if family in CLASSIFIERS:
+        row = MODELS[model.name] | model.overrides
+        norm, here = row.get("norm", "frozen"), row.get("stride_in_1x1", True)
+        there = family in ("caffe2", "detectron2") and row.get("groups", 1) == 1
+        if "backbone.res2.0.conv3.conv.weight" in own and there != here:
+            there, here = ("1x1" if first else "3x3" for first in (there, here))
+            refuse(f"its blocks have the stride in the {there} convolution, the model's in the "
+                   f"{here}")
+        if family == "caffe2" and norm != "frozen":
+            refuse("its norms have no statistics, so that they can only be norm='frozen'")
+
     model.load_state_dict(renamed, strict=False)
+    convention = FAMILIES[family][1] | input_convention(model, family, content, state)
     if family == "fcos":
         convention = content.get("convention", {})
+    elif family in DETECTORS and model.num_classes == 80 and model.classes is None:
+        model.classes, model.category_ids = list(COCO.values()), list(COCO)
     model.set_convention(**convention)
-    return {"family": family, "loaded": list(renamed), "ignored": ignored, "missing": missing}
+    return {"family": family, "convention": model.convention, "loaded": list(renamed),
+            "ignored": list(unknown), "missing": missing}
 
 
 def load(path, name=None):
-    """A model from one of our own checkpoints alone, in eval mode; the files of other families do
-    not say which architecture they are of: `name` is a row of MODELS."""
-    content = read_checkpoint(path)
-    ours = isinstance(content, dict) and {"name", "overrides", "convention"} <= content.keys()
-    if not ours and name is None:
-        raise UserError(f"{path}: does not say which model it is; name one of {', '.join(MODELS)}")
-    if not ours:
-        model = build(name)
+    """A model in eval mode from a file alone, if it is one of our own checkpoints or torchvision's;
+    those of other families do not say which architecture they are of: `name` is a row of MODELS."""
+    _, content, state, family, key = open_weights(path)
+    fields = {"name", "num_classes", "overrides", "classes", "category_ids", "convention"}
+    if not fields | {"test_size", "model"} <= content.keys():
+        if family in CLASSIFIERS:
+            raise UserError(f"{path}: is an ImageNet classifier, as {key} tells, and no detector")
+        if name is None and family == "torchvision":
+            name = "fcos_torchvision_R_50_FPN"
+        if name is None:
+            raise UserError(
+                f"{path}: does not say which model it is; name one of {', '.join(MODELS)}"
+            )
+        num_classes = 80 if family == "torchvision" and len(state[key]) == 91 else len(state[key])
+        model = build(name, num_classes)
         load_weights(model, path)
         return model.eval()
     if name not in (None, content["name"]):
         raise UserError(f"{path}: is a {content['name']}, not a {name}")
-    model = build(content["name"], content["num_classes"], **content["overrides"])
+    try:
+        model = build(content["name"], content["num_classes"], **content["overrides"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     load_weights(model, content)
     model.classes, model.category_ids = content["classes"], content["category_ids"]
     model.test_size = tuple(content["test_size"])
@@ -885,16 +1035,9 @@ def load(path, name=None):
 
 def checkpoint(model):
     """All that `load` needs to rebuild the model, as tensors and plain Python values."""
-    return {
-        "name": model.name,
-        "num_classes": model.num_classes,
-        "overrides": model.overrides,
-        "classes": model.classes,
-        "category_ids": model.category_ids,
-        "convention": model.convention,
-        "test_size": model.test_size,
-        "model": model.state_dict(),
-    }
+    names = ("name", "num_classes", "overrides", "classes", "category_ids", "convention",
+             "test_size")
+    return {name: getattr(model, name) for name in names} | {"model": model.state_dict()}
 
 
 @contextlib.contextmanager
