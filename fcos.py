@@ -196,9 +196,13 @@ class DeformConv(nn.Conv2d):
         self.offset = nn.Conv2d(c_in, 27, kernel, stride, padding)
 
     def _conv_forward(self, x, weight, bias):  # what nn.Conv2d.forward calls
-        offset, mask = self.offset(x).to(weight.dtype).split((18, 9), 1)
-        x, mask = x.to(weight.dtype), mask.sigmoid()  # deform_conv2d knows no bf16
-        return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, mask=mask)
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # deform_conv2d knows no bf16
+        offset, mask = self.offset(x).to(dtype).split((18, 9), 1)
+        bias = bias if bias is None else bias.to(dtype)
+        return deform_conv2d(
+            x.to(dtype), offset, weight.to(dtype), bias, self.stride, self.padding,
+            mask=mask.sigmoid(),
+        ).to(x.dtype)
 
 
 class ConvNorm(nn.Module):
@@ -268,15 +272,15 @@ class ResNet(nn.Module):
         block = BLOCKS[block]
         self.stem = ConvNorm(3, stem, 7, 2, norm=norm)
         c_in = stem
-        for stage, depth in enumerate(blocks, 2):
-            c_mid, c_out = (c * 2 ** (stage - 2) for c in (groups * width, block.expansion * stem))
+        for stage, depth in enumerate(blocks):
+            c_mid, c_out = groups * width * 2**stage, block.expansion * stem * 2**stage
             layers = []
             for i in range(depth):
-                stride = 2 if stage > 2 and i == 0 else 1
-                settings = stride, groups, norm, stride_in_1x1, stage in dcn
+                stride = 2 if stage and i == 0 else 1
+                settings = stride, groups, norm, stride_in_1x1, stage + 2 in dcn
                 layers += [block(c_in, c_mid, c_out, *settings)]
                 c_in = c_out
-            setattr(self, f"res{stage}", nn.Sequential(*layers))
+            setattr(self, f"res{stage + 2}", nn.Sequential(*layers))
         self.channels = [c_out // 4, c_out // 2, c_out]
 
     def freeze(self, stages):
@@ -340,6 +344,7 @@ class MobileNetV2(nn.Module):
             if i in self.ends:
                 found.append(x)
         return found
+
 
 # ---- feature pyramid and head ------------------------------------------------------------------
 
