@@ -554,6 +554,9 @@ def main(args):
 
     rank, world, device = start_process(args.device)
     model = fcos.load(args.model, args.name).to(device)
+    if rank == 0:
+        convention = ", ".join(f"{name} {value}" for name, value in model.convention.items())
+        print(f"{args.model}: {model.name} with {convention}", file=sys.stderr)
     if args.images:
         unreadable = draw_folder(
             model, args.images, args.out, args.score_threshold, args.min_size, args.max_size

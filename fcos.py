@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
+from torchvision.ops import deform_conv2d
 
 from kernels.assign import assign
 from kernels.focal_loss import sigmoid_focal_loss
@@ -39,31 +40,51 @@ STRIDES = (8, 16, 32, 64, 128)
 # Both ends are inclusive, so a distance of exactly 64 is positive on P3 and on P4, as published.
 RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
 
-# One architecture a row, named as the official configurations are, without their schedule.
+# One architecture a row, named as the official configurations are, without their schedule; then
+# torchvision's, and the small ResNets. Keywords are those of FCOS.
+R_18 = dict(block="basic", blocks=(2, 2, 2, 2), stride_in_1x1=False)
+R_34 = dict(block="basic", blocks=(3, 4, 6, 3), stride_in_1x1=False)
 R_50 = dict(blocks=(3, 4, 6, 3))
 R_101 = dict(blocks=(3, 4, 23, 3))
 X_101_32x8d = dict(blocks=(3, 4, 23, 3), groups=32, width=8, stride_in_1x1=False)
 X_101_64x4d = dict(blocks=(3, 4, 23, 3), groups=64, width=4, stride_in_1x1=False)
+MNV2 = dict(block="inverted", blocks=(1, 2, 3, 4, 3, 3, 1), stem=32, frozen_stages=0, norm="bn")
+SYNCBN, C128 = dict(norm="syncbn"), dict(channels=128)
 PLAIN = dict(activation="exp", ctr_on="cls", radius=0.0, iou="iou", unit="pixel")
 IMPRV = dict(activation="relu", ctr_on="box", radius=1.5, iou="giou", unit="stride")
 TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=32, channels=64, norm="gn", frozen_stages=0)
+DCN_345, DCN_45 = IMPRV | dict(dcn=(3, 4, 5)), IMPRV | dict(dcn=(4, 5))
+VISION = IMPRV | dict(stride_in_1x1=False, scales=False, grid="corner")
 MODELS = {
-    "fcos_R_50_FPN":              R_50        | PLAIN,
-    "fcos_R_101_FPN":             R_101       | PLAIN,
-    "fcos_X_101_32x8d_FPN":       X_101_32x8d | PLAIN,
-    "fcos_X_101_64x4d_FPN":       X_101_64x4d | PLAIN,
-    "fcos_imprv_R_50_FPN":        R_50        | IMPRV,
-    "fcos_imprv_R_101_FPN":       R_101       | IMPRV,
-    "fcos_imprv_X_101_32x8d_FPN": X_101_32x8d | IMPRV,
-    "fcos_imprv_X_101_64x4d_FPN": X_101_64x4d | IMPRV,
-    "shapes":                     TINY        | IMPRV,
+    "fcos_R_50_FPN":                    R_50        | PLAIN,
+    "fcos_R_101_FPN":                   R_101       | PLAIN,
+    "fcos_X_101_32x8d_FPN":             X_101_32x8d | PLAIN,
+    "fcos_X_101_64x4d_FPN":             X_101_64x4d | PLAIN,
+    "fcos_imprv_R_50_FPN":              R_50        | IMPRV,
+    "fcos_imprv_R_101_FPN":             R_101       | IMPRV,
+    "fcos_imprv_X_101_32x8d_FPN":       X_101_32x8d | IMPRV,
+    "fcos_imprv_X_101_64x4d_FPN":       X_101_64x4d | IMPRV,
+    "fcos_imprv_dcnv2_R_50_FPN":        R_50        | DCN_345,
+    "fcos_imprv_dcnv2_R_101_FPN":       R_101       | DCN_345,
+    "fcos_imprv_dcnv2_X_101_32x8d_FPN": X_101_32x8d | DCN_45,
+    "fcos_imprv_dcnv2_X_101_64x4d_FPN": X_101_64x4d | DCN_45,
+    "fcos_bn_MNV2_FPN":                 MNV2        | PLAIN,
+    "fcos_syncbn_MNV2_FPN":             MNV2        | PLAIN | SYNCBN,
+    "fcos_syncbn_c128_MNV2_FPN":        MNV2        | PLAIN | SYNCBN | C128,
+    "fcos_torchvision_R_50_FPN":        R_50        | VISION,
+    "fcos_imprv_R_18_FPN":              R_18        | IMPRV,
+    "fcos_imprv_R_34_FPN":              R_34        | IMPRV,
+    "shapes":                           TINY        | IMPRV,
 }
 
-# How pixels enter a network and boxes leave it. This travels with weights, not with architecture:
-# ImageNet weights of the Caffe days take BGR in 0..255 minus a mean, and the official FCOS learned
-# inclusive boxes (x2 = x + w - 1), to which decoding adds the missing pixel.
+# How pixels enter a network and boxes leave it. This travels with weights, not with architecture.
+# Pixels: Caffe's ImageNet weights take BGR in 0..255 minus a mean, and their norms have no epsilon.
+# Boxes: the official FCOS learned inclusive ones (x2 = x + w - 1), to which decoding adds the
+# missing pixel. Locations lie at the "centre" of their cells, or in torchvision at the "corner".
+# Scores are those of "fcos", "torchvision" or "mmdetection": see FCOS.decode.
 CONVENTION = dict(
-    bgr=True, mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), bn_eps=0.0, inclusive=False
+    bgr=True, mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), bn_eps=0.0,
+    inclusive=False, grid="centre", score="fcos",
 )
 
 
@@ -165,12 +186,32 @@ NORMS = {
 }
 
 
+class DeformConv(nn.Conv2d):
+    """3x3 convolution that reads each of its nine taps at a learned distance from the regular place
+    and weighs it by a learned mask in 0..1 (DCNv2: Zhu et al., arXiv 1811.11168). The channels of
+    `offset` are y, x of each tap in pixels, and then the logits of the nine masks."""
+
+    def __init__(self, c_in, c_out, kernel, stride, padding, groups=1, bias=True):
+        super().__init__(c_in, c_out, kernel, stride, padding, groups=groups, bias=bias)
+        self.offset = nn.Conv2d(c_in, 27, kernel, stride, padding)
+
+    def _conv_forward(self, x, weight, bias):  # what nn.Conv2d.forward calls
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # deform_conv2d knows no bf16
+        offset, mask = self.offset(x).to(dtype).split((18, 9), 1)
+        bias = bias if bias is None else bias.to(dtype)
+        return deform_conv2d(
+            x.to(dtype), offset, weight.to(dtype), bias, self.stride, self.padding,
+            mask=mask.sigmoid(),
+        ).to(x.dtype)
+
+
 class ConvNorm(nn.Module):
     """A convolution and the normalisation after it; `norm` is one of NORMS."""
 
-    def __init__(self, c_in, c_out, kernel, stride=1, groups=1, norm="gn", bias=False):
+    def __init__(self, c_in, c_out, kernel, stride=1, groups=1, norm="gn", bias=False, dcn=False):
         super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        conv = DeformConv if dcn else nn.Conv2d
+        self.conv = conv(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = NORMS[norm](c_out)
 
     def forward(self, x):
@@ -180,7 +221,7 @@ class ConvNorm(nn.Module):
         # a pass over the activations, and no activation saved for backward.
         scale, shift = self.norm.scale_shift()
         weight = self.conv.weight * scale[:, None, None, None]
-        return F.conv2d(x, weight, shift, self.conv.stride, self.conv.padding, 1, self.conv.groups)
+        return self.conv._conv_forward(x, weight, shift)
 
 
 class Bottleneck(nn.Module):
@@ -189,11 +230,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1):
+    def __init__(self, c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1, dcn):
         super().__init__()
         first, second = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = ConvNorm(c_in, c_mid, 1, first, norm=norm)
-        self.conv2 = ConvNorm(c_mid, c_mid, 3, second, groups, norm=norm)
+        self.conv2 = ConvNorm(c_mid, c_mid, 3, second, groups, norm=norm, dcn=dcn)
         self.conv3 = ConvNorm(c_mid, c_out, 1, norm=norm)
         self.down = ConvNorm(c_in, c_out, 1, stride, norm=norm) if c_in != c_out else nn.Identity()
 
@@ -208,10 +249,10 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1):
+    def __init__(self, c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1, dcn):
         super().__init__()
         self.conv1 = ConvNorm(c_in, c_mid, 3, stride, groups, norm=norm)
-        self.conv2 = ConvNorm(c_mid, c_out, 3, 1, groups, norm=norm)
+        self.conv2 = ConvNorm(c_mid, c_out, 3, 1, groups, norm=norm, dcn=dcn)
         self.down = ConvNorm(c_in, c_out, 1, stride, norm=norm) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
@@ -223,9 +264,10 @@ BLOCKS = {"bottleneck": Bottleneck, "basic": BasicBlock}
 
 
 class ResNet(nn.Module):
-    """ResNet and ResNeXt without the classifier; returns the features at strides 8, 16, 32."""
+    """ResNet and ResNeXt without the classifier; returns the features at strides 8, 16, 32. The
+    last 3x3 of every block is deformable in the stages `dcn`, some of 2..5."""
 
-    def __init__(self, block, blocks, stem, groups, width, norm, stride_in_1x1):
+    def __init__(self, block, blocks, stem, groups, width, norm, stride_in_1x1, dcn):
         super().__init__()
         block = BLOCKS[block]
         self.stem = ConvNorm(3, stem, 7, 2, norm=norm)
@@ -235,7 +277,8 @@ class ResNet(nn.Module):
             layers = []
             for i in range(depth):
                 stride = 2 if stage and i == 0 else 1
-                layers += [block(c_in, c_mid, c_out, stride, groups, norm, stride_in_1x1)]
+                settings = stride, groups, norm, stride_in_1x1, stage + 2 in dcn
+                layers += [block(c_in, c_mid, c_out, *settings)]
                 c_in = c_out
             setattr(self, f"res{stage + 2}", nn.Sequential(*layers))
         self.channels = [c_out // 4, c_out // 2, c_out]
@@ -250,6 +293,57 @@ class ResNet(nn.Module):
         c3 = self.res3(self.res2(x))
         c4 = self.res4(c3)
         return c3, c4, self.res5(c4)
+
+
+class InvertedResidual(nn.Sequential):
+    """1x1 to `expand` times the channels, 3x3 on each channel alone, 1x1 without activation."""
+
+    def __init__(self, c_in, c_out, stride, expand, norm):
+        c_mid = expand * c_in
+        super().__init__(
+            *([ConvNorm(c_in, c_mid, 1, norm=norm)] if expand > 1 else []),
+            ConvNorm(c_mid, c_mid, 3, stride, groups=c_mid, norm=norm),
+            ConvNorm(c_mid, c_out, 1, norm=norm),
+        )
+        self.residual = stride == 1 and c_in == c_out
+
+    def forward(self, x):
+        *layers, last = self
+        y = x
+        for layer in layers:
+            y = F.relu6(layer(y), inplace=True)
+        return last(y) + x if self.residual else last(y)
+
+
+class MobileNetV2(nn.Module):
+    """Sandler et al., arXiv 1801.04381, table 2, without the last 1x1 and the classifier; returns
+    the features at strides 8, 16, 32."""
+
+    STAGES = (1, 16, 1), (6, 24, 2), (6, 32, 2), (6, 64, 2), (6, 96, 1), (6, 160, 2), (6, 320, 1)
+    channels = [32, 96, 320]
+
+    def __init__(self, blocks, stem, norm):
+        super().__init__()
+        self.features, c_in = nn.Sequential(ConvNorm(3, stem, 3, 2, norm=norm)), stem
+        for (expand, c_out, stride), depth in zip(self.STAGES, blocks):
+            for i in range(depth):
+                s = stride if i == 0 else 1
+                self.features.append(InvertedResidual(c_in, c_out, s, expand, norm))
+                c_in = c_out
+        self.ends = [sum(blocks[:n]) for n in (3, 5, 7)]  # the last block at strides 8, 16, 32
+
+    def freeze(self, stages):
+        """Stop learning in the stem and the blocks after it, `stages` in all."""
+        self.features[:stages].requires_grad_(False)
+
+    def forward(self, x):
+        stem, *blocks = self.features
+        x, found = F.relu6(stem(x), inplace=True), []
+        for i, block in enumerate(blocks, 1):
+            x = block(x)
+            if i in self.ends:
+                found.append(x)
+        return found
 
 
 # ---- feature pyramid and head ------------------------------------------------------------------
@@ -278,10 +372,12 @@ class FPN(nn.Module):
 
 
 class Tower(nn.Sequential):
-    """Four 3x3 convolutions with GroupNorm and ReLU."""
+    """Four 3x3 convolutions with GroupNorm and ReLU; with `dcn`, the last is deformable."""
 
-    def __init__(self, channels):
-        super().__init__(*(ConvNorm(channels, channels, 3, bias=True) for _ in range(4)))
+    def __init__(self, channels, dcn):
+        super().__init__(*(
+            ConvNorm(channels, channels, 3, bias=True, dcn=dcn and i == 3) for i in range(4)
+        ))
 
     def forward(self, x):
         for layer in self:
@@ -291,16 +387,19 @@ class Tower(nn.Sequential):
 
 class Head(nn.Module):
     """Two towers shared by all levels, a prediction each for class, box and centerness, and one
-    learned scale of the distances for each level (section 3.2)."""
+    learned scale of the distances for each level (section 3.2), unless `scales` is False."""
 
-    def __init__(self, channels, num_classes, activation, ctr_on):
+    def __init__(self, channels, num_classes, activation, ctr_on, dcn, scales):
         super().__init__()
         self.activation, self.ctr_on = activation, ctr_on
-        self.cls_tower, self.box_tower = Tower(channels), Tower(channels)
+        self.cls_tower, self.box_tower = Tower(channels, dcn), Tower(channels, dcn)
         self.cls = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.box = nn.Conv2d(channels, 4, 3, padding=1)
         self.ctr = nn.Conv2d(channels, 1, 3, padding=1)
-        self.scale = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in STRIDES)
+        if scales:
+            self.scale = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in STRIDES)
+        else:
+            self.register_buffer("scale", torch.ones(len(STRIDES), 1), persistent=False)
 
     def forward(self, features):
         """-> cls (B, P, K) and ctr (B, P) logits, ltrb (B, P, 4) pixels. Under autocast cls, by far
@@ -332,13 +431,20 @@ def level_sizes(hw):
     return [(-(-hw[0] // stride), -(-hw[1] // stride)) for stride in STRIDES]
 
 
-def make_points(hw, device=None):
+def make_points(hw, device=None, grid="centre"):
     """Locations of all levels of a padded image of (height, width): float32 (P, 5) = x, y, stride,
-    lo, hi. A location is the centre of its cell; lo and hi bound the largest distance it learns."""
+    lo, hi. A location is the centre of its cell; lo and hi bound the largest distance it learns.
+
+    grid "corner" is torchvision's: multiples of (height // rows, width // columns), which is less
+    than the stride on P6 and P7 of most images, from 0 on.
+    """
     points = []
     for stride, (lo, hi), (rows, columns) in zip(STRIDES, RANGES, level_sizes(hw)):
-        x = torch.arange(columns, device=device) * stride + stride // 2
-        y = torch.arange(rows, device=device) * stride + stride // 2
+        y, x = (torch.arange(n, device=device) for n in (rows, columns))
+        if grid == "centre":
+            y, x = y * stride + stride // 2, x * stride + stride // 2
+        else:
+            y, x = y * (hw[0] // rows), x * (hw[1] // columns)
         level = torch.empty(rows, columns, 5, device=device)
         level[..., 0], level[..., 1] = x, y[:, None]
         level[..., 2], level[..., 3], level[..., 4] = stride, lo, hi
@@ -402,21 +508,27 @@ class FCOS(nn.Module):
     `convention` (see CONVENTION) what the weights expect of pixels and boxes."""
 
     def __init__(self, num_classes, blocks, activation, ctr_on, radius, iou, unit,
-                 block="bottleneck", stem=64, groups=1, width=None, stride_in_1x1=True,
-                 channels=256, norm="frozen", frozen_stages=2):
+                 block="bottleneck", stem=64, groups=1, width=None, stride_in_1x1=True, dcn=(),
+                 channels=256, scales=True, grid="centre", norm="frozen", frozen_stages=2):
         super().__init__()
         for keyword, value, choices in (
-            ("norm", norm, NORMS), ("block", block, BLOCKS), ("ctr_on", ctr_on, ("cls", "box")),
-            ("activation", activation, ("exp", "relu")), ("frozen_stages", frozen_stages, range(6)),
+            ("norm", norm, NORMS), ("block", block, (*BLOCKS, "inverted")),
+            ("ctr_on", ctr_on, ("cls", "box")), ("activation", activation, ("exp", "relu")),
+            ("grid", grid, ("centre", "corner")),
+            ("frozen_stages", frozen_stages, range(19 if block == "inverted" else 6)),
         ):
             if value not in choices:
                 choices = ", ".join(map(str, choices))
                 raise UserError(f"{keyword} {value!r}: expected one of {choices}")
         if num_classes < 1:
             raise UserError(f"num_classes {num_classes}: expected 1 or more")
-        self.backbone = ResNet(block, blocks, stem, groups, width or stem, norm, stride_in_1x1)
+        if block == "inverted":
+            self.backbone = MobileNetV2(blocks, stem, norm)
+        else:
+            width = width or stem
+            self.backbone = ResNet(block, blocks, stem, groups, width, norm, stride_in_1x1, dcn)
         self.fpn = FPN(self.backbone.channels, channels)
-        self.head = Head(channels, num_classes, activation, ctr_on)
+        self.head = Head(channels, num_classes, activation, ctr_on, bool(dcn), scales)
         self.initialize()
         self.backbone.freeze(frozen_stages)
 
@@ -424,7 +536,7 @@ class FCOS(nn.Module):
         self.loss = dict(iou=iou, unit=unit)
         self.classes = self.category_ids = None
         self.test_size = (800, 1333)
-        self.set_convention()
+        self.set_convention(grid=grid)
         self.to(memory_format=torch.channels_last)  # the layout convolutions are fastest in
 
     def initialize(self):
@@ -432,8 +544,13 @@ class FCOS(nn.Module):
         starts every class at a probability of 0.01 (arXiv 1708.02002, section 3.3)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
-                if name.startswith("head"):
+                if isinstance(module, DeformConv):
+                    bound = (9 * module.in_channels) ** -0.5
+                    nn.init.uniform_(module.weight, -bound, bound)
+                elif name.startswith("head"):
                     nn.init.normal_(module.weight, std=0.01)
+                elif name.startswith("backbone.features"):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out")
                 else:
                     nn.init.kaiming_uniform_(module.weight, a=1)
                 if module.bias is not None:
@@ -477,7 +594,7 @@ class FCOS(nn.Module):
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         cls, ltrb, ctr = self.head(self.fpn(*features))
         levels = [rows * columns for rows, columns in level_sizes(hw)]
-        points = make_points(hw, images.device)
+        points = make_points(hw, images.device, self.convention["grid"])
         return {"cls": cls, "ltrb": ltrb, "ctr": ctr, "points": points, "levels": levels}
 
     def targets(self, hw, boxes, labels):
@@ -487,24 +604,32 @@ class FCOS(nn.Module):
         -> {"labels": (B, P) int64, -1 for background, "ltrb": (B, P, 4) pixels,
             "index": (B, P) int64 of the matched box}, zeros and -1 for background
         """
-        points = make_points(hw, boxes[0].device)
+        points = make_points(hw, boxes[0].device, self.convention["grid"])
         labels, ltrb, index = assign(points, boxes, labels, self.radius)
         return {"labels": labels, "ltrb": ltrb, "index": index}
 
-    def decode(self, outputs, sizes, score_threshold=0.05, topk=1000, nms_threshold=0.6,
+    def decode(self, outputs, sizes, score_threshold=None, topk=1000, nms_threshold=0.6,
                max_detections=100):
         """Boxes of the outputs of `forward`, in shapes that never depend on their values.
 
         On every level the (location, class) pairs of class probability over `score_threshold`
-        compete by probability times centerness, and `topk` go on; non-maximum suppression within a
-        class over all levels leaves `max_detections` (section 3.3).
+        (0.05) compete by probability times centerness, and `topk` go on; non-maximum suppression
+        within a class over all levels leaves `max_detections` (section 3.3).
         -> boxes (B, D, 4) xyxy pixels of the padded image, clipped to its size; scores (B, D) =
            sqrt(probability * centerness), falling; labels (B, D). 0, -inf and -1 where none is left
+        Weights of torchvision bring its custom along, a threshold (0.2) on that square root; those
+        of mmdetection to choose `topk` by probability alone, and to report no square root. (Their
+        plain configurations also ask for nms_threshold=0.5.)
         """
+        custom = self.convention["score"]
+        if score_threshold is None:
+            score_threshold = 0.2 if custom == "torchvision" else 0.05
         cls, ctr = outputs["cls"].float().sigmoid(), outputs["ctr"].float().sigmoid()
         points = outputs["points"]
         B, P, K = cls.shape
-        ranking = torch.where(cls > score_threshold, cls * ctr[..., None], -math.inf)
+        joint = cls * ctr[..., None]
+        passed = joint > score_threshold**2 if custom == "torchvision" else cls > score_threshold
+        ranking = torch.where(passed, cls if custom == "mmdetection" else joint, -math.inf)
 
         left, top, right, bottom = outputs["ltrb"].float().unbind(-1)
         x, y, extra = points[:, 0], points[:, 1], float(self.convention["inclusive"])
@@ -522,6 +647,8 @@ class FCOS(nn.Module):
             pairs.append(pair + first * K)
             first += level.shape[1]
         scores, pairs = torch.cat(scores, 1), torch.cat(pairs, 1)
+        if custom == "mmdetection":
+            scores = scores * ctr.gather(1, pairs // K)
         labels = pairs % K
         boxes = boxes.gather(1, (pairs // K)[..., None].expand(-1, -1, 4))
         scores = scores.masked_fill(boxes.isnan().any(-1), -math.inf)
@@ -529,7 +656,8 @@ class FCOS(nn.Module):
         keep = batched_nms(boxes, scores, labels, nms_threshold, max_detections)
         found, keep = keep >= 0, keep.clamp(min=0)
         boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)).where(found[..., None], 0)
-        scores = torch.where(found, scores.gather(1, keep).clamp(min=0).sqrt(), -math.inf)
+        scores = scores.gather(1, keep).clamp(min=0)
+        scores = torch.where(found, scores if custom == "mmdetection" else scores.sqrt(), -math.inf)
         return boxes, scores, torch.where(found, labels.gather(1, keep), -1)
 
     def detect(self, outputs, sizes, **thresholds):
@@ -605,47 +733,121 @@ def build(name, num_classes=80, **overrides):
 
 # ---- weights -----------------------------------------------------------------------------------
 
-RESNET = [  # the names of torchvision, which the official code shares
-    (r"^backbone\.layer(\d)\.", lambda m: f"backbone.res{int(m[1]) + 1}."),
-    (r"\.conv(\d)\.", r".conv\1.conv."),
-    (r"\.bn(\d)\.", r".conv\1.norm."),
-    (r"\.downsample\.0\.", ".down.conv."),
-    (r"\.downsample\.1\.", ".down.norm."),
-]
-OFFICIAL = [
-    (r"^backbone\.body\.stem\.conv1\.", "backbone.stem.conv."),
-    (r"^backbone\.body\.stem\.bn1\.", "backbone.stem.norm."),
-    (r"^backbone\.body\.", "backbone."),
-    *RESNET,
-    (r"^backbone\.fpn\.fpn_inner(\d)", lambda m: f"fpn.lateral{int(m[1]) + 1}"),
-    (r"^backbone\.fpn\.fpn_layer(\d)", lambda m: f"fpn.output{int(m[1]) + 1}"),
-    (r"^backbone\.fpn\.top_blocks\.", "fpn."),
-    (r"^rpn\.head\.bbox_", "rpn.head.box_"),
-    (r"_tower\.(\d+)\.", lambda m: f"_tower.{int(m[1]) // 3}.{('conv', 'norm')[int(m[1]) % 3]}."),
-    (r"^rpn\.head\.cls_logits\.", "head.cls."),
-    (r"^rpn\.head\.box_pred\.", "head.box."),
-    (r"^rpn\.head\.centerness\.", "head.ctr."),
-    (r"^rpn\.head\.scales\.(\d)\.scale", r"head.scale.\1"),
-    (r"^rpn\.head\.", "head."),
-]
-CAFFE2 = [  # the ImageNet files R-50.pkl, R-101.pkl, X-101-*.pkl; their norm is an affine map
-    (r"^conv1_w$", "backbone.stem.conv.weight"),
-    (r"^res_conv1_bn_", "backbone.stem.norm."),
-    (r"^res(\d)_(\d+)_branch1_w$", r"backbone.res\1.\2.down.conv.weight"),
-    (r"^res(\d)_(\d+)_branch1_bn_", r"backbone.res\1.\2.down.norm."),
-    (r"^res(\d)_(\d+)_branch2([abc])_w$",
-     lambda m: f"backbone.res{m[1]}.{m[2]}.conv{'abc'.index(m[3]) + 1}.conv.weight"),
-    (r"^res(\d)_(\d+)_branch2([abc])_bn_",
-     lambda m: f"backbone.res{m[1]}.{m[2]}.conv{'abc'.index(m[3]) + 1}.norm."),
-    (r"\.norm\.s$", ".norm.weight"),
-    (r"\.norm\.b$", ".norm.bias"),
-]
+# COCO's 80 classes; a category id is a place in this list, counted from 1, and ten are not used.
+COCO = {id: name for id, name in enumerate(
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,"
+    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,"
+    "backpack,umbrella,,,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
+    "baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,cup,fork,knife,spoon,"
+    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,microwave,"
+    "oven,toaster,sink,refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,"
+    "toothbrush".split(","), 1) if name}
+
+# How others name what is called backbone.*, fpn.* and head.* here: pattern and replacement, applied
+# from top to bottom. "+" adds; n/3 is the name of module n among convolution, norm, relu, ...
+NAMES = r"""
+    # ResNets of torchvision, the official code, mmdetection and, with bottom_up, Detectron2
+    ^(backbone\.)?(body\.|bottom_up\.)?(stem\.)?conv1\.(?=weight)  backbone.stem.conv.
+    ^(backbone\.)?(body\.)?(stem\.)?bn1\.                          backbone.stem.norm.
+    ^(backbone\.bottom_up\.)?stem\.conv1\.norm\.                   backbone.stem.norm.
+    ^(backbone\.)?(body\.)?layer(\d)\.                             backbone.res\3+1.
+    ^(backbone\.bottom_up\.)?res(\d)\.                             backbone.res\2.
+    \.conv(\d)\.(?=weight)                                         .conv\1.conv.
+    \.bn(\d)\.                                                     .conv\1.norm.
+    \.(downsample\.0|shortcut)\.(?=weight)                         .down.conv.
+    \.(downsample\.1|shortcut\.norm)\.                             .down.norm.
+    \.conv2(\.|\.conv_|_)offset\.                                  .conv2.conv.offset.
+    # ResNets of Caffe2 and, with gamma and beta, Detectron2
+    ^conv1_w$                        backbone.stem.w
+    ^res_conv1_bn                    backbone.stem.bn
+    ^res(\d)_(\d+)_branch1_(w|bn)    backbone.res\1.\2.down.\3
+    ^res(\d)_(\d+)_branch2a_(w|bn)   backbone.res\1.\2.conv1.\3
+    ^res(\d)_(\d+)_branch2b_(w|bn)   backbone.res\1.\2.conv2.\3
+    ^res(\d)_(\d+)_branch2c_(w|bn)   backbone.res\1.\2.conv3.\3
+    \.w$                             .conv.weight
+    \.bn_(s|gamma)$                  .norm.weight
+    \.bn_(b|beta)$                   .norm.bias
+    \.bn_(rm|running_mean)$          .norm.running_mean
+    \.bn_(riv|running_var)$          .norm.running_var
+    # MobileNets
+    ^(backbone\.body\.)?features\.(\d|1[0-7])\.  backbone.features.\2.
+    \.features\.0\.0\.                           .features.0.conv.
+    \.features\.0\.1\.                           .features.0.norm.
+    \.features\.(\d+)\.conv\.(\d+)\.             .features.\1.\2/3.
+    # pyramids: official, torchvision (its files have both spellings), AdelaiDet, mmdetection
+    ^backbone\.fpn\.fpn_inner(\d)\.              fpn.lateral\1+1.
+    ^backbone\.fpn\.fpn_layer(\d)\.              fpn.output\1+1.
+    ^backbone\.fpn\.inner_blocks\.(\d)\.(0\.)?   fpn.lateral\1+3.
+    ^backbone\.fpn\.layer_blocks\.(\d)\.(0\.)?   fpn.output\1+3.
+    ^backbone\.fpn\.(top|extra)_blocks\.         fpn.
+    ^backbone\.fpn_(lateral|output)              fpn.\1
+    ^backbone\.top_block\.                       fpn.
+    ^neck\.lateral_convs\.(\d)\.conv\.           fpn.lateral\1+3.
+    ^neck\.fpn_convs\.([012])\.conv\.            fpn.output\1+3.
+    ^neck\.fpn_convs\.([34])\.conv\.             fpn.p\1+3.
+    # heads: official, AdelaiDet, mmdetection, torchvision
+    ^(rpn\.head|proposal_generator\.fcos_head|bbox_head)\.  head.
+    ^head\.classification_head\.conv\.                      head.cls_tower.
+    ^head\.regression_head\.conv\.                          head.bbox_tower.
+    ^head\.\w+_head\.                                       head.
+    ^head\.cls_tower\.(\d+)\.                               head.cls_tower.\1/3.
+    ^head\.bbox_tower\.(\d+)\.                              head.box_tower.\1/3.
+    ^head\.cls_convs\.                                      head.cls_tower.
+    ^head\.reg_convs\.                                      head.box_tower.
+    \.gn\.                                                  .norm.
+    ^head\.(cls_logits|conv_cls|fcos_cls)\.                 head.cls.
+    ^head\.(bbox_pred|bbox_reg|conv_reg|fcos_reg)\.         head.box.
+    ^head\.(bbox_ctrness|ctrness|(conv_|fcos_)?centerness)\.  head.ctr.
+    ^head\.scales\.(\d)\.scale$                             head.scale.\1
+    \.conv\.conv\.                                          .conv.
+    \.conv\.conv_offset\.                                   .conv.offset.
+"""
+NESTED_MOBILENET = r"""
+    # torchvision nests its layers, and so counts them in twos
+    ^features\.1\.conv\.([12])\.(?=\D)             features.1.conv.\1+2.
+    ^features\.(\d\d|[2-9])\.conv\.([23])\.(?=\D)  features.\1.conv.\2+4.
+    \.conv\.0\.([01])\.                            .conv.\1.
+    \.conv\.1\.([01])\.                            .conv.\1+3.
+"""
 CAFFE = {name: CONVENTION[name] for name in ("bgr", "mean", "std", "bn_eps")}
-FAMILIES = {  # name: (a key by which its files are known, renaming rules, what it fixes)
-    "fcos": ("head.cls.weight", [], {}),
-    "official": ("rpn.head.cls_logits.weight", OFFICIAL, dict(CAFFE, inclusive=True)),
-    "caffe2": ("res_conv1_bn_s", CAFFE2, CAFFE),
+MSRA = CAFFE | dict(mean=(103.53, 116.28, 123.675), bn_eps=1e-5)
+TORCH = dict(
+    bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bn_eps=1e-5
+)
+DETECTORS = {  # family: (a key by which its files are known, the convention of its weights)
+    "fcos": (r"head\.cls\.weight", {}),
+    "official": (r"rpn\.head\.cls_logits\.weight", CONVENTION | dict(inclusive=True)),
+    "adelaidet": (r"proposal_generator\.fcos_head\.cls_logits\.weight", CONVENTION | MSRA),
+    "torchvision": (r"head\.classification_head\.cls_logits\.weight",
+                    CONVENTION | TORCH | dict(grid="corner", score="torchvision")),
+    "mmdetection": (r"bbox_head\.(conv|fcos)_cls\.weight",
+                    CONVENTION | dict(bn_eps=1e-5, score="mmdetection")),
 }
+CLASSIFIERS = {  # for their backbone; the official recipes feed Caffe's pixels to MobileNet, too
+    "detectron2": (r"res_conv1_bn_(gamma|rm)", MSRA),
+    "caffe2": (r"res_conv1_bn_s", CAFFE),
+    "torchvision_in_detectron2": (r"stem\.conv1\.norm\.weight", TORCH),
+    "torchvision_resnet": (r"layer1\.0\.conv1\.weight", TORCH),
+    "torchvision_mobilenet": (r"features\.1\.conv\.0\.0\.weight", TORCH),
+    "mobilenet": (r"features\.1\.conv\.3\.weight", CAFFE),
+}
+FAMILIES = DETECTORS | CLASSIFIERS
+
+
+def our_name(key, table=NAMES):
+    """A key of another family in our words, by a table such as NAMES."""
+    def expand(match):
+        text = match.expand(replacement)
+        text = re.sub(r"(\d)\+(\d)", lambda m: str(int(m[1]) + int(m[2])), text)
+        part = ("conv", "norm", "relu")
+        return re.sub(r"(\d+)/3", lambda m: f"{int(m[1]) // 3}.{part[int(m[1]) % 3]}", text)
+
+    for row in table.split("\n"):
+        if row and "#" not in row:
+            pattern, replacement = row.split()
+            key = re.sub(pattern, expand, key)
+    return key
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -682,15 +884,8 @@ def read_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({what})") from None
 
 
-def load_weights(model, source, finetune=False):
-    """Fill `model` from a path or a dict: our own checkpoints, the official FCOS .pth, or Caffe2's
-    ImageNet .pkl, which fills the backbone. The family is known from the keys and sets what goes
-    with it in model.convention; the architecture is the row's and never changes.
-
-    finetune: a classifier of another number of classes is left as it is, not an error.
-    -> {"family", "loaded", "ignored", "missing"}, the last three lists of names. UserError lists
-       keys of a detector that are missing or unknown, and shapes that differ.
-    """
+def open_weights(source):
+    """A path or a dict of any family -> (path, content, state dict, family, the key that tells)."""
     path = source if isinstance(source, (str, os.PathLike)) else "weights"
     content = read_checkpoint(source) if path is source else source
     state = content
@@ -704,43 +899,90 @@ def load_weights(model, source, finetune=False):
         raise UserError(f"{path}: holds no state dict but a {type(state).__name__}")
     if all(key.startswith("module.") for key in state):  # saved from inside DistributedDataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    family = next((name for name, (key, _, _) in FAMILIES.items() if key in state), None)
-    if family is None:
-        raise UserError(
-            f"{path}: of no family known here ({', '.join(FAMILIES)}); its first keys are "
-            f"{', '.join(list(state)[:3]) or 'none'}"
-        )
-    _, rules, convention = FAMILIES[family]
-    own, renamed, ignored = model.state_dict(), {}, []
-    for key, value in state.items():
-        name = key
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        if name in own:
-            try:
-                renamed[name] = torch.as_tensor(value)
-            except (TypeError, ValueError, RuntimeError):
-                raise UserError(f"{path}: {key} is no tensor but {type(value).__name__}") from None
-        else:
-            ignored.append(key)
+    for family, (mark, _) in FAMILIES.items():
+        for key, value in state.items():
+            if re.fullmatch(mark, key) and getattr(value, "ndim", 0):
+                return path, content, state, family, key
+    raise UserError(
+        f"{path}: of no family known here ({', '.join(FAMILIES)}); its first keys are "
+        f"{', '.join(list(state)[:3]) or 'none'}"
+    )
 
-    if family == "caffe2":  # its norms are affine maps, without a mean and a variance
-        if "backbone.stem.norm.running_var" not in own:
+
+def input_convention(model, family, content, state):
+    """What a file tells of the pixels it wants beyond its family, as keywords of CONVENTION."""
+    row = MODELS[model.name] | model.overrides
+    if "pixel_mean" in state:  # AdelaiDet's
+        mean, std = (tuple(state[f"pixel_{x}"].flatten().tolist()) for x in ("mean", "std"))
+        return dict(bgr=mean[0] < mean[2], mean=mean, std=std)
+    if family in ("adelaidet", "detectron2") and row.get("groups") == 32:
+        return dict(std=(57.375, 57.12, 58.395))  # for this backbone alone
+    if family == "mmdetection":  # the text of its configuration lies beside the weights
+        text = str(content.get("meta"))
+        found = [re.search(name + r"=\[([^\]]*)\]", text) for name in ("mean", "std")]
+        if all(found):
+            mean, std = (tuple(map(float, re.findall(r"[\d.]+", match[1]))) for match in found)
+            return dict(bgr="to_rgb=True" not in text, mean=mean, std=std)
+        if not row.get("stride_in_1x1", True):
+            return TORCH
+        if "bbox_head.cls_convs.0.conv.bias" in state:
+            return MSRA
+    return {}
+
+
+def load_weights(model, source, finetune=False):
+    """Fill `model` from a path or a dict: our own checkpoints; detectors of the official FCOS,
+    AdelaiDet, torchvision and mmdetection; and of ImageNet classifiers of Caffe2, Detectron2 and
+    torchvision the backbone. The family is known from the keys and sets what goes with it in
+    model.convention. The architecture is the row's and never changes; a file that contradicts it is
+    an error, but no file tells exp from relu. A detector of 80 classes gets the names of COCO's.
+
+    finetune: a classifier of another number of classes is left as it is, not an error.
+    -> {"family", "convention", "loaded", "ignored", "missing"}, the last three lists of names.
+       UserError lists keys that are missing or unknown, and shapes that differ.
+    """
+    path, content, state, family, _ = open_weights(source)
+
+    def refuse(why):
+        raise UserError(f"{path}: does not fit {model.name}: {why}")
+
+    # ---- their names become ours
+    table = NESTED_MOBILENET + NAMES if family == "torchvision_mobilenet" else NAMES
+    own, renamed, unknown = model.state_dict(), {}, {}
+    for key, value in state.items():
+        name = key if family == "fcos" else our_name(key, table)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+            value = torch.from_numpy(value.astype(np.float32))
+        if name not in own or name in renamed:
+            unknown[key] = name
+        elif isinstance(value, torch.Tensor):
+            renamed[name] = value
+        else:
+            raise UserError(f"{path}: {key} is no tensor but {type(value).__name__}")
+    for name, value in own.items():
+        if family == "caffe2" and re.match(r"backbone\..*\.running_(mean|var)$", name):
+            renamed[name] = torch.full_like(value, name.endswith("var"))  # its norm is affine
+        elif family == "mmdetection" and re.fullmatch(r"head\.\w+_tower\.\d\.conv\.bias", name):
+            renamed.setdefault(name, torch.zeros_like(value))  # its plain models have none
+        elif family == "mmdetection" and name.startswith("head.scale.") and name in renamed:
+            renamed[name] = renamed[name].reshape(1)
+        elif family == "torchvision" and name.startswith("head.cls.") and name in renamed:
+            ids = model.category_ids or list(COCO)  # its 91 rows are category ids
+            if len(renamed[name]) == 91 != model.num_classes == len(ids) and max(ids) < 91:
+                renamed[name] = renamed[name][ids]
+
+    # ---- does everything fit?
+    missing, spare = [name for name in own if name not in renamed], r".*num_batches_tracked"
+    if family in DETECTORS:
+        wrong, spare = missing + list(unknown), spare + r"|pixel_(mean|std)"
+    else:  # the rest of the file is its classifier
+        if "backbone.stem.norm.running_var" not in own and "backbone.stem.conv.weight" in own:
             raise UserError(f"{path}: is of a backbone with BatchNorm, and this one has GroupNorm")
-        for name in own:
-            if name.startswith("backbone.") and re.search(r"running_(mean|var)$", name):
-                renamed[name] = torch.full_like(own[name], name.endswith("var"))
-    missing = [name for name in own if name not in renamed]
-    if family == "caffe2":
-        wrong = [name for name in missing if name.startswith("backbone.")]
-        wrong += [key for key in ignored if re.match(r"res\d_\d+_branch\w+_w$", key)]
-    else:
-        wrong = missing + ignored
+        wrong = missing + [key for key, name in unknown.items() if name.startswith("backbone.")]
+        spare += r"|(fpn|head)\..*|.*\.offset\..*"
+    wrong = [name for name in wrong if not re.fullmatch(spare, name)]
     if wrong:
-        raise UserError(
-            f"{path}: does not fit {model.name}: {len(wrong)} keys are missing or unknown, among "
-            f"them {', '.join(wrong[:5])}"
-        )
+        refuse(f"{len(wrong)} keys are missing or unknown, among them {', '.join(wrong[:5])}")
     for name, value in list(renamed.items()):
         if value.shape != own[name].shape:
             if finetune and name.startswith("head.cls."):
@@ -748,29 +990,46 @@ def load_weights(model, source, finetune=False):
                 del renamed[name]
                 continue
             hint = "; fine-tuning starts a new classifier" if name.startswith("head.cls.") else ""
-            raise UserError(
-                f"{path}: does not fit {model.name}: {name} is {tuple(value.shape)} in the file "
-                f"and {tuple(own[name].shape)} in the model{hint}"
-            )
+            refuse(f"{name} is {tuple(value.shape)} in the file and {tuple(own[name].shape)} in "
+                   f"the model{hint}")
+    if family in CLASSIFIERS:
+        row = MODELS[model.name] | model.overrides
+        norm, here = row.get("norm", "frozen"), row.get("stride_in_1x1", True)
+        there = family in ("caffe2", "detectron2") and row.get("groups", 1) == 1
+        if "backbone.res2.0.conv3.conv.weight" in own and there != here:
+            there, here = ("1x1" if first else "3x3" for first in (there, here))
+            refuse(f"its blocks have the stride in the {there} convolution, the model's in the "
+                   f"{here}")
+        if family == "caffe2" and norm != "frozen":
+            refuse("its norms have no statistics, so that they can only be norm='frozen'")
+
     model.load_state_dict(renamed, strict=False)
+    convention = FAMILIES[family][1] | input_convention(model, family, content, state)
     if family == "fcos":
         convention = content.get("convention", {})
+    elif family in DETECTORS and model.num_classes == 80 and model.classes is None:
+        model.classes, model.category_ids = list(COCO.values()), list(COCO)
     model.set_convention(**convention)
-    return {"family": family, "loaded": list(renamed), "ignored": ignored, "missing": missing}
+    return {"family": family, "convention": model.convention, "loaded": list(renamed),
+            "ignored": list(unknown), "missing": missing}
 
 
 def load(path, name=None):
-    """A model from one of our own checkpoints alone, in eval mode; the files of other families do
-    not say which architecture they are of: `name` is a row of MODELS."""
-    content = read_checkpoint(path)
-    if isinstance(content, dict) and "settings" in content:  # last.pt of train.py
-        content = content["model"]
+    """A model in eval mode from a file alone, if it is one of our own checkpoints or torchvision's;
+    those of other families do not say which architecture they are of: `name` is a row of MODELS."""
+    _, content, state, family, key = open_weights(path)
     fields = {"name", "num_classes", "overrides", "classes", "category_ids", "convention"}
-    ours = isinstance(content, dict) and fields | {"test_size", "model"} <= content.keys()
-    if not ours and name is None:
-        raise UserError(f"{path}: does not say which model it is; name one of {', '.join(MODELS)}")
-    if not ours:
-        model = build(name)
+    if not fields | {"test_size", "model"} <= content.keys():
+        if family in CLASSIFIERS:
+            raise UserError(f"{path}: is an ImageNet classifier, as {key} tells, and no detector")
+        if name is None and family == "torchvision":
+            name = "fcos_torchvision_R_50_FPN"
+        if name is None:
+            raise UserError(
+                f"{path}: does not say which model it is; name one of {', '.join(MODELS)}"
+            )
+        num_classes = 80 if family == "torchvision" and len(state[key]) == 91 else len(state[key])
+        model = build(name, num_classes)
         load_weights(model, path)
         return model.eval()
     if name not in (None, content["name"]):
@@ -787,16 +1046,9 @@ def load(path, name=None):
 
 def checkpoint(model):
     """All that `load` needs to rebuild the model, as tensors and plain Python values."""
-    return {
-        "name": model.name,
-        "num_classes": model.num_classes,
-        "overrides": model.overrides,
-        "classes": model.classes,
-        "category_ids": model.category_ids,
-        "convention": model.convention,
-        "test_size": model.test_size,
-        "model": model.state_dict(),
-    }
+    names = ("name", "num_classes", "overrides", "classes", "category_ids", "convention",
+             "test_size")
+    return {name: getattr(model, name) for name in names} | {"model": model.state_dict()}
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torchvision
 from PIL import Image, ImageDraw, ImageFilter
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -39,24 +41,47 @@ from fcos import UserError
 # Shared by all rows: SGD with momentum 0.9 and weight decay 1e-4, a third of the rate for the first
 # `warmup` steps, a tenth after 2/3 of the steps and a hundredth after 8/9. batch_size is images per
 # step over all GPUs and parts; min_size the choices for the short side in pixels, one is drawn for
-# each image; weights are looked for in ~/.torch/models.
+# each image; weights are looked for in ~/.torch/models, or are torchvision's, of ImageNet.
 X1 = dict(iters=90_000, batch_size=16, lr=0.01, warmup=500, min_size=[800], max_size=1333)
-X2 = X1 | dict(iters=180_000, min_size=list(range(640, 801)))
+MS, B32, B64 = dict(min_size=list(range(640, 801))), dict(batch_size=32), dict(batch_size=64)
+X2 = X1 | MS | dict(iters=180_000)
 R_50, R_101 = dict(weights="R-50.pkl"), dict(weights="R-101.pkl")
 X_101_32x8d, X_101_64x4d = dict(weights="X-101-32x8d.pkl"), dict(weights="X-101-64x4d.pkl")
+MNV2, IMAGENET = dict(weights="mobilenet_v2-ecbe2b5.pth"), dict(weights="imagenet")
 RECIPES = {
-    "fcos_R_50_FPN_1x":              dict(model="fcos_R_50_FPN")              | R_50        | X1,
-    "fcos_R_101_FPN_2x":             dict(model="fcos_R_101_FPN")             | R_101       | X2,
-    "fcos_X_101_32x8d_FPN_2x":       dict(model="fcos_X_101_32x8d_FPN")       | X_101_32x8d | X2,
-    "fcos_X_101_64x4d_FPN_2x":       dict(model="fcos_X_101_64x4d_FPN")       | X_101_64x4d | X2,
-    "fcos_imprv_R_50_FPN_1x":        dict(model="fcos_imprv_R_50_FPN")        | R_50        | X1,
-    "fcos_imprv_R_101_FPN_1x":       dict(model="fcos_imprv_R_101_FPN")       | R_101       | X1,
-    "fcos_imprv_R_101_FPN_2x":       dict(model="fcos_imprv_R_101_FPN")       | R_101       | X2,
-    "fcos_imprv_X_101_32x8d_FPN_2x": dict(model="fcos_imprv_X_101_32x8d_FPN") | X_101_32x8d | X2,
-    "fcos_imprv_X_101_64x4d_FPN_2x": dict(model="fcos_imprv_X_101_64x4d_FPN") | X_101_64x4d | X2,
-    "shapes": dict(model="shapes", weights="none", iters=1000, batch_size=16, lr=0.02, warmup=50,
-                   min_size=[160], max_size=224),
+    "fcos_R_50_FPN_1x":                     R_50        | X1,
+    "fcos_R_101_FPN_2x":                    R_101       | X2,
+    "fcos_X_101_32x8d_FPN_2x":              X_101_32x8d | X2,
+    "fcos_X_101_64x4d_FPN_2x":              X_101_64x4d | X2,
+    "fcos_imprv_R_50_FPN_1x":               R_50        | X1,
+    "fcos_imprv_R_101_FPN_1x":              R_101       | X1,
+    "fcos_imprv_R_101_FPN_2x":              R_101       | X2,
+    "fcos_imprv_X_101_32x8d_FPN_2x":        X_101_32x8d | X2,
+    "fcos_imprv_X_101_64x4d_FPN_2x":        X_101_64x4d | X2,
+    "fcos_imprv_dcnv2_R_50_FPN_1x":         R_50        | X1,
+    "fcos_imprv_dcnv2_R_101_FPN_1x":        R_101       | X1,
+    "fcos_imprv_dcnv2_R_101_FPN_2x":        R_101       | X2,
+    "fcos_imprv_dcnv2_X_101_32x8d_FPN_2x":  X_101_32x8d | X2,
+    "fcos_imprv_dcnv2_X_101_64x4d_FPN_2x":  X_101_64x4d | X2,
+    "fcos_bn_bs16_MNV2_FPN_1x":             MNV2        | X1,
+    "fcos_syncbn_bs32_MNV2_FPN_1x":         MNV2        | X1 | B32,
+    "fcos_syncbn_bs32_c128_MNV2_FPN_1x":    MNV2        | X1 | B32,
+    "fcos_syncbn_bs32_c128_ms_MNV2_FPN_1x": MNV2        | X1 | B32 | MS,
+    "fcos_syncbn_bs64_c128_ms_MNV2_FPN_1x": MNV2        | X1 | B64 | MS,
+    # not official
+    "fcos_torchvision_R_50_FPN_1x":         IMAGENET    | X1,
+    "fcos_imprv_R_18_FPN_1x":               IMAGENET    | X1,
+    "fcos_imprv_R_34_FPN_1x":               IMAGENET    | X1,
+    "shapes": dict(weights="none", iters=1000, batch_size=16, lr=0.02, warmup=50, min_size=[160],
+                   max_size=224),
 }
+for name, recipe in RECIPES.items():  # named as the row of fcos.MODELS, and how it is trained
+    recipe["model"] = re.sub(r"_(bs\d+|ms|[12]x)(?=_|$)", "", name)
+
+# The backbones of which torchvision has ImageNet weights that fit, by a part of the model's name.
+VISION = {"torchvision_R_50": "resnet50", "R_18": "resnet18", "R_34": "resnet34",
+          "X_101_32x8d": "resnext101_32x8d", "X_101_64x4d": "resnext101_64x4d",
+          "MNV2": "mobilenet_v2"}
 
 # ---- the shapes data set ------------------------------------------------------------------------
 
@@ -274,7 +299,8 @@ def parse_args(argv=None):
     add("--val-annotations", metavar="JSON")
     add("--workers", type=not_negative, help="loaders for each rank (4 on a GPU, 1 elsewhere)")
     # what is trained, instead of the recipe's
-    add("--weights", metavar="PATH|none", help="start from a checkpoint, an ImageNet .pkl, or none")
+    add("--weights", metavar="PATH|imagenet|none",
+        help="start from a detector, an ImageNet classifier, torchvision's own, or nothing")
     add("--batch-size", type=positive, help="images a step, over all GPUs and parts")
     add("--iters", type=positive, help="steps; the schedule keeps its proportions")
     add("--lr", type=float, help="by default in proportion to --batch-size")
@@ -325,10 +351,31 @@ def resolve(args):
     return settings
 
 
-def find_weights(name):
-    """The path that a recipe's or the user's --weights means; None for "none"."""
+def find_weights(name, model):
+    """The path that a recipe's or the user's --weights means for a row of fcos.MODELS; None for
+    "none". "imagenet" downloads what is not yet there."""
     if name == "none":
         return None
+    if name == "imagenet":
+        backbone = next((VISION[part] for part in VISION if part in model), None)
+        if backbone is None:
+            raise UserError(
+                f"--weights imagenet: torchvision has none for {model}; its ResNets have the "
+                "stride in the 3x3 convolution of a block, the Caffe-style rows in the 1x1"
+            )
+        url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.split("/")[-1]
+        if not path.exists():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                digest = path.stem.split("-")[-1]  # the start of the sha256
+                torch.hub.download_url_to_file(url, str(path), digest)
+            except (OSError, RuntimeError) as error:
+                raise UserError(
+                    f"--weights imagenet: download {url} and put it into {path.parent}, since "
+                    f"this process cannot ({error}); --weights none starts at random"
+                ) from None
+        return path
     path = Path(name)
     if path.exists():
         return path
@@ -343,7 +390,7 @@ def find_weights(name):
 
 def make_model(settings, dataset, say):
     """The recipe's model for the classes of a data set, with its initial weights."""
-    path, overrides = find_weights(settings["weights"]), {}
+    path, overrides = find_weights(settings["weights"], settings["model"]), {}
     if path is None and fcos.MODELS[settings["model"]].get("norm", "frozen") == "frozen":
         overrides = {"norm": "gn", "frozen_stages": 0}
         say("no pretrained weights: GroupNorm and no frozen layers in the backbone, because random "
@@ -356,7 +403,8 @@ def make_model(settings, dataset, say):
         missing = [name for name in missing if not name.startswith("backbone")]
         say(f"{path}: {len(report['loaded'])} tensors of the {report['family']} family; random: "
             f"{', '.join(missing) or 'nothing'}")
-    model.set_convention(inclusive=False)  # the data set's boxes are continuous
+        say(", ".join(f"{name} {value}" for name, value in report["convention"].items()))
+    model.set_convention(inclusive=False, score="fcos")  # the data set's boxes are continuous
     model.classes, model.category_ids = dataset.classes, dataset.category_ids
     model.test_size = (max(settings["min_size"]), settings["max_size"])
     return model
@@ -544,6 +592,11 @@ def train(args, signals):
             f"{settings['lr']:g} for {batch_size}")
     train_set, val_set = load_data(settings, rank, world, say)
     model = make_model(settings, train_set, say).to(device)
+    if fcos.MODELS[model.name].get("norm") == "syncbn" and world > 1:
+        if device.type == "cuda":
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:
+            say("SyncBN needs GPUs: every process normalises by its own images alone")
     evaluate.check_classes(model, val_set)
     optimizer = torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
@@ -564,13 +617,16 @@ def train(args, signals):
     if args.compile:
         model.compile()
     network = model
-    if world > 1:  # no buffer changes in training, so none is broadcast
+    if world > 1:  # no buffer is of use in training, so none is broadcast
         network = DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
     model.train()
 
     def validate(step):
+        if world > 1:  # the running statistics of batch norms differ; rank 0's are written
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
         results = evaluate.predict(model, val_set, 8 if device.type == "cuda" else 1, workers)
         if rank == 0:
             metrics = evaluate.score(results, val_set.annotations)
