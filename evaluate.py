@@ -168,7 +168,7 @@ class CocoDataset:
 
     def _size(self, image):
         hw = image.get("height"), image.get("width")
-        if hw == (None, None):
+        if not {"height", "width"} <= image.keys():
             return fcos.read_image(self.image_dir / image["file_name"]).shape[-2:]
         if not all(isinstance(side, int) and side > 0 for side in hw):
             raise UserError(
@@ -554,7 +554,7 @@ def main(args):
 
     rank, world, device = start_process(args.device)
     model = fcos.load(args.model, args.name).to(device)
-    if rank == 0:
+    if args.name and rank == 0:
         convention = ", ".join(f"{name} {value}" for name, value in model.convention.items())
         print(f"{args.model}: {model.name} with {convention}", file=sys.stderr)
     if args.images:

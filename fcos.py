@@ -1017,6 +1017,8 @@ def load_weights(model, source, finetune=False):
 def load(path, name=None):
     """A model in eval mode from a file alone, if it is one of our own checkpoints or torchvision's;
     those of other families do not say which architecture they are of: `name` is a row of MODELS."""
+    if name not in (None, *MODELS):
+        raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
     _, content, state, family, key = open_weights(path)
     fields = {"name", "num_classes", "overrides", "classes", "category_ids", "convention"}
     if not fields | {"test_size", "model"} <= content.keys():

@@ -805,7 +805,7 @@ def mistakes(tmp_path_factory, mixed, model_file):
     (tmp / "empty").mkdir()
     (tmp / "junk.pt").write_bytes(b"junk")
     (tmp / "list.json").write_text("[]")
-    torch.save({"weight": torch.zeros(3)}, tmp / "state.pt")
+    torch.save({"rpn.head.cls_logits.weight": torch.zeros(3, 1, 1, 1)}, tmp / "state.pt")
     other = [category | dict(name="eight") for category in CATEGORIES[:1]] + CATEGORIES[1:]
     path, _ = write_coco(tmp / "other", {0: (64, 64)}, [], other)
     _, folder = write_coco(tmp / "torn", {1: (64, 64)}, [])

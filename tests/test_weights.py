@@ -95,7 +95,7 @@ def test_official_weights_bring_their_convention():
     fcos.load_weights(model, official_dict(model))
     assert model.convention == {
         "bgr": True, "mean": (102.9801, 115.9465, 122.7717), "std": (1.0, 1.0, 1.0),
-        "bn_eps": 0.0, "inclusive": True,
+        "bn_eps": 0.0, "inclusive": True, "grid": "centre", "score": "fcos",
     }  # fmt: skip
     assert model.pixel_mean.flatten().tolist() == pytest.approx([102.9801, 115.9465, 122.7717])
     assert model.pixel_std.flatten().tolist() == [1, 1, 1]
