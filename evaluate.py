@@ -162,6 +162,12 @@ class CocoDataset:
         rows = slice(self.offsets[i], self.offsets[i + 1])
         return torch.from_numpy(self.boxes[rows]), torch.from_numpy(self.labels[rows])
 
+    def sample(self, i, hw):
+        """Image, boxes and labels of image i, resized to (height, width)."""
+        (h, w), (boxes, labels) = self.hw[i].tolist(), self.target(i)
+        scale = torch.tensor([hw[1] / w, hw[0] / h, hw[1] / w, hw[0] / h])
+        return fcos.resize(self.image(i), hw), boxes * scale, labels
+
 
 # ---- prediction --------------------------------------------------------------------------------
 
@@ -324,10 +330,12 @@ def table(metrics):
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its black and yellow.
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
+LEVEL_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")  # P3 to P7, cold to warm
 
 
-def draw(image, detections, classes=None, score_threshold=0.5, min_side=480):
-    """A PIL image with the boxes, class names and scores of one entry of model.predict drawn on it.
+def draw(image, detections, classes=None, score_threshold=0.5, min_side=480, colors=None):
+    """A PIL image with the boxes, class names and scores of one entry of model.predict drawn on it;
+    without "scores" they are ground truth. `colors`: one for each box, instead of one a class.
     An image whose short side has less than `min_side` pixels is enlarged, for the text's sake."""
     picture = Image.fromarray(fcos.as_image(image).permute(1, 2, 0).numpy())
     scale = max(1, -(-min_side // min(picture.size)))
@@ -335,12 +343,16 @@ def draw(image, detections, classes=None, score_threshold=0.5, min_side=480):
     pen = ImageDraw.Draw(picture)
     size = max(12, min(picture.size) // 40)
     line, font = max(2, size // 6), ImageFont.load_default(size)
-    rows = zip(*(detections[key].tolist() for key in ("boxes", "scores", "labels")))
-    for box, score, label in reversed([row for row in rows if row[1] >= score_threshold]):
-        color = COLORS[label % len(COLORS)]
+    boxes, labels = detections["boxes"].tolist(), detections["labels"].tolist()
+    scores = detections["scores"].tolist() if "scores" in detections else [None] * len(boxes)
+    colors = colors or [COLORS[label % len(COLORS)] for label in labels]
+    rows = zip(boxes, scores, labels, colors)
+    rows = [row for row in rows if row[1] is None or row[1] >= score_threshold]
+    for box, score, label, color in reversed(rows):
         x1, y1, x2, y2 = (value * scale for value in box)
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=line)
-        text = f"{classes[label] if classes else label} {score:.2f}"
+        text = f"{classes[label] if classes else label}"
+        text += "" if score is None else f" {score:.2f}"
         width = pen.textlength(text, font=font) + size // 2
         x = max(min(x1, picture.width - width), 0)
         y = y1 - size * 1.3 if y1 >= size * 1.3 else y1  # above the box where there is room
