@@ -1,0 +1,189 @@
+"""The notebooks: their committed form, and a run of each in memory on a small data set.
+
+    python tests/test_notebooks.py    # run them on runs/shapes/model.pt, write outputs and pictures
+
+Written are the cells' outputs without what goes to stderr (progress bars), and notebooks/images/.
+"""
+
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PICTURES = {  # of the README, by the notebook and the expression that draws them
+    "01_assignment": ("assignment.png", "plot_assignment(EXAMPLE)"),
+    "02_centerness": ("centerness.png", "plot_maps()"),
+}
+# On a fresh clone's notebooks: data and a model of this size take seconds, and find something.
+SMALL = {
+    "SHAPES_FLAGS": "--iters 60 --batch-size 8 --lr 0.02 --min-size 96 --max-size 136 --workers 0",
+    "STEPS": "4",
+    "OMP_NUM_THREADS": "1",  # many small operations: on a busy machine, threads only wait
+}
+
+
+def execute(path, folder, then=None):
+    """The notebook at `path`, run in a new kernel that starts in `folder`; `then` is one more cell
+    to run, which does not stay."""
+    nbclient = pytest.importorskip("nbclient", reason="running notebooks needs nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.read(path, as_version=4)
+    if then:
+        notebook.cells.append(nbformat.v4.new_code_cell(then))
+    client = nbclient.NotebookClient(
+        notebook, timeout=3600, record_timing=False, coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute()
+    if then:
+        notebook.cells.pop()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    return notebook
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def kinds(cell):
+    """What a cell shows: "stdout", or the richest form of a result or picture."""
+    return [o["name"] if o["output_type"] == "stream" else sorted(o["data"])[0]
+            for o in cell["outputs"]]
+
+
+# ---- the committed form ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_form(path):
+    text = path.read_text()
+    assert len(text) < 400_000
+    notebook = json.loads(text)
+    cells, code = notebook["cells"], code_cells(notebook)
+    assert len(cells) < 15
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    for before, cell in zip(cells, cells[1:]):  # a sentence before each
+        assert cell["cell_type"] == "markdown" or before["cell_type"] == "markdown"
+    for cell in code:
+        assert "execution" not in cell["metadata"]  # no timestamps
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error"
+            assert output.get("name") != "stderr"
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_paths_of_a_machine(path):
+    notebook = json.loads(path.read_text())
+    for cell in code_cells(notebook):
+        for output in cell["outputs"]:
+            for name in [name for name in output.get("data", {}) if name.startswith("image/")]:
+                del output["data"][name]  # base64 may spell anything
+    found = re.search(r"(?<![\w.])/(home|root|tmp|work|usr|opt|Users|mnt)/|\w:\\\\", str(notebook))
+    assert not found, f"{path.name} shows {found[0]}"
+
+
+def test_pictures_of_the_readme_are_small():
+    for name, _ in PICTURES.values():
+        assert (ROOT / "notebooks" / "images" / name).stat().st_size < 200_000
+    assert (ROOT / "notebooks" / "images" / "detections.jpg").stat().st_size < 200_000
+
+
+# ---- a run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the repository with a small data set; the first notebook that needs a model trains
+    it there."""
+    pytest.importorskip("nbclient", reason="running notebooks needs nbclient")
+    import train
+
+    root = tmp_path_factory.mktemp("clone")
+    (root / "notebooks").mkdir()
+    for name in ("fcos.py", "evaluate.py", "train.py", "kernels"):
+        (root / name).symlink_to(ROOT / name)
+    train.make_shapes(root / "data" / "shapes", train=64, val=24)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setenv(name, value)
+        yield root
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_top_to_bottom(path, clone):
+    start = clone if path.stem.startswith("01") else clone / "notebooks"  # both must do
+    notebook = execute(path, start)
+    committed = json.loads(path.read_text())
+    for cell, before in zip(code_cells(notebook), code_cells(committed), strict=True):
+        printed = {"stdout"} if "train.main" in cell.source else set()  # if there was no model
+        assert set(kinds(cell)) - printed == set(kinds(before)) - printed, cell.source
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def draw_detections(count=4, height=300):
+    """A row of detections for the top of the README: of the wide pictures with three objects or more
+    in which the model finds all of them and nothing else, those where it is the surest."""
+    from PIL import Image
+    from torchvision.ops import box_iou
+
+    import evaluate
+    import fcos
+
+    model = fcos.load("runs/shapes/model.pt")
+    dataset = evaluate.CocoDataset(*evaluate.coco_paths("data/shapes", "val2017"))
+    complete = []
+    for i, (h, w) in enumerate(dataset.hw):
+        boxes, labels = dataset.target(i)
+        if h > w or len(boxes) < 3:
+            continue
+        found = model.predict(dataset.image(i))[0]
+        found = {name: value[found["scores"] >= 0.5] for name, value in found.items()}
+        hits = box_iou(boxes, found["boxes"]) * (labels[:, None] == found["labels"]) > 0.6
+        if len(found["boxes"]) == len(boxes) and hits.any(1).all():
+            complete.append((found["scores"].min().item(), i, found))
+    drawn = []
+    for _, i, found in sorted(complete, key=lambda row: row[0], reverse=True)[:count]:
+        picture = evaluate.draw(dataset.image(i), found, model.classes, min_side=300)
+        drawn.append(picture.resize((picture.width * height // picture.height, height)))
+    row = Image.new("RGB", (sum(picture.width + 8 for picture in drawn) - 8, height), "white")
+    x = 0
+    for picture in drawn:
+        row.paste(picture, (x, 0))
+        x += picture.width + 8
+    return row
+
+
+def write():
+    import nbformat
+    from PIL import Image
+
+    os.chdir(ROOT)
+    images = ROOT / "notebooks" / "images"
+    images.mkdir(exist_ok=True)
+    for path in NOTEBOOKS:
+        name, expression = PICTURES.get(path.stem, (None, None))
+        then = name and f"{expression}.savefig('notebooks/images/{name}', dpi=100)"
+        notebook = execute(path, ROOT / "notebooks", then)
+        notebook.metadata.language_info = {"name": "python"}
+        stream = io.StringIO()
+        nbformat.write(notebook, stream)
+        path.write_text(stream.getvalue())
+        if name and (images / name).stat().st_size > 200_000:  # 256 colours: a third of it
+            picture = Image.open(images / name).convert("RGB").quantize(256)
+            picture.save(images / name, optimize=True)
+        print(path.relative_to(ROOT), path.stat().st_size, "bytes")
+    draw_detections().save(images / "detections.jpg", quality=88)
+
+
+if __name__ == "__main__":
+    write()
