@@ -261,7 +261,10 @@ def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=Non
     training = model.training
     model.eval()
     results = {}
-    bar = tqdm(loader, "predict", unit="batch", disable=rank != 0, leave=False, dynamic_ncols=True)
+    bar = tqdm(  # in position 0 it replaces a bar of training; below it, Jupyter draws every update
+        loader, "predict", unit="batch", position=0, leave=False, disable=rank != 0,
+        dynamic_ncols=True,
+    )
     for batch in bar:
         if isinstance(batch, UserError):
             raise batch

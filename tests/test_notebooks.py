@@ -131,8 +131,8 @@ def test_runs_from_top_to_bottom(path, clone):
 
 
 def draw_detections(count=4, height=300):
-    """A row of detections for the top of the README: of the wide pictures with three objects or more
-    in which the model finds all of them and nothing else, those where it is the surest."""
+    """A row of detections for the top of the README: of the wide pictures with three objects or
+    more in which the model finds all of them and nothing else, those where it is the surest."""
     from PIL import Image
     from torchvision.ops import box_iou
 
