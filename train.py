@@ -14,13 +14,16 @@ import contextlib
 import functools
 import json
 import math
+import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,7 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw, ImageFilter
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 import evaluate
@@ -198,6 +201,7 @@ class TrainBatches(Dataset):
     def __init__(self, dataset, settings, rank=0, world=1, parts=1, skip_bad_images=False):
         self.dataset, self.rank, self.world, self.parts = dataset, rank, world, parts
         self.skip_bad_images = skip_bad_images
+        self.in_hand = torch.full((256,), -1)  # the row that each loader worker reads
         self.seed, self.batch_size = settings["seed"], settings["batch_size"]
         self.min_size, self.max_size = settings["min_size"], settings["max_size"]
         usable = np.flatnonzero(dataset.trainable)
@@ -242,9 +246,11 @@ class TrainBatches(Dataset):
         UserError, returned because raising it would wrap it in a worker's traceback."""
         step, part = divmod(item, self.parts)
         rows, sizes, flips, padded = self.plan(step)
+        worker = get_worker_info().id % 256 if get_worker_info() else 0
         images, boxes, labels, bad = [], [], [], []
         for slot in range(part * self.world + self.rank, len(rows), self.world * self.parts):
             row, (h, w) = rows[slot], sizes[slot]
+            self.in_hand[worker] = row
             box, label = self.dataset.target(row)
             try:
                 image = fcos.resize(self.dataset.image(row), (h, w))
@@ -255,13 +261,14 @@ class TrainBatches(Dataset):
                 image = torch.full((3, h, w), 128, dtype=torch.uint8)
                 box, label = box[:0], label[:0]
             old_h, old_w = self.dataset.hw[row]
-            box = box * torch.tensor([w / old_w, h / old_h, w / old_w, h / old_h]).float()
+            box = box * torch.tensor([w / old_w, h / old_h] * 2).float()
             if flips[slot]:
                 image = image.flip(2)
                 box = torch.stack([w - box[:, 2], box[:, 1], w - box[:, 0], box[:, 3]], 1)
             images.append(image)
             boxes.append(box)
             labels.append(label)
+        self.in_hand[worker] = -1
         counts = [len(label) for label in labels]
         return *fcos.pad_batch(images, padded), torch.cat(boxes), torch.cat(labels), counts, bad
 
@@ -414,21 +421,21 @@ def make_model(settings, dataset, say):
 
 
 class RunFiles:
-    """log.jsonl, last.pt and previous.pt of a run. A full disk costs the write and not the run: it
-    is told on stderr, and what was there before stays."""
+    """log.jsonl, last.pt and previous.pt of a run, which rank 0 writes. A full disk costs the write
+    and not the run: it is told on stderr, and what was there before stays."""
 
     def __init__(self, out, start, iters):
-        self.out, rows = evaluate.make_folder(out), []
+        self.out, self.made_with, rows = evaluate.make_folder(out), provenance(), []
+        if start and (out / "log.jsonl").exists():  # without the rows that will be written again
+            for line in (out / "log.jsonl").read_text().splitlines(keepends=True):
+                row = json.loads(line) if line.endswith("}\n") else {"step": iters + 1}  # cut short
+                if row["step"] <= start and not ("AP" in row and row["step"] == iters):
+                    rows.append(line)
+        with fcos.open_whole(out / "log.jsonl", "w") as file:
+            file.writelines(rows)
         if start == 0:  # a run that --fresh replaces
             for name in ("last.pt", "previous.pt", "model.pt", "metrics.json"):
                 (out / name).unlink(missing_ok=True)
-        elif (out / "log.jsonl").exists():  # without the rows that will be written again
-            rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
-            rows = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= start]
-            if start == iters:
-                rows = [row for row in rows if "AP" not in json.loads(row)]
-        with fcos.open_whole(out / "log.jsonl", "w") as file:
-            file.writelines(rows)
 
     def log(self, step, **values):
         try:
@@ -439,14 +446,15 @@ class RunFiles:
 
     def checkpoint(self, step, settings, model, optimizer):
         content = {
-            "settings": settings, "step": step, "made_with": provenance(),
+            "settings": settings, "step": step, "made_with": self.made_with,
             "model": fcos.checkpoint(model), "optimizer": optimizer.state_dict(),
         }
         try:
             with fcos.open_whole(self.out / "last.pt", keep=self.out / "previous.pt") as file:
                 torch.save(content, file)
-        except UserError as error:
-            tqdm.write(f"{error}; the older checkpoint stays", file=sys.stderr)
+        except (UserError, RuntimeError) as error:  # torch.save hides a full disk in the latter
+            tqdm.write(f"{self.out / 'last.pt'}: cannot be written ({error.__context__ or error}); "
+                       "the older checkpoint stays", file=sys.stderr)
 
 
 def provenance():
@@ -467,17 +475,13 @@ def resume(out, settings, model, optimizer, say):
         if content is None and path.exists():
             try:
                 content = fcos.read_checkpoint(path)
+                if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+                    content = None
+                    raise UserError(f"{path}: not a checkpoint of this trainer")
             except UserError as error:
                 problems.append(str(error))
-            if content is not None and not (
-                isinstance(content, dict) and isinstance(content.get("settings"), dict)
-            ):
-                problems.append(f"{path}: not a checkpoint of this trainer")
-                content = None
     if content is None and problems:
         raise UserError(f"{'; '.join(problems)}; --fresh starts over")
-    for problem in problems:
-        say(f"{problem}; {out / 'previous.pt'} takes its place")
     if content is None:
         return 0
     old = content["settings"]
@@ -492,19 +496,29 @@ def resume(out, settings, model, optimizer, say):
         )
     model.load_state_dict(content["model"]["model"])
     optimizer.load_state_dict(content["optimizer"])
+    for problem in problems:
+        say(f"{problem}; {out / 'previous.pt'} takes its place")
+        (out / "last.pt").unlink(missing_ok=True)  # or it would become the next previous.pt
     say(f"{out}: going on after step {content['step']} of {settings['iters']}")
     return content["step"]
 
 
+# ---- what a run must survive -------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def stop_signals():
-    """SIGTERM and SIGINT no longer end the process but fill the list that this yields; the same
-    signal a second time does end it."""
-    received, before = [], {}
+    """SIGTERM and SIGINT no longer end the process but fill the list that this yields. A second one
+    does end it, unless it comes at once: Slurm and torchrun both pass the same one on."""
+    received, before, last = [], {}, 0.0
 
     def handle(number, _frame):
+        nonlocal last
+        if received and time.monotonic() > last + 1:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
         received.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
+        last = time.monotonic()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, handle)
@@ -513,6 +527,47 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def start_worker(_):
+    """What stops a run is often sent to all of its processes, but the step is to be finished with
+    the help of the loader workers: they leave it to their parent, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def loader_errors(batches):
+    """Where a loader worker dies or hangs, name the images that the workers had in hand. After this
+    and any other error no worker is left: one that hangs would keep its parent from ending."""
+    try:
+        yield
+    except BaseException as error:
+        if hasattr(signal, "SIGCHLD"):  # to PyTorch the end of a worker is another error
+            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, handler)
+        if not isinstance(error, RuntimeError) or "DataLoader" not in str(error):
+            raise
+        paths = [str(batches.dataset.path(row)) for row in batches.in_hand.tolist() if row >= 0]
+        raise UserError(f"{error}; images in hand: {', '.join(paths) or 'none'}") from None
+
+
+def check_limits(need, say):
+    """Batches come from the workers through /dev/shm, as open files. Where there is little room for
+    either the run would end in a bus error, or "too many open files"."""
+    room = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+    if room < need:
+        say(f"/dev/shm has room for {room >> 20} MB, and the loader may need {need >> 20} MB: "
+            "enlarge it (docker run --ipc=host) or choose fewer --workers")
+    with contextlib.suppress(ImportError):  # Windows has no such limit
+        import resource
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if 0 <= files < 1024:
+            say(f"only {files} files may be open, which can be too few: ulimit -n 4096")
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -526,44 +581,24 @@ def load_data(settings, rank, world, say):
             make_shapes("data/shapes")
         if world > 1:
             dist.barrier()
-    for path in (settings["train_annotations"], settings["val_annotations"]):
+    datasets = []
+    for split in ("train", "val"):
+        path = settings[f"{split}_annotations"]
         if not Path(path).exists():
             raise UserError(
                 f"{path}: no such file; {evaluate.what_is_there(path)}; the README says how to "
                 "prepare COCO 2017 (cocodataset.org), and python train.py shapes needs no data"
             )
-    train_set, val_set = (
-        evaluate.CocoDataset(settings[f"{split}_annotations"], settings[f"{split}_images"])
-        for split in ("train", "val")
-    )
-    for dataset in (train_set, val_set):
-        for note in dataset.notes:
-            say(f"{dataset.annotations}: {note}")
-    useless = (~train_set.trainable).sum()
-    if useless == len(train_set):
-        raise UserError(f"{train_set.annotations}: has no image with a box to learn")
-    if useless:
-        say(f"{train_set.annotations}: {useless} of {len(train_set)} images have no boxes to learn "
-            "and are left out")
-    return train_set, val_set
-
-
-def start_worker(_):
-    """A loader worker leaves Ctrl-C to its parent, and ends at SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def fetch(loader, batches, step):
-    """The next part of the loader; if a worker hangs or dies, which images it may have been at."""
-    try:
-        part = next(loader)
-    except RuntimeError as error:
-        paths = [str(batches.dataset.path(row)) for row in batches.plan(step)[0]]
-        raise UserError(f"{error}; it was reading one of {', '.join(paths)}") from None
-    if isinstance(part, UserError):
-        raise part
-    return part
+        datasets.append(evaluate.CocoDataset(path, settings[f"{split}_images"]))
+        for note in datasets[-1].notes:
+            say(f"{path}: {note}")
+    trainable = datasets[0].trainable
+    if not trainable.any():
+        raise UserError(f"{settings['train_annotations']}: has no image with a box to learn")
+    if not trainable.all():
+        say(f"{settings['train_annotations']}: {(~trainable).sum()} of {len(trainable)} images "
+            "have no boxes to learn and are left out")
+    return datasets
 
 
 def main(args):
@@ -600,28 +635,42 @@ def train(args, signals):
     evaluate.check_classes(model, val_set)
     optimizer = torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
-    fresh = args.fresh and not restarted
-    start = 0 if fresh else resume(out, settings, model, optimizer, say)
+    start = 0 if args.fresh and not restarted else resume(out, settings, model, optimizer, say)
+    if world > 1:
+        starts = [None] * world
+        dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:
+            raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
 
     # ---- from here on the run is under way
     files = RunFiles(out, start, iters) if rank == 0 else None
     workers = args.workers
     if workers is None:
         workers = 4 if device.type == "cuda" else 1
+    image_bytes = 3 * max(settings["min_size"]) * settings["max_size"]
+    check_limits(2 * workers * batch_size // parts * image_bytes, say)  # two parts a worker
     batches = TrainBatches(train_set, settings, rank, world, parts, args.skip_bad_images)
+    if workers:
+        batches.in_hand.share_memory_()
     loader = iter(DataLoader(
         batches, batch_size=None, sampler=range(start * parts, iters * parts), num_workers=workers,
         pin_memory=device.type == "cuda", worker_init_fn=start_worker,
         timeout=600 if workers else 0,
     ))
-    if args.compile:
-        model.compile()
     network = model
     if world > 1:  # no buffer is of use in training, so none is broadcast
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # since torch 2.15
         network = DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    model.train()
+        # After its first backward pass DDP sums the gradients in another order. With a pass that
+        # counts for nothing, a resumed run is in the same order as one that never stopped.
+        outputs = network.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
+        sum(outputs[name].sum() for name in ("cls", "ltrb", "ctr")).backward()
+        optimizer.zero_grad()
+    if args.compile:
+        model.compile()
+    network.train()
 
     def validate(step):
         if world > 1:  # the running statistics of batch norms differ; rank 0's are written
@@ -636,96 +685,102 @@ def train(args, signals):
 
     log_every = max(1, min(20, iters // 100))
     diverged = torch.tensor(iters, device=device)  # the first step whose loss was not finite
-    clock, clock_step, skipped = time.perf_counter(), start, torch.zeros(1, device=device)
+    clock, clock_step, replaced = time.perf_counter(), start, torch.zeros(1, device=device)
     bar = tqdm(range(start, iters), args.recipe, iters, initial=start, disable=rank != 0,
                unit="step", dynamic_ncols=True)
-    for step in bar:
-        # ---- this rank's images, and what their locations are to learn
-        inputs, targets = [], []
-        for _ in range(parts):
-            images, sizes, boxes, labels, counts, bad = fetch(loader, batches, step)
-            images, sizes, boxes, labels = (
-                tensor.to(device, non_blocking=True) for tensor in (images, sizes, boxes, labels)
-            )
-            boxes, labels = boxes.split(counts), labels.split(counts)
-            inputs.append((images, sizes))
-            targets.append(model.targets(images.shape[2:], boxes, labels))
-            skipped += len(bad)
-            for error in bad:
-                tqdm.write(f"{error}; a grey image takes its place", file=sys.stderr)
-
-        # ---- gradients. Targets do not depend on predictions, so the sums that normalise the loss
-        # of the whole step, over all parts and ranks, are known before the first forward pass,
-        # which hides their reduction. With them goes the wish of any rank to stop.
-        stop = torch.full((1,), float(len(signals) > 0), device=device)
-        sums = torch.cat([sum(map(fcos.normalizer, targets)), stop])
-        reduction = dist.all_reduce(sums, async_op=True) if world > 1 else None
-        step_losses = torch.zeros(3, device=device)
-        for part in range(parts):
-            more = world > 1 and part < parts - 1
-            with network.no_sync() if more else contextlib.nullcontext():
-                with torch.autocast(device.type, torch.bfloat16, settings["precision"] == "bf16"):
-                    outputs = network(*inputs[part])
-                if reduction and part == 0:
-                    reduction.wait()
-                losses = fcos.fcos_loss(outputs, targets[part], sums[:2], **model.loss)
-                losses = torch.stack([losses["cls"], losses["box"], losses["ctr"]])
-                (losses.sum() * world).backward()  # DDP averages what is to be added
-            step_losses += losses.detach()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        finite = step_losses.sum().isfinite() & norm.isfinite()
-        diverged = torch.where(finite, diverged, diverged.clamp(max=step))
-
-        # ---- the step
-        rate = lr_at(step, settings["lr"], iters, settings["warmup"])
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["rate"]
-        if settings["clip_norm"]:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings["clip_norm"], norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        # ---- now and then: log, checkpoint, evaluate. Reading a number from a GPU waits for all
-        # its work, so nothing is read in between; from a CPU it is free.
-        done = step + 1
-        evaluating = done == iters or (args.eval_every and done % args.eval_every == 0)
-        saving = done == iters or done % args.checkpoint_every == 0
-        logging = done % log_every == 0 or saving or evaluating
-        stopping = (logging or device.type == "cpu") and sums[2].item() > 0
-        if logging or stopping:
-            numbers = torch.cat([step_losses, skipped])
-            if world > 1:
-                dist.all_reduce(numbers)
-                dist.all_reduce(diverged, dist.ReduceOp.MIN)
-            if diverged.item() < iters:
-                rows = batches.plan(diverged.item())[0]
-                raise UserError(
-                    f"the loss or its gradient is not finite since step {diverged.item() + 1}, of "
-                    f"the images {train_set.image_ids[rows].tolist()}; cls, box and ctr are now "
-                    f"{numbers[:3].tolist()}; nothing of it is in {out / 'last.pt'}"
+    with loader_errors(batches), bar:
+        for step in bar:
+            # ---- this rank's images, and what their locations are to learn
+            inputs, targets = [], []
+            for _ in range(parts):
+                item = next(loader)
+                if isinstance(item, UserError):
+                    raise item
+                *tensors, counts, bad = item
+                images, sizes, boxes, labels = (x.to(device, non_blocking=True) for x in tensors)
+                inputs.append((images, sizes))
+                targets.append(
+                    model.targets(images.shape[2:], boxes.split(counts), labels.split(counts))
                 )
-            cls, box, ctr, grey = numbers.tolist()
-            speed = (done - clock_step) * batch_size / (time.perf_counter() - clock)
-            clock, clock_step = time.perf_counter(), done
-            if rank == 0:
-                files.log(done, loss=cls + box + ctr, cls=cls, box=box, ctr=ctr, lr=rate,
-                          images_per_second=round(speed, 2), skipped_images=int(grey))
-            bar.set_postfix_str(
-                f"cls {cls:.3f} box {box:.3f} ctr {ctr:.3f} lr {rate:.2g} {speed:.1f} img/s"
-            )
-        if rank == 0 and (saving or stopping):
-            files.checkpoint(done, settings, model, optimizer)
-        if stopping:
-            bar.close()
-            say(f"{' and '.join(signals) or 'a signal elsewhere'}: stopped after step {done} of "
-                f"{iters}; the same command goes on from there")
-            return
-        if evaluating and done < iters:
-            metrics = validate(done)
-            if rank == 0:
-                bar.write(f"step {done}: AP {metrics['AP']:.3f}", file=sys.stderr)
-            clock, clock_step = time.perf_counter(), done
+                replaced += len(bad)
+                for error in bad:
+                    tqdm.write(f"{error}; a grey image takes its place", file=sys.stderr)
+
+            # ---- gradients. Targets do not depend on predictions, so the sums that normalise the
+            # loss of the whole step, over all parts and ranks, are known before the first forward
+            # pass, which hides their reduction. With them goes the wish of any rank to stop.
+            stop = torch.full((1,), float(len(signals) > 0), device=device)
+            sums = torch.cat([sum(map(fcos.normalizer, targets)), stop])
+            reduction = dist.all_reduce(sums, async_op=True) if world > 1 else None
+            step_losses = torch.zeros(3, device=device)
+            for part in range(parts):
+                more = world > 1 and part < parts - 1
+                with network.no_sync() if more else contextlib.nullcontext():
+                    bf16 = settings["precision"] == "bf16"
+                    with torch.autocast(device.type, torch.bfloat16, bf16):
+                        outputs = network(*inputs[part])
+                    if reduction and part == 0:
+                        reduction.wait()
+                    losses = fcos.fcos_loss(outputs, targets[part], sums[:2], **model.loss)
+                    losses = torch.stack([losses["cls"], losses["box"], losses["ctr"]])
+                    (losses.sum() * world).backward()  # DDP averages what is to be added
+                step_losses += losses.detach()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            finite = step_losses.sum().isfinite() & norm.isfinite()
+            diverged = torch.where(finite, diverged, diverged.clamp(max=step))
+
+            # ---- the step
+            rate = lr_at(step, settings["lr"], iters, settings["warmup"])
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["rate"]
+            if settings["clip_norm"]:
+                torch.nn.utils.clip_grads_with_norm_(
+                    model.parameters(), settings["clip_norm"], norm
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+
+            # ---- now and then: log, checkpoint, evaluate. Reading a number from a GPU waits for
+            # all its work, so nothing is read in between; from a CPU it is free.
+            done = step + 1
+            evaluating = done < iters and args.eval_every and done % args.eval_every == 0
+            saving = evaluating or done == iters or done % args.checkpoint_every == 0
+            logging = saving or done % log_every == 0
+            stopping = (logging or device.type == "cpu") and sums[2].item() > 0
+            if logging or stopping:
+                numbers = torch.cat([step_losses, replaced])
+                if world > 1:
+                    dist.all_reduce(numbers)
+                    dist.all_reduce(diverged, dist.ReduceOp.MIN)
+                cls, box, ctr, grey = numbers.tolist()
+                if diverged.item() < iters:
+                    ids = train_set.image_ids[batches.plan(diverged.item())[0]].tolist()
+                    raise UserError(
+                        f"the loss or its gradient is not finite since step {diverged.item() + 1}, "
+                        f"of the images {ids}; cls, box and ctr are now {cls}, {box} and {ctr}; "
+                        f"nothing of it is in {out / 'last.pt'}"
+                    )
+                speed = (done - clock_step) * batch_size / (time.perf_counter() - clock)
+                clock, clock_step = time.perf_counter(), done
+                replaced.zero_()
+                if rank == 0:
+                    files.log(done, loss=cls + box + ctr, cls=cls, box=box, ctr=ctr, lr=rate,
+                              images_per_second=round(speed, 2), skipped_images=int(grey))
+                bar.set_postfix_str(
+                    f"cls {cls:.3f} box {box:.3f} ctr {ctr:.3f} lr {rate:.2g} {speed:.1f} img/s"
+                )
+            if rank == 0 and (saving or stopping):
+                files.checkpoint(done, settings, model, optimizer)
+            if stopping and done < iters:
+                say(f"{' and '.join(signals) or 'a signal elsewhere'}: stopped after step {done} "
+                    f"of {iters}; the same command goes on from there")
+                return
+            if evaluating:
+                metrics = validate(done)
+                if rank == 0:
+                    bar.write(f"step {done}: AP {metrics['AP']:.3f}", file=sys.stderr)
+                clock, clock_step = time.perf_counter(), done
 
     # ---- the result
     metrics = validate(iters)

@@ -28,6 +28,7 @@ static struct { unsigned x, y, z; } threadIdx, blockIdx, blockDim, gridDim;
 
 static inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 static inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
+static inline int __ffs(int x) { return __builtin_ffs(x); }
 
 namespace shim {
 

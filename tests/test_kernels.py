@@ -157,7 +157,7 @@ def check_focal_loss(n, classes, dtype, alpha=0.25, gamma=2.0):
         sigmoid_focal_loss_ref, logits.double(), labels, alpha, gamma
     )
     assert value.dtype == torch.float32 and grad.dtype == dtype and grad.isfinite().all()
-    torch.testing.assert_close(value, expected.float(), rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(value, expected.float(), rtol=5e-6, atol=1e-6)
     # Rounding to the dtype comes on top of 1e-5: an ulp of fp16 below its normal range is 6e-8.
     torch.testing.assert_close(
         grad.double(), expected_grad, rtol=1e-5 + torch.finfo(dtype).eps / 2, atol=2e-7
@@ -200,33 +200,57 @@ def test_focal_loss_is_stable(size):
     assert torch.autograd.grad(value, empty)[0].shape == (0, 80)
 
 
-def test_16_bit_floats_by_hand():
-    """Every fp16 and bf16 number read; every kind of fp32 number rounded, as PyTorch does both."""
-    kernels = "".join(
-        f"""extern "C" __global__ void convert_{t}(const {t}* in, float* out, const float* wide,
-                                                unsigned short* narrow, int n)
-        {{
-            const int i = blockIdx.x * blockDim.x + threadIdx.x;
-            if (i >= n) return;
-            out[i] = to_float(in[i]);
-            narrow[i] = to_bits(wide[i], {t}());
-        }}"""
-        for t in ("bf16", "fp16")
-    )
-    names = ("convert_bf16", "convert_fp16")
-    launch = cuda_shim.launcher(focal_file.CUDA_SOURCE + kernels, names)
+def test_bf16_by_hand():
+    """Every number read; every kind of fp32 number rounded, half an ulp away from PyTorch at most
+    and that at a tie."""
+    text = """
+    extern "C" __global__ void convert(const bf16* in, float* out, const float* wide, bf16* narrow)
+    {
+        const int i = blockIdx.x * blockDim.x + threadIdx.x;
+        out[i] = to_float(in[i]);
+        narrow[i] = to_bits(wide[i], bf16());
+    }"""
+    launch = cuda_shim.launcher(focal_file.CUDA_SOURCE + text, ["convert"])
     bits = torch.arange(65536).to(torch.int16)
-    special = [0.0, 1e-8, 2**-24, 2**-25, 3 * 2**-26, 2**-14, 65504, 65519.9, 65520, torch.inf]
-    wide = torch.cat((torch.randn(65516) * 2.0 ** torch.randint(-30, 20, (65516,)),
-                      torch.tensor(special), -torch.tensor(special)))  # fmt: skip
-    for name, dtype in zip(names, DTYPES[1:], strict=True):
-        out, narrow = torch.empty(65536), torch.empty(65536, dtype=torch.int16)
-        launch(name, (256,), 256, bits, out, wide, narrow, np.int32(65536))
-        torch.testing.assert_close(out, bits.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(narrow, wide.to(dtype).view(torch.int16))
-        nan = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
-        launch(name, (3,), 256, bits, out, nan.repeat(256), narrow, np.int32(768))
-        assert narrow[:768].view(dtype).isnan().all()
+    wide = torch.randn(65536) * 2.0 ** torch.randint(-130, 120, (65536,))
+    special = torch.tensor([0, 1e-45, 2**-126, 3.4e38, torch.inf, torch.nan])
+    ties = (bits[:500].int() << 16 | 0x8000).view(torch.float32)
+    wide[:6], wide[6:12], wide[12:512], wide[512:1012] = special, -special, ties, -ties
+    out, narrow = torch.empty(65536), torch.empty(65536, dtype=torch.int16)
+    launch("convert", (256,), 256, bits, out, wide, narrow)
+    torch.testing.assert_close(
+        out, bits.view(torch.bfloat16).float(), rtol=0, atol=0, equal_nan=True
+    )
+    mine, theirs = narrow.view(torch.bfloat16), wide.bfloat16()
+    tie = wide.view(torch.int32) & 0xFFFF == 0x8000
+    torch.testing.assert_close(mine[~tie], theirs[~tie], rtol=0, atol=0, equal_nan=True)
+    assert ((narrow - theirs.view(torch.int16))[tie] <= 1).all()
+    nan = torch.tensor([0x7FFFFFFF, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+    launch("convert", (2,), 256, bits, out, nan.repeat(256), narrow)  # CUDA's own; most others'
+    assert narrow[:512].view(torch.bfloat16).isnan().all()
+
+
+def test_focal_loss_passes_nan_on(on_shim):
+    """A non-finite logit has to reach the value, where the trainer looks, and the gradient."""
+    for dtype in DTYPES:
+        logits = torch.zeros(40, 80, dtype=dtype)
+        logits[7, 3] = torch.nan
+        for labels in torch.full((40,), -1), torch.full((40,), 3):
+            value, grad = value_and_grad(sigmoid_focal_loss, logits, labels)
+            assert value.isnan() and grad.isnan().nonzero().tolist() == [[7, 3]]
+
+
+def test_focal_loss_takes_labels_that_no_class_has_for_background(on_shim):
+    logits, labels = torch.randn(60, 80), torch.tensor([80, 2**31, 2**32 + 3, -2, -(2**40)] * 12)
+    expected = value_and_grad(sigmoid_focal_loss_ref, logits, torch.full((60,), -1))
+    torch.testing.assert_close(
+        value_and_grad(sigmoid_focal_loss, logits, labels), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_focal_loss_on_the_cpu_refuses_a_label_beyond_the_classes():
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        sigmoid_focal_loss(torch.zeros(3, 4), torch.tensor([0, 4, -1]))
 
 
 def test_kernels_refuse_a_second_derivative(on_shim):
@@ -431,6 +455,8 @@ def test_nms_kernel_equals_the_reference(on_shim):
     for levels in (2, 10):  # ties, negative scores, -0.0 beside 0.0
         boxes, scores, labels = candidates(2, 60, 2, levels)
         check_nms(boxes, torch.where(torch.rand(2, 60) < 0.5, scores, -scores), labels, limit=60)
+    subnormal = 1e-45 * torch.randint(-9, 9, (2, 60))
+    check_nms(candidates(2, 60, 2)[0], subnormal, labels, limit=60)
     boxes, scores, labels = candidates(3, 100, 2)
     scores[0, ::3], scores[0, 1::3], scores[1], scores[2, 5] = -torch.inf, torch.nan, -torch.inf, 9
     kept = check_nms(boxes, scores, labels, limit=100)
@@ -496,11 +522,14 @@ FAULTS = {
         ("g.z * u", "g.z"),
     ],
     "focal_loss": [
-        ("own ? -(x", "own ? (x"),
-        ("start + label", "start - label"),
+        ("(own >> j & 1u) << (", "(own >> j & 1u) >> ("),
+        ("start + (int)label", "start - (int)label"),
         ("column -= classes; ++row;", "column -= classes;"),
-        ("0.3530963659f", "0.3430963659f"),
+        ("0.235038593f", "0.225038593f"),
         ("GRAD ? -alpha", "GRAD ? alpha"),
+        ("own >> j & 1u ? own_weight", "false ? own_weight"),
+        ("left &= left - 1", "left = 0"),
+        ("element<GRAD>(-to_float", "element<GRAD>(to_float"),
         ("last < total", "last + 1 < total"),
         ("__syncthreads();", ""),
     ],
@@ -516,7 +545,7 @@ FAULTS = {
     "nms": [
         ("> iou_threshold", ">= iou_threshold"),
         ("| ~(unsigned)i", "| (unsigned)i"),
-        ("score + 0.0f", "score"),
+        ("bits == 0x80000000u", "false"),
         ("labels[i] == label", "true"),
         ("keys[i] = 0;", ""),
         ("~bits : bits", "bits : bits"),
@@ -584,7 +613,8 @@ def test_nvrtc_compiles_the_kernels(name, architecture):
     file = FILES[name]
     ok = nvrtc.nvrtcResult.NVRTC_SUCCESS
     _, program = nvrtc.nvrtcCreateProgram(file.CUDA_SOURCE.encode(), b"kernels.cu", 0, [], [])
-    options = [f"-arch=sm_{architecture}", "--std=c++14", "--ptxas-options=-v", *file.OPTIONS]
+    options = [*file.OPTIONS, "-ftz=true", "-std=c++17", "--device-as-default-execution-space"]
+    options += [f"-arch=sm_{architecture}", "--ptxas-options=-v"]  # the rest is what CuPy 14 gives
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
     nvrtc.nvrtcGetProgramLog(program, log)
@@ -711,7 +741,6 @@ assert "cupy" not in sys.modules and not torch.cuda.is_initialized()
         (lambda x, k: iou_loss(x, x, x), r"weight is \(3, 4\)"),
         (lambda x, k: sigmoid_focal_loss(x[0], k), r"logits is \(4,\)"),
         (lambda x, k: sigmoid_focal_loss(x, k.int()), r"labels is \(3,\) torch.int32"),
-        (lambda x, k: sigmoid_focal_loss(x, k + 4), "labels run from 4 to 4.*-1..3"),
         (lambda x, k: assign(x, [x], [k], 1.5), r"points is \(3, 4\)"),
         (lambda x, k: assign(torch.rand(2, 5), [x], [k, k], 1.5), "1 tensors of boxes and 2"),
         (lambda x, k: assign(torch.rand(2, 5), [x, x[0]], [k, k], 1), r"image 1 has boxes \(4,\)"),

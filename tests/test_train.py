@@ -1,16 +1,22 @@
 """train.py: the shapes data set, batches, the schedule, resuming, and any number of processes."""
 
 import contextlib
+import ctypes
 import functools
 import io
 import itertools
 import json
+import linecache
+import multiprocessing
 import os
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 import evaluate
 import fcos
@@ -208,7 +216,8 @@ def batches(dataset=MIXED, rank=0, world=1, parts=1, **settings):
 
 def shown(item):
     """The multiset of (row, size, flipped) of an item, from its pixels."""
-    images, sizes, _, labels, counts = item
+    images, sizes, _, labels, counts, bad = item
+    assert bad == []
     assert len(images) == len(sizes) == len(counts) and sum(counts) == len(labels)
     rows = [label[0].item() for label in labels.split(counts)]
     seen = []
@@ -301,7 +310,7 @@ def test_boxes_follow_their_pixels_through_resize_and_flip():
     made, seen = batches(iters=20), set()
     for step in range(20):
         rows, sizes, flips, _ = made.plan(step)
-        _, _, boxes, labels, counts = made[step]
+        _, _, boxes, labels, counts, _ = made[step]
         assert counts == [1] * 4 and labels.tolist() == rows
         for box, row, (h, w), flip in zip(boxes, rows, sizes, flips):
             old_h, old_w = MIXED.hw[row]
@@ -317,7 +326,7 @@ def test_a_flip_mirrors_pixels_and_boxes_exactly():
     dataset = Fake([(32, 64)])
     made = batches(dataset, min_size=[32], max_size=64, iters=10, batch_size=2)
     for step in range(10):
-        images, _, boxes, _, _ = made[step]
+        images, _, boxes, *_ = made[step]
         for image, box, flip in zip(images, boxes, made.plan(step)[2]):
             columns = image[1, 0].tolist()
             assert columns == (list(range(64))[::-1] if flip else list(range(64)))
@@ -327,18 +336,19 @@ def test_a_flip_mirrors_pixels_and_boxes_exactly():
 def test_images_without_a_single_box_are_ordinary():
     dataset = Fake([(32, 64)])
     dataset.target = lambda i: (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    images, sizes, boxes, labels, counts = batches(dataset)[0]
+    _, _, boxes, labels, counts, _ = batches(dataset)[0]
     assert boxes.shape == (0, 4) and labels.shape == (0,) and counts == [0] * 4
 
 
 def test_the_number_of_workers_changes_nothing(shapes):
     dataset = evaluate.CocoDataset(*evaluate.coco_paths(shapes, "train2017"))
     made = batches(dataset, iters=4)
-    loaders = [torch.utils.data.DataLoader(made, batch_size=None, num_workers=n) for n in (0, 2)]
-    for one, other in zip(*loaders, strict=True):
-        assert one[4] == other[4]
-        for a, b in zip(one[:4], other[:4]):
-            assert a.dtype == b.dtype and torch.equal(a, b)
+    loaders = [DataLoader(made, batch_size=None, num_workers=n) for n in (0, 1, 4)]
+    for first, *others in zip(*loaders, strict=True):
+        for other in others:
+            assert first[4:] == other[4:]
+            for a, b in zip(first[:4], other[:4]):
+                assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 # ---- schedule and settings ---------------------------------------------------------------------
@@ -396,8 +406,10 @@ def test_flags_beat_the_recipe_and_the_rate_follows_the_batch():
     given = settings(*"--iters 7 --min-size 5 6 --max-size 9 --weights w.pkl --seed 3 "
                      "--precision bf16".split())  # fmt: skip
     expected = dict(iters=7, min_size=[5, 6], max_size=9, weights="w.pkl", seed=3, precision="bf16",
-                    model="fcos_imprv_R_50_FPN", warmup=500, lr=0.01)  # fmt: skip
+                    model="fcos_imprv_R_50_FPN", warmup=0, lr=0.01)  # fmt: skip
     assert {key: given[key] for key in expected} == expected
+    warmups = [settings("--iters", n)["warmup"] for n in ("4999", "5000", "90000")]
+    assert warmups == [499, 500, 500]  # a tenth of a run that is too short for the recipe's
     before = json.dumps(train.RECIPES)
     settings("--min-size", "1", "--iters", "1")
     assert json.dumps(train.RECIPES) == before
@@ -426,7 +438,7 @@ def finished(shapes, tmp_path_factory):
 
 def test_a_run_leaves_four_files_and_its_metrics_as_the_last_line(finished, shapes, small):
     assert sorted(path.name for path in finished.out.iterdir()) == [
-        "last.pt", "log.jsonl", "metrics.json", "model.pt"]  # fmt: skip
+        "last.pt", "log.jsonl", "metrics.json", "model.pt", "previous.pt"]  # fmt: skip
     metrics = json.loads((finished.out / "metrics.json").read_text())
     assert list(metrics) == list(evaluate.METRICS)
     assert json.loads(finished.stdout[-1]) == metrics
@@ -434,15 +446,16 @@ def test_a_run_leaves_four_files_and_its_metrics_as_the_last_line(finished, shap
     rows = log(finished.out)
     assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
     losses = [row for row in rows if "loss" in row]
-    warmup = train.RECIPES["shapes"]["warmup"]
     for row in losses:
         assert row["loss"] == pytest.approx(row["cls"] + row["box"] + row["ctr"])
-        assert row["lr"] == train.lr_at(row["step"] - 1, RATE / 4, 6, warmup)
+        assert row["lr"] == train.lr_at(row["step"] - 1, RATE / 4, 6, warmup=0)
         assert row["images_per_second"] > 0
     assert [row["AP"] for row in rows if "AP" in row][-1] == metrics["AP"]
 
     checkpoint = torch.load(finished.out / "last.pt", weights_only=True)
     assert checkpoint["step"] == 6 and checkpoint["settings"]["lr"] == RATE / 4
+    assert checkpoint["made_with"].keys() == {"commit", "torch", "numpy"}
+    assert torch.load(finished.out / "previous.pt", weights_only=True)["step"] == 3
     model = fcos.load(finished.out / "model.pt")
     dataset = evaluate.CocoDataset(*evaluate.coco_paths(shapes, "val2017"))
     assert (model.classes, model.category_ids) == (dataset.classes, dataset.category_ids)
@@ -548,11 +561,6 @@ def test_a_log_that_is_lost_or_torn_does_not_stop_a_run(finished, shapes, small,
     log(out)
 
 
-def test_accumulation_is_the_same_training(finished, shapes, small, tmp_path):
-    call(flags(shapes, tmp_path, "--accumulate", 2, "--eval-every", 3, "--checkpoint-every", 3))
-    assert_close_run(tmp_path, finished.out)
-
-
 # ---- mistakes ----------------------------------------------------------------------------------
 
 
@@ -653,8 +661,8 @@ def test_other_settings_are_refused_by_name(finished, shapes, small, capsys):
     before = files(finished.out)
     code, lines = mistake(capsys, flags(shapes, finished.out, "--lr", "0.5", "--iters", "8"))
     assert code == 2 and len(lines) == 1
-    for text in ("last.pt", f"lr {RATE / 4} there, 0.5 here", "iters 6 there, 8 here", "--fresh"):
-        assert text in lines[0]
+    changes = f"lr {RATE / 4} there, 0.5 here", "iters 6 there, 8 here"
+    assert all(text in lines[0] for text in (str(finished.out), *changes, "--fresh"))
     assert files(finished.out) == before
 
 
@@ -666,13 +674,24 @@ TORN = {
 
 
 @pytest.mark.parametrize("tear", TORN.values(), ids=TORN)
-def test_a_torn_checkpoint_is_named_and_kept(finished, shapes, small, tmp_path, capsys, tear):
+def test_a_torn_checkpoint_is_named_and_the_one_before_takes_its_place(
+    finished, shapes, small, tmp_path, capsys, tear
+):
     out = tmp_path / "run"
     shutil.copytree(finished.out, out)
+    argv = flags(shapes, out, "--eval-every", 3, "--checkpoint-every", 3)
     (out / "last.pt").write_bytes(tear((out / "last.pt").read_bytes()))
+    call(argv)
+    said = capsys.readouterr().out
+    assert "last.pt: " in said and "previous.pt takes its place" in said and "step 3 of 6" in said
+    assert_same_run(out, finished.out)
+
+    for name in ("last.pt", "previous.pt"):
+        (out / name).write_bytes(tear((out / name).read_bytes()))
     before = files(out)
-    code, lines = mistake(capsys, flags(shapes, out))
-    assert code == 2 and len(lines) == 1 and "last.pt" in lines[0] and "--fresh" in lines[0], lines
+    code, lines = mistake(capsys, argv)
+    assert code == 2 and len(lines) == 1, lines
+    assert all(text in lines[0] for text in ("last.pt", "previous.pt", "--fresh"))
     assert files(out) == before
 
 
@@ -686,17 +705,73 @@ def test_a_foreign_checkpoint_is_named(finished, shapes, small, tmp_path, capsys
     assert code == 2 and len(lines) == 1 and "last.pt: not a checkpoint of this trainer" in lines[0]
 
 
+def bomb(path):
+    """A PNG file of a few bytes that says it has 10 ** 10 pixels."""
+    size = (100_000).to_bytes(4, "big")
+    header = b"IHDR" + size + size + b"\x08\0\0\0\0"
+    crc = zlib.crc32(header).to_bytes(4, "big")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0\0\0\x0d" + header + crc)
+
+
+BROKEN = {
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:400]),
+    "no image": lambda path: path.write_text("not found"),
+    "empty": lambda path: path.write_bytes(b""),
+    "of another size": lambda path: Image.new("RGB", (9, 9)).save(path, "JPEG"),
+    "a decompression bomb": bomb,
+}
+
+
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("spoil", BROKEN.values(), ids=BROKEN)
 def test_an_image_that_turns_out_broken_is_one_line_that_names_it(
-    shapes, small, tmp_path, capsys, workers
+    shapes, small, tmp_path, capsys, spoil, workers
 ):
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     for path in (data / "train2017").iterdir():
-        path.write_bytes(path.read_bytes()[:400])
+        spoil(path)
     code, lines = mistake(capsys, flags(data, tmp_path / "out", "--workers", workers))
     assert code == 2 and len(lines) == 1, lines
-    assert "train2017/0000000000" in lines[0] and "cannot be read" in lines[0]
+    assert "train2017/0000000000" in lines[0]
+    assert "cannot be read" in lines[0] or "is 9x9 pixels, but its annotations say" in lines[0]
+
+
+def test_broken_images_can_be_replaced_and_are_counted(shapes, small, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    broken = sorted((data / "train2017").iterdir())[::3]
+    for path, spoil in zip(broken, itertools.cycle(BROKEN.values())):
+        spoil(path)
+    runs = {"a": (), "b": ("--workers", 1)}
+    for name, more in runs.items():
+        call(flags(data, tmp_path / name, "--skip-bad-images", *more))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    dataset = evaluate.CocoDataset(*evaluate.coco_paths(data, "train2017"))
+    made, paths = batches(dataset, min_size=[64], iters=6), {str(path) for path in broken}
+    drawn = [[str(dataset.path(row)) for row in made.plan(step)[0]] for step in range(6)]
+    expected = [sum(path in paths for path in rows) for rows in drawn]
+    assert sum(expected) > 3
+    for name in runs:
+        rows = [row for row in log(tmp_path / name) if "loss" in row]
+        assert [row["skipped_images"] for row in rows] == expected
+    told = capsys.readouterr().err
+    assert all(path in told for path in paths & set(itertools.chain(*drawn)))
+
+
+def test_images_of_one_pixel_and_of_ten_thousand_are_ordinary(shapes, small, tmp_path):
+    root, sizes = tmp_path / "data", [(1, 1), (10_000, 3), (3, 10_000), (40, 60)]
+    shutil.copytree(shapes, root)
+    path, folder = evaluate.coco_paths(root, "train2017")
+    coco = json.loads(path.read_text()) | dict(images=[], annotations=[])
+    for k, (w, h) in enumerate(sizes, 1):
+        Image.new("RGB", (w, h)).save(folder / f"{k}.png")
+        coco["images"].append(dict(id=k, file_name=f"{k}.png", width=w, height=h))
+        coco["annotations"].append(dict(id=k, image_id=k, category_id=1, bbox=[0, 0, w, h]))
+    coco["annotations"][0]["bbox"] = [0, 0, 1.5, 1.5]  # or the official rules leave it out
+    path.write_text(json.dumps(coco))
+    call(flags(root, tmp_path / "out", "--iters", 3))
+    assert all(value.isfinite().all() for value in weights(tmp_path / "out").values())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
@@ -705,12 +780,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     """The fifth step of a run with a checkpoint after each second one."""
     poison(monkeypatch, step=4)
     argv = flags(shapes, tmp_path, "--checkpoint-every", 2)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError) as stop:
         call(argv)
     dataset = evaluate.CocoDataset(*evaluate.coco_paths(shapes, "train2017"))
     ids = dataset.image_ids[batches(dataset, min_size=[64], iters=6).plan(4)[0]].tolist()
-    for text in ("step 5 ", str(ids), "last.pt"):
-        assert text in stop.value.code
+    for text in ("step 5,", str(ids), "last.pt"):
+        assert text in str(stop.value)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 4
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
     assert [row["step"] for row in log(tmp_path)] == [1, 2, 3, 4]
@@ -737,7 +812,7 @@ def test_weights_that_are_not_finite_are_never_written(shapes, small, tmp_path, 
         return losses | ({"box": NoGradient.apply(losses["box"])} if next(calls) == 3 else {})
 
     monkeypatch.setattr(fcos, "fcos_loss", loss)
-    with pytest.raises(SystemExit, match="finite"):
+    with pytest.raises(UserError, match="finite"):
         call(flags(shapes, tmp_path, "--iters", 4, "--checkpoint-every", 2))
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
@@ -759,59 +834,329 @@ def poison(monkeypatch, step, here=True):
 # ---- processes ---------------------------------------------------------------------------------
 
 
-def script(*argv):
-    return subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, env=ONE_THREAD,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+def fork(argv, told, prepare=lambda: None):
+    """The script in a process of its own, without the seconds that importing torch takes; what it
+    says goes to the file `told`. `prepare` is called in the child, whose patches die with it."""
+
+    def child():
+        sys.stdout = sys.stderr = open(told, "w", buffering=1)  # noqa: SIM115
+        prepare()
+        evaluate.run(train.main, train.parse_args(argv))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
 
 
-def test_the_script_survives_kill_9(shapes, tmp_path):
-    """As a user has it: the command, kill -9 at a moment nobody chose, and the command again."""
-    more = "--checkpoint-every", 1, "--batch-size", 2
+def at_step(number, action):
+    """Let `action` happen in the midst of a step, counted from 0, of this process's run."""
+    lr_at = train.lr_at
+
+    def acting(step, *rest):
+        if step == number:
+            action()
+        return lr_at(step, *rest)
+
+    train.lr_at = acting
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_while_saving(number):
+    """Kill -9 when half of the checkpoint of that number has been written."""
+    save, calls = torch.save, itertools.count(1)
+
+    def dying(content, file):
+        if next(calls) < number:
+            return save(content, file)
+        whole = io.BytesIO()
+        save(content, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        die()
+
+    torch.save = dying
+
+
+def test_kill_9_at_any_moment_changes_nothing(shapes, small, tmp_path):
+    """The same run killed inside a save and at two moments nobody chose, and started again."""
+    begin, more = time.monotonic(), ("--checkpoint-every", 1)
     call(flags(shapes, tmp_path / "whole", *more))
-    argv = flags(shapes, tmp_path / "killed", *more)
-    victim = script(*argv)
-    limit = time.monotonic() + 60
-    while not (tmp_path / "killed" / "last.pt").exists() and time.monotonic() < limit:
-        time.sleep(0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    assert not (tmp_path / "killed" / "metrics.json").exists()
-    again = script(*argv)
-    out, err = again.communicate(timeout=60)
-    assert again.returncode == 0, err
-    assert "going on after step" in out
-    assert list(json.loads(out.splitlines()[-1])) == list(evaluate.METRICS)
-    assert "Traceback" not in err
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
-    assert not list((tmp_path / "killed").glob("*.tmp"))
+    seconds, out = time.monotonic() - begin, tmp_path / "killed"
+    argv = flags(shapes, out, *more)
+    saving = fork(argv, tmp_path / "told", lambda: die_while_saving(3))
+    saving.join(60)
+    assert saving.exitcode == -signal.SIGKILL and (out / "last.pt.tmp").exists()
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
+    for delay in np.random.default_rng().uniform(0, 0.6 * seconds, 2):
+        victim = fork(argv, tmp_path / "told")
+        victim.join(delay)
+        victim.kill()
+        victim.join()
+    again = fork(argv, tmp_path / "told")
+    again.join(60)
+    text = (tmp_path / "told").read_text()
+    assert again.exitcode == 0 and "going on after step" in text and "Traceback" not in text, text
+    assert_same_run(out, tmp_path / "whole")
+    assert not list(out.glob("*.tmp"))
 
+
+def test_killed_between_the_two_renames_of_a_save(finished, shapes, small, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished.out, out)
+    (out / "last.pt").unlink()
+    call(flags(shapes, out, "--eval-every", 3, "--checkpoint-every", 3))
+    assert_same_run(out, finished.out)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_ends_the_step_and_saves(finished, shapes, small, tmp_path, workers):
+    """As at the shutdown of a machine, every process gets it, the loader's workers included."""
+    argv = flags(shapes, tmp_path / "run", "--eval-every", 3, "--workers", workers)
+
+    def everyone():
+        for process in [*multiprocessing.active_children(), SimpleNamespace(pid=os.getpid())]:
+            os.kill(process.pid, signal.SIGTERM)
+
+    told = tmp_path / "told"
+    stopped = fork(argv, told, lambda: at_step(3, everyone))
+    stopped.join(60)
+    assert stopped.exitcode == 0, told.read_text()
+    assert "SIGTERM: stopped after step 5 of 6; the same command goes on" in told.read_text()
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 5
+    again = fork(argv, told)
+    again.join(60)
+    assert again.exitcode == 0 and "going on after step 5 of 6" in told.read_text()
+    for (name, x), y in zip(weights(tmp_path / "run").items(), weights(finished.out).values()):
+        assert torch.equal(x, y), name
+    assert log(tmp_path / "run", "images_per_second") == log(finished.out, "images_per_second")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)])
+def test_a_second_signal_ends_the_run_at_once(shapes, small, tmp_path, number, code):
+    """But not the echo of the first, which comes where Slurm and torchrun both pass it on."""
+
+    def hang():
+        for pause in (0.1, 1.1, 60):
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
+
+    begin = time.monotonic()
+    process = fork(flags(shapes, tmp_path / "run"), tmp_path / "told", lambda: at_step(1, hang))
+    process.join(30)
+    assert process.exitcode == code and 1 < time.monotonic() - begin < 30
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_workers_die_with_their_parent(shapes, small, tmp_path):
+    """Within the five seconds after which PyTorch's workers look for it."""
+    argv = flags(shapes, tmp_path / "run", "--workers", 2)
+    pids = tmp_path / "pids"
+
+    def last_words():
+        pids.write_text(" ".join(str(p.pid) for p in multiprocessing.active_children()))
+        die()
+
+    fork(argv, tmp_path / "told", lambda: at_step(1, last_words)).join(60)
+    workers = [Path(f"/proc/{pid}/stat") for pid in pids.read_text().split()]
+    limit = time.monotonic() + 15
+    while any(p.exists() and p.read_text().split()[2] != "Z" for p in workers):
+        assert time.monotonic() < limit, "a loader worker outlives its parent"
+        time.sleep(0.1)
+    assert len(workers) == 2
+
+
+@pytest.mark.parametrize("kind", ["dies", "hangs"])
+def test_a_worker_that_dies_or_hangs_is_reported_with_its_image(shapes, small, tmp_path, kind):
+    dataset = evaluate.CocoDataset(*evaluate.coco_paths(shapes, "train2017"))
+    row = batches(dataset, min_size=[64], iters=6).plan(2)[0][1]
+
+    def prepare():
+        image = evaluate.CocoDataset.image
+
+        def stuck(self, i):
+            if i == row:
+                die() if kind == "dies" else time.sleep(600)
+            return image(self, i)
+
+        evaluate.CocoDataset.image = stuck
+        train.DataLoader = lambda *a, **k: DataLoader(*a, **k | {"timeout": 2})
+
+    process = fork(flags(shapes, tmp_path / "run", "--workers", 1), tmp_path / "told", prepare)
+    process.join(60)
+    lines = [line for line in (tmp_path / "told").read_text().splitlines() if "DataLoader" in line]
+    assert process.exitcode == 2 and len(lines) == 1
+    assert lines[0].endswith(f"images in hand: {dataset.path(row)}")
+
+
+def test_a_full_disk_costs_the_write_and_not_the_run(finished, shapes, small, tmp_path):
+    out, told = tmp_path / "run", tmp_path / "told"
+    argv = flags(shapes, out, "--eval-every", 3, "--checkpoint-every", 3)
+    fork(argv, told, lambda: at_step(4, die)).join(60)
+    before = (out / "last.pt").read_bytes()
+
+    def full():  # for a file of the size of last.pt, not for that of model.pt
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 4 * 3,) * 2)
+
+    process = fork(argv, told, full)
+    process.join(60)
+    assert process.exitcode == 0, told.read_text()
+    assert "last.pt: cannot be written ([Errno 27] File too large); the older" in told.read_text()
+    assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+    assert (out / "metrics.json").read_text() == (finished.out / "metrics.json").read_text()
+    call(argv)  # there is room again
+    assert_same_run(out, finished.out)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_training(shapes, small, tmp_path):
+    """Root may write anywhere, so the child gives up the rights that make it root."""
+    out, told = tmp_path / "run", tmp_path / "told"
+    out.mkdir(mode=0o555)
+
+    def give_up():
+        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(header, none) == 0
+
+    for folder in out, out / "deeper":
+        process = fork(flags(shapes, folder), told, give_up)
+        process.join(60)
+        lines = [line for line in told.read_text().splitlines() if "cannot be" in line]
+        assert process.exitcode == 2 and len(lines) == 1 and str(folder) in lines[0]
+        assert "%|" not in told.read_text() and not list(out.iterdir())
+
+
+def test_small_limits_of_the_system_get_advice(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    train.check_limits(64 << 20, print)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (256, 4096))
+    train.check_limits(65 << 20, print)
+    shm, files = capsys.readouterr().out.splitlines()
+    assert "64 MB" in shm and "65 MB" in shm and "--ipc=host" in shm and "--workers" in shm
+    assert "256 files" in files and "ulimit -n" in files
+
+
+class HostReads(TorchDispatchMode):
+    """Where the program waits for a number from the device: lines of train.py, step by step."""
+
+    WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique",
+               "_unique2", "unique_consecutive", "bincount", "repeat_interleave"}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def note(self):
+        frame = sys._getframe(1)
+        while frame and frame.f_code.co_filename != train.__file__:
+            frame = frame.f_back
+        if frame:
+            self.lines.append(linecache.getline(train.__file__, frame.f_lineno).strip())
+
+    def noted(self, method):
+        def noted(*args, **kwargs):
+            self.note()
+            return method(*args, **kwargs)
+
+        return noted
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])  # fmt: skip
+        if masks or name in self.WAITING:
+            self.note()
+        return function(*args, **kwargs or {})
+
+
+def test_between_log_rows_no_number_is_read_from_the_device(shapes, small, tmp_path, monkeypatch):
+    """On the CPU the wish to stop is read in every step, behind `device.type == "cpu"`; a GPU is to
+    go through the same steps without a single read."""
+    reads = HostReads()
+    for method in ("tolist", "numpy", "cpu", "__array__"):  # these are no operations on the CPU
+        monkeypatch.setattr(torch.Tensor, method, reads.noted(getattr(torch.Tensor, method)))
+    lr_at, steps = train.lr_at, []
+
+    def marked(step, *rest):
+        steps.append(len(reads.lines))
+        return lr_at(step, *rest)
+
+    monkeypatch.setattr(train, "lr_at", marked)
+    argv = flags(shapes, tmp_path, "--iters", 250, "--batch-size", 2, "--min-size", 32,
+                 "--max-size", 48, "--accumulate", 2, "--clip-norm", 1, "--workers", 1)  # fmt: skip
+    with reads, contextlib.suppress(Killed):
+        killed_at(monkeypatch, 9)
+        call(argv)
+    guarded = 'stopping = (logging or device.type == "cpu") and sums[2].item() > 0'
+    rows = [row["step"] for row in log(tmp_path)]
+    assert rows == [2, 4, 6, 8]  # of 250 steps every second is logged
+    for step in range(1, 8):  # between the rate of this step and that of the next
+        lines = reads.lines[steps[step] : steps[step + 1]]
+        assert lines.count(guarded) == 1
+        assert (len(lines) == 1) == (step + 1 not in rows), lines
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_between_log_rows_nothing_waits_for_the_gpu(shapes, small, tmp_path, monkeypatch):
+    """From the start of a step's targets to the end of its optimizer."""
+    zero_grad, normalizer = torch.optim.SGD.zero_grad, fcos.normalizer
+
+    def begin(targets):
+        torch.cuda.set_sync_debug_mode("error")
+        return normalizer(targets)
+
+    def end(self):
+        zero_grad(self)
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(fcos, "normalizer", begin)
+    monkeypatch.setattr(torch.optim.SGD, "zero_grad", end)
+    call(flags(shapes, tmp_path, "--device", "cuda", "--accumulate", 2, "--clip-norm", 1))
+
+
+# ---- several processes -------------------------------------------------------------------------
 
 LAUNCHED = """
-import json, sys
-import pytest, torch
+import json, os, sys
 import torch.distributed as dist
 import evaluate, fcos, train
 sys.path.insert(0, {tests!r})
 import test_train
 
+me, folder = int(os.environ["RANK"]), sys.argv[1]
 fcos.MODELS["shapes"] = fcos.MODELS["shapes"] | test_train.SMALL
 
-def every_case(_):
-    for case, argv in json.loads(sys.argv[1]).items():
-        with pytest.MonkeyPatch.context() as patch:
-            if case == "not finite":  # on one rank only
-                train.evaluate.start_process("cpu")
-                test_train.poison(patch, 4, here=dist.get_rank() == 1)
-            if case == "no positives":
-                test_train.empty_images(patch)
+for name, (ranks, patches, argv) in json.load(open(f"{{folder}}/cases")).items():
+    if me in ranks:  # ranks 0, 1 and 2, 3 each go through their own cases
+        dist.init_process_group("gloo", init_method=f"file://{{folder}}/{{name}} init",
+                                rank=ranks.index(me), world_size=len(ranks))
+        with test_train.pytest.MonkeyPatch.context() as patch:
+            for function in patches:
+                getattr(test_train, function)(patch)
             try:
                 train.main(train.parse_args(argv))
-            except SystemExit as stop:
-                with open(f"{{sys.argv[2]}}/{{case}} {{dist.get_rank()}}", "w") as file:
-                    file.write(str(stop.code))
-
-evaluate.run(every_case, None)
+            except (fcos.UserError, test_train.Killed) as error:
+                with open(f"{{folder}}/{{name}} {{dist.get_rank()}}", "w") as file:
+                    file.write(str(error))
+        dist.destroy_process_group()
 """
+
+
+def doubled(monkeypatch):
+    """A model and targets in float64."""
+    make_model = train.make_model
+
+    def double(*args):
+        model = make_model(*args).double()
+        targets = model.targets
+        model.targets = lambda *args: (found := targets(*args)) | {"ltrb": found["ltrb"].double()}
+        return model
+
+    monkeypatch.setattr(train, "make_model", double)
 
 
 def empty_images(monkeypatch):
@@ -820,73 +1165,20 @@ def empty_images(monkeypatch):
 
     @functools.wraps(getitem)
     def emptied(self, item):
-        images, sizes, boxes, labels, counts = getitem(self, item)
+        images, sizes, boxes, labels, counts, bad = getitem(self, item)
         first = item % self.parts * self.world + self.rank
         slots = range(first, self.batch_size, self.world * self.parts)
         boxes, labels = list(boxes.split(counts)), list(labels.split(counts))
         for k, slot in enumerate(slots):
             if slot % 2:
                 boxes[k], labels[k] = boxes[k][:0], labels[k][:0]
-        return images, sizes, torch.cat(boxes), torch.cat(labels), [len(label) for label in labels]
+        counts = [len(label) for label in labels]
+        return images, sizes, torch.cat(boxes), torch.cat(labels), counts, bad
 
     monkeypatch.setattr(train.TrainBatches, "__getitem__", emptied)
 
 
-@pytest.fixture(scope="module")
-def launched(shapes, tmp_path_factory):
-    """Several runs in one launch of two processes -> their folder, stdout"""
-    tmp = tmp_path_factory.mktemp("launched")
-    cases = {
-        "plain": flags(shapes, tmp / "plain", "--eval-every", 3, "--checkpoint-every", 3),
-        "accumulate": flags(shapes, tmp / "accumulate", "--accumulate", 2),
-        "multi-scale": flags(shapes, tmp / "multi", "--min-size", 48, 64, 80, "--batch-size", 5),
-        "no positives": flags(shapes, tmp / "empty"),
-        "not finite": flags(shapes, tmp / "poison", "--checkpoint-every", 2),
-    }
-    path = tmp / "launched.py"
-    path.write_text(LAUNCHED.format(tests=str(ROOT / "tests")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(path), json.dumps(cases), str(tmp)]  # fmt: skip
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return SimpleNamespace(out=tmp, stdout=done.stdout)
-
-
-def test_two_processes_train_as_one_does(launched, finished):
-    assert_close_run(launched.out / "plain", finished.out)
-    metrics = [json.loads((out / "metrics.json").read_text())
-               for out in (launched.out / "plain", finished.out)]  # fmt: skip
-    assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
-    assert launched.stdout.count("batch_size         4\n") == 4  # by rank 0, once in each case of 4
-
-
-def test_two_processes_of_two_parts_train_as_one_does(launched, finished):
-    assert_close_run(launched.out / "accumulate", finished.out)
-
-
-def test_uneven_shares_of_a_multi_scale_recipe_train_as_one_process_does(
-    launched, shapes, small, tmp_path
-):
-    call(flags(shapes, tmp_path, "--min-size", 48, 64, 80, "--batch-size", 5))
-    assert_close_run(launched.out / "multi", tmp_path)
-
-
-def test_a_rank_without_a_single_positive_trains_as_one_process_does(
-    launched, shapes, small, tmp_path, monkeypatch
-):
-    empty_images(monkeypatch)
-    call(flags(shapes, tmp_path))
-    assert_close_run(launched.out / "empty", tmp_path)
-
-
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all(launched):
-    told, silent = ((launched.out / f"not finite {rank}").read_text() for rank in (0, 1))
-    assert "step 5 " in told and silent == "1"  # both stop, and rank 0 says why
-    assert torch.load(launched.out / "poison" / "last.pt", weights_only=True)["step"] == 4
-    assert all(value.isfinite().all() for value in weights(launched.out / "poison").values())
-
-
-def test_no_image_with_a_positive_at_all_is_ordinary(shapes, small, tmp_path, monkeypatch):
+def thin_boxes(monkeypatch):
     """Boxes so thin that no location lies inside: every part of every step is background."""
     target = evaluate.CocoDataset.target
 
@@ -895,11 +1187,172 @@ def test_no_image_with_a_positive_at_all_is_ordinary(shapes, small, tmp_path, mo
         return torch.cat([boxes[:, :2], boxes[:, :2] + 0.01], 1), labels
 
     monkeypatch.setattr(evaluate.CocoDataset, "target", thin)
-    call(flags(shapes, tmp_path, "--iters", 2, "--accumulate", 2))
-    for row in log(tmp_path):
-        if "loss" in row:
-            assert row["box"] == row["ctr"] == 0 and row["cls"] > 0
-    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+
+
+def poison_rank_1(monkeypatch):
+    poison(monkeypatch, 4, here=torch.distributed.get_rank() == 1)
+
+
+def killed_at_4(monkeypatch):
+    killed_at(monkeypatch, 4)
+
+
+PLAIN = ["--eval-every", 3, "--checkpoint-every", 3]
+SCALES = ["--min-size", 48, 64, 80, "--batch-size", 5]
+ALL, LEFT, RIGHT = [0, 1, 2, 3], [0, 1], [2, 3]
+CASES = {  # name of the run's folder: ranks, functions of this file that patch it, flags
+    "four": (ALL, [], PLAIN),
+    "two": (LEFT, [], PLAIN),
+    "two of two parts": (RIGHT, [], [*PLAIN, "--accumulate", 2]),
+    "four in float64": (ALL, ["doubled"], []),
+    "two in float64": (LEFT, ["doubled"], []),
+    "two of two parts in float64": (RIGHT, ["doubled"], ["--accumulate", 2]),
+    "uneven shares of many scales": (ALL, [], SCALES),
+    "a rank without positives": (LEFT, ["empty_images"], []),
+    "no positives": (RIGHT, ["thin_boxes"], []),
+    "few images of one aspect": (LEFT, [], ["--data", "few"]),
+    "not finite": (RIGHT, ["poison_rank_1"], ["--checkpoint-every", 2]),
+    "from one process to four": (ALL, [], PLAIN),
+    "killed": (ALL, ["killed_at_4"], PLAIN),
+    "killed ": (ALL, [], PLAIN),  # the same folder again
+}
+
+
+@pytest.fixture(scope="module")
+def launched(shapes, tmp_path_factory):
+    """All cases, in one launch of four processes -> the folder of their runs"""
+    tmp = tmp_path_factory.mktemp("launched")
+    few = shutil.copytree(shapes, tmp / "few")
+    path, _ = evaluate.coco_paths(few, "train2017")
+    coco = json.loads(path.read_text())
+    upright = [image for image in coco["images"] if image["height"] >= image["width"]][:3]
+    ids = {image["id"] for image in upright}
+    rest = [a for a in coco["annotations"] if a["image_id"] in ids]
+    path.write_text(json.dumps(coco | dict(images=upright, annotations=rest)))
+
+    cases = {}
+    for name, (ranks, patches, more) in CASES.items():
+        argv = flags(shapes, tmp / name.strip(), *more)
+        cases[name] = ranks, patches, [str(few) if word == "few" else word for word in argv]
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setitem(fcos.MODELS, "shapes", fcos.MODELS["shapes"] | SMALL)
+        killed_at(patch, 4)
+        call(cases["from one process to four"][2])
+    (tmp / "cases").write_text(json.dumps(cases))
+    (tmp / "launched.py").write_text(LAUNCHED.format(tests=str(ROOT / "tests")))
+    torchrun("--nproc_per_node=4", tmp / "launched.py", tmp).check()
+    return SimpleNamespace(out=tmp, argv={name: case[2] for name, case in cases.items()})
+
+
+def torchrun(*argv):
+    """-> a running torchrun; check() waits for its end and asserts that it was a good one"""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, argv)], cwd=ROOT, env=ONE_THREAD,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+    def check():
+        said = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, said[-5000:]
+        return said
+
+    process.check = check
+    return process
+
+
+ONE_PROCESS = ["uneven shares of many scales", "a rank without positives", "no positives",
+               "few images of one aspect"]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["four", "two", "two of two parts", "from one process to four"])
+def test_any_number_of_processes_trains_as_one_does(launched, finished, case):
+    assert_close_run(launched.out / case, finished.out)
+    metrics = [json.loads((out / "metrics.json").read_text())
+               for out in (launched.out / case, finished.out)]  # fmt: skip
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_is_the_same_training(finished, shapes, small, tmp_path, parts):
+    call(flags(shapes, tmp_path, "--accumulate", parts, *PLAIN))
+    assert_close_run(tmp_path, finished.out)
+
+
+def test_in_float64_all_divisions_of_a_step_agree_to_1e_9(
+    launched, shapes, small, tmp_path, monkeypatch
+):
+    doubled(monkeypatch)
+    for parts in (1, 2, 4):
+        call(flags(shapes, tmp_path / str(parts), "--accumulate", parts))
+    one = weights(tmp_path / "1")
+    assert one["head.cls.weight"].dtype == torch.float64
+    others = [tmp_path / "2", tmp_path / "4", *(launched.out / name for name in CASES
+                                                if "float64" in name)]  # fmt: skip
+    for out in others:
+        torch.testing.assert_close(weights(out), one, rtol=1e-9, atol=1e-9)
+    assert len(others) == 5
+
+
+@pytest.mark.parametrize("case", ONE_PROCESS)
+def test_odd_steps_are_the_same_for_one_process_and_several(
+    launched, small, tmp_path, monkeypatch, case
+):
+    for patch in CASES[case][1]:
+        globals()[patch](monkeypatch)
+    argv = launched.argv[case]
+    call([*argv, "--out", str(tmp_path)])
+    assert_close_run(launched.out / case, tmp_path)
+    if case == "no positives":
+        rows = [row for row in log(tmp_path) if "loss" in row]
+        assert all(row["box"] == row["ctr"] == 0 and row["cls"] > 0 for row in rows)
+
+
+def test_several_processes_resume_bit_for_bit(launched):
+    assert [(launched.out / f"killed {rank}").exists() for rank in range(4)] == [True] * 4
+    assert_same_run(launched.out / "killed", launched.out / "four")
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(launched):
+    for rank in (0, 1):
+        assert "step 5," in (launched.out / f"not finite {rank}").read_text()
+    assert torch.load(launched.out / "not finite" / "last.pt", weights_only=True)["step"] == 4
+    assert all(value.isfinite().all() for value in weights(launched.out / "not finite").values())
+
+
+def test_torchrun_restarts_stops_and_spreads_over_two_agents(shapes, tmp_path):
+    """One run of two processes through all that happens in a cluster: a rank is killed and torchrun
+    restarts it; torchrun itself is told to stop; the run ends under two agents, as on two nodes.
+    The weights are those of an undisturbed run, bit for bit."""
+    more = "--checkpoint-every", 5, "--iters", 200, "--batch-size", 2
+    out, last = tmp_path / "run", tmp_path / "run" / "last.pt"
+    argv = "train.py", *flags(shapes, out, *more, "--fresh")
+
+    def wait_for(what):
+        limit = time.monotonic() + 100
+        while not what():
+            assert first.poll() is None and time.monotonic() < limit, first.communicate()[0]
+            time.sleep(0.05)
+
+    first = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3", *argv)
+    wait_for(last.exists)
+    agent = Path(f"/proc/{first.pid}/task/{first.pid}/children")
+    killed = int(agent.read_text().split()[-1])
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: killed not in map(int, agent.read_text().split()) and agent.read_text())
+    before = last.stat().st_mtime_ns
+    wait_for(lambda: last.exists() and last.stat().st_mtime_ns != before)
+    first.send_signal(signal.SIGTERM)
+    said = first.communicate(timeout=60)[0]
+    assert "going on after step" in said and "SIGTERM: stopped after step" in said, said
+    step = torch.load(last, weights_only=True)["step"]
+    assert 5 < step < 200
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    two_nodes = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=two",
+                 f"--rdzv_endpoint=127.0.0.1:{port}")  # fmt: skip
+    agents = [torchrun(*two_nodes, *argv[:-1]) for _ in range(2)]
+    assert any(f"going on after step {step} of 200" in agent.check() for agent in agents)
 
 
 def test_help_works_and_tells_every_recipe_flag():
