@@ -11,6 +11,7 @@ command again goes on where the last checkpoint in --out was written.
 """
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -397,19 +398,26 @@ def find_weights(name, model):
 
 def make_model(settings, dataset, say):
     """The recipe's model for the classes of a data set, with its initial weights."""
-    path, overrides = find_weights(settings["weights"], settings["model"]), {}
-    if path is None and fcos.MODELS[settings["model"]].get("norm", "frozen") == "frozen":
+    path, overrides, classes = find_weights(settings["weights"], settings["model"]), {}, None
+    if path:  # one of our own checkpoints says which norms it has, and of which classes it is
+        content = fcos.open_weights(path)[1]
+        overrides, classes = content.get("overrides", {}), content.get("classes")
+    elif fcos.MODELS[settings["model"]].get("norm", "frozen") == "frozen":
         overrides = {"norm": "gn", "frozen_stages": 0}
         say("no pretrained weights: GroupNorm and no frozen layers in the backbone, because random "
             "filters that stay frozen learn nothing")
     torch.manual_seed(settings["seed"])
     model = fcos.build(settings["model"], len(dataset.classes), **overrides)
     if path:
+        classifier = copy.deepcopy(model.head.cls.state_dict())
         report = fcos.load_weights(model, path, finetune=True)
-        missing = sorted({".".join(name.split(".")[:2]) for name in report["missing"]})
-        missing = [name for name in missing if not name.startswith("backbone")]
+        random = {".".join(name.split(".")[:2]) for name in report["missing"]}
+        random -= {name for name in random if name.startswith("backbone.")}
+        if classes and classes != dataset.classes:
+            model.head.cls.load_state_dict(classifier)
+            random.add("head.cls")
         say(f"{path}: {len(report['loaded'])} tensors of the {report['family']} family; random: "
-            f"{', '.join(missing) or 'nothing'}")
+            f"{', '.join(sorted(random)) or 'nothing'}")
         say(", ".join(f"{name} {value}" for name, value in report["convention"].items()))
     model.set_convention(inclusive=False, score="fcos")  # the data set's boxes are continuous
     model.classes, model.category_ids = dataset.classes, dataset.category_ids
