@@ -41,11 +41,11 @@ def coco_paths(data, split):
 def read_json(path):
     """The content of a JSON file; UserError if it is missing or not JSON."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8-sig") as file:  # some exporters write a byte order mark
             return json.load(file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {what_is_there(path)}") from None
-    except (OSError, ValueError) as error:  # ValueError: bad JSON, or not even text
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON, or no text
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
@@ -63,6 +63,12 @@ def read_coco(path):
                 f"{path}: the bbox of annotation {annotation.get('id')} is "
                 f"{annotation.get('bbox')!r}, not four numbers [x, y, w, h]"
             )
+        for field in ("area", "iscrowd"):
+            if not isinstance(annotation.get(field, 0), (int, float, type(None))):
+                raise UserError(
+                    f"{path}: the {field} of annotation {annotation.get('id')} is "
+                    f"{annotation[field]!r}, not a number"
+                )
     return coco
 
 
@@ -78,8 +84,10 @@ def is_box(value):
 def what_is_there(path):
     """What a user may have meant by a path that does not exist."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
-    entries = sorted(entry.name for entry in folder.iterdir())[:5]
-    return f"{os.path.relpath(folder)}/ holds {', '.join(entries) or 'nothing'}"
+    with contextlib.suppress(OSError):
+        entries = sorted(entry.name for entry in folder.iterdir() if entry.name[0] != ".")[:5]
+        return f"{folder} holds {', '.join(entries) or 'nothing'}"
+    return f"{folder} cannot be read"
 
 
 class CocoDataset:
@@ -103,7 +111,9 @@ class CocoDataset:
             raise UserError(f"{image_dir}: no such image folder; {what_is_there(image_dir)}")
         try:
             self._flatten(coco)
-        except (KeyError, TypeError) as error:  # a field that is missing, or of another type
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:  # of odd fields
             raise UserError(f"{annotations}: not COCO instances ({error!r})") from None
 
     def _flatten(self, coco):
@@ -142,7 +152,7 @@ class CocoDataset:
             )
         image = np.array([rows.get(a["image_id"], -1) for a in annotations], dtype=np.int64)
         label = np.array([label_of[a["category_id"]] for a in annotations], dtype=np.int64)
-        crowd = np.array([a.get("iscrowd", 0) for a in annotations], dtype=bool)
+        crowd = np.array([a.get("iscrowd") or 0 for a in annotations], dtype=bool)
         xywh = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
 
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
@@ -172,7 +182,8 @@ class CocoDataset:
             return fcos.read_image(self.image_dir / image["file_name"]).shape[-2:]
         if not all(isinstance(side, int) and side > 0 for side in hw):
             raise UserError(
-                f"{self.annotations}: {image['file_name']} has height {hw[0]} and width {hw[1]}"
+                f"{self.annotations}: {image['file_name']} has height {hw[0]!r} and width "
+                f"{hw[1]!r}, not whole numbers over 0"
             )
         return hw
 
@@ -312,11 +323,8 @@ def score(results, annotations, per_class=False):
         # pycocotools ignores whatever matches the annotation of id 0, so ids are counted from 1
         for id, annotation in enumerate(truth.dataset["annotations"], 1):
             w, h = annotation["bbox"][2:]
-            annotation.update(
-                id=id,
-                area=annotation.get("area", w * h),
-                iscrowd=annotation.get("iscrowd", 0),
-            )
+            area = w * h if annotation.get("area") is None else annotation["area"]
+            annotation.update(id=id, area=area, iscrowd=int(annotation.get("iscrowd") or 0))
         truth.createIndex()
         check_results(results, truth)
         found.dataset = {
@@ -366,10 +374,11 @@ def check_results(results, truth):
 
 def table(metrics):
     """The metrics as people expect to read them."""
-    lines = []
-    for name, value in metrics.items():
-        lines.append(f"{name:6s} {value:6.3f}" if value >= 0 else f"{name:6s}     -")
-    return "\n".join(lines)
+    width = max(map(len, metrics))
+    return "\n".join(
+        f"{name:{width}s} {value:6.3f}" if value >= 0 else f"{name:{width}s}      -"
+        for name, value in metrics.items()
+    )
 
 
 # ---- drawing -----------------------------------------------------------------------------------
@@ -383,13 +392,17 @@ def draw(image, detections, classes=None, score_threshold=0.5, min_side=480, col
     """A PIL image with the boxes, class names and scores of one entry of model.predict drawn on it;
     without "scores" they are ground truth. `colors`: one for each box, instead of one a class.
     An image whose short side has less than `min_side` pixels is enlarged, for the text's sake."""
+    from matplotlib import get_data_path  # for its font; slow to import
+
     picture = Image.fromarray(fcos.as_image(image).permute(1, 2, 0).numpy())
     scale = -(-min_side // min(picture.size))
     scale = max(1, min(scale, 4000 // max(picture.size)))  # not beyond 4000 pixels
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.BICUBIC)
     pen = ImageDraw.Draw(picture)
     size = max(12, min(picture.size) // 40)
-    line, font = max(2, size // 6), ImageFont.load_default(size)
+    # Pillow's own font has no accented letters; DejaVu has most alphabets but the East Asian
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+    line = max(2, size // 6)
     boxes, labels = detections["boxes"].tolist(), detections["labels"].tolist()
     scores = detections["scores"].tolist() if "scores" in detections else [None] * len(boxes)
     colors = colors or [COLORS[label % len(COLORS)] for label in labels]
@@ -411,12 +424,13 @@ def draw(image, detections, classes=None, score_threshold=0.5, min_side=480, col
 def draw_folder(model, sources, out, score_threshold=0.5, min_size=None, max_size=None):
     """Draw detections on image files and folders of them into `out`, with detections.json beside
     the pictures. Files that cannot be read are told, left out and returned."""
-    paths, extensions = [], Image.registered_extensions()
+    paths, extensions = [], (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
     for source in map(Path, sources):
         if not source.exists():
             raise UserError(f"{source}: no such image or folder; {what_is_there(source)}")
         inside = sorted(source.iterdir()) if source.is_dir() else [source]
-        found = [p for p in inside if p == source or p.suffix.lower() in extensions]
+        found = [p for p in inside if p == source
+                 or p.is_file() and p.suffix.lower() in extensions]
         if not found:
             raise UserError(f"{source}: holds no images")
         paths += found
@@ -475,8 +489,10 @@ def positive(text):
 
 
 def not_negative(text):
-    """argparse type: a whole number of at least 0."""
-    return positive(str(int(text) + 1)) - 1
+    """argparse type: a whole number from 0 to what a seed may be."""
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 2**63 - 1")
+    return int(text)
 
 
 def make_folder(path):
@@ -497,7 +513,7 @@ def start_process(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         # gloo carries the detections, and rank 0 may take its time to score them
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
@@ -568,8 +584,10 @@ def main(args):
             raise UserError(f"{len(unreadable)} files could not be read")
         return
 
-    if args.save_json and not Path(args.save_json).absolute().parent.is_dir():
-        raise UserError(f"--save-json {args.save_json}: there is no such folder")
+    if args.save_json:
+        target = Path(args.save_json).absolute()
+        if target.is_dir() or not target.parent.is_dir():
+            raise UserError(f"--save-json {args.save_json}: not a file in a folder that exists")
     annotations, image_dir = coco_paths(args.data or ".", args.split)
     annotations, image_dir = args.annotations or annotations, args.image_dir or image_dir
     dataset = CocoDataset(annotations, image_dir)

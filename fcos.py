@@ -32,10 +32,11 @@ from torchvision.ops import deform_conv2d
 
 from kernels.assign import assign
 from kernels.focal_loss import sigmoid_focal_loss
-from kernels.iou_loss import iou_loss
+from kernels.iou_loss import KINDS, iou_loss
 from kernels.nms import batched_nms
 
 STRIDES = (8, 16, 32, 64, 128)
+UNITS = ("pixel", "stride")  # of the distances in the IoU loss
 # The largest of the four distances, in pixels, that each level is responsible for (section 3.2).
 # Both ends are inclusive, so a distance of exactly 64 is positive on P3 and on P4, as published.
 RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
@@ -86,6 +87,7 @@ CONVENTION = dict(
     bgr=True, mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), bn_eps=0.0,
     inclusive=False, grid="centre", score="fcos",
 )
+CHOICES = dict(grid=("centre", "corner"), score=("fcos", "torchvision", "mmdetection"))
 
 
 class UserError(ValueError):
@@ -108,8 +110,12 @@ def read_image(source, hw=None):
         stored = image.size[::-1]
         if stored != hw and image.getexif().get(0x0112, 1) != 1:
             image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating point; save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would saturate at 255
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            pixels = np.asarray(image)
+            pixels = pixels >> 8 if pixels.max() > 255 else pixels
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         pixels = np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise UserError(f"{source}: no such image") from None
@@ -124,7 +130,10 @@ def read_image(source, hw=None):
 
 def resized_hw(h, w, min_size, max_size):
     """(height, width) after scaling the short side to `min_size` pixels, or less if the long side
-    would pass `max_size`. Rounds as the official code does: the long side is truncated."""
+    would pass `max_size`. Rounds as the official code does: the long side is truncated, and an
+    image whose short side already fits stays as it is."""
+    if min_size < 1 or max_size < 1:
+        raise UserError(f"sizes {min_size} and {max_size}: expected numbers of pixels")
     short, long = min(h, w), max(h, w)
     if long / short * min_size > max_size:
         min_size = max(round(max_size * short / long), 1)
@@ -480,8 +489,8 @@ def fcos_loss(outputs, targets, normalizer, iou="giou", unit="stride"):
     (matters because the IoU is smoothed by +1). Dense: no location is gathered, nothing waits for
     the device, and a batch without a single box is an ordinary input.
     """
-    if unit not in ("pixel", "stride"):
-        raise ValueError(f"unit {unit!r}: expected 'pixel' or 'stride'")
+    if unit not in UNITS:
+        raise ValueError(f"unit {unit!r}: expected {' or '.join(map(repr, UNITS))}")
     positives, centernesses = normalizer[0].clamp(min=1), normalizer[1].clamp(min=1e-6)
     cls, ltrb, labels, target = outputs["cls"], outputs["ltrb"], targets["labels"], targets["ltrb"]
     weight = centerness(target)
@@ -514,7 +523,7 @@ class FCOS(nn.Module):
         for keyword, value, choices in (
             ("norm", norm, NORMS), ("block", block, (*BLOCKS, "inverted")),
             ("ctr_on", ctr_on, ("cls", "box")), ("activation", activation, ("exp", "relu")),
-            ("grid", grid, ("centre", "corner")),
+            ("grid", grid, CHOICES["grid"]), ("iou", iou, KINDS), ("unit", unit, UNITS),
             ("frozen_stages", frozen_stages, range(19 if block == "inverted" else 6)),
         ):
             if value not in choices:
@@ -562,11 +571,13 @@ class FCOS(nn.Module):
         for keyword in changes:
             if keyword not in CONVENTION:
                 raise UserError(f"{keyword!r}: expected one of {', '.join(CONVENTION)}")
+        for keyword, choices in CHOICES.items():
+            if changes.get(keyword, choices[0]) not in choices:
+                raise UserError(f"{keyword} {changes[keyword]!r}: expected {' or '.join(choices)}")
         self.convention = {**CONVENTION, **getattr(self, "convention", {}), **changes}
         for name in ("mean", "std"):
-            value = torch.tensor(self.convention[name]).view(3, 1, 1)
-            device = next(self.parameters()).device
-            self.register_buffer(f"pixel_{name}", value.to(device), persistent=False)
+            value = torch.tensor(self.convention[name]).view(3, 1, 1).to(next(self.parameters()))
+            self.register_buffer(f"pixel_{name}", value, persistent=False)
         for module in self.modules():
             if isinstance(module, FrozenBatchNorm):
                 module.eps = self.convention["bn_eps"]
@@ -897,8 +908,9 @@ def open_weights(source):
         content, state = state, inner[0]
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{path}: holds no state dict but a {type(state).__name__}")
-    if all(key.startswith("module.") for key in state):  # saved from inside DistributedDataParallel
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     for family, (mark, _) in FAMILIES.items():
         for key, value in state.items():
             if re.fullmatch(mark, key) and getattr(value, "ndim", 0):
@@ -935,7 +947,7 @@ def load_weights(model, source, finetune=False):
     AdelaiDet, torchvision and mmdetection; and of ImageNet classifiers of Caffe2, Detectron2 and
     torchvision the backbone. The family is known from the keys and sets what goes with it in
     model.convention. The architecture is the row's and never changes; a file that contradicts it is
-    an error, but no file tells exp from relu. A detector of 80 classes gets the names of COCO's.
+    an error, but only ours tell exp from relu. A detector of 80 classes gets the names of COCO's.
 
     finetune: a classifier of another number of classes is left as it is, not an error.
     -> {"family", "convention", "loaded", "ignored", "missing"}, the last three lists of names.
@@ -992,6 +1004,15 @@ def load_weights(model, source, finetune=False):
             hint = "; fine-tuning starts a new classifier" if name.startswith("head.cls.") else ""
             refuse(f"{name} is {tuple(value.shape)} in the file and {tuple(own[name].shape)} in "
                    f"the model{hint}")
+    if family == "fcos" and "name" in content:  # what shapes do not tell
+        for keyword in ("activation", "ctr_on", "stride_in_1x1", "scales"):
+            there, here = (
+                (MODELS.get(name, {}) | overrides).get(keyword)
+                for name, overrides in ((content["name"], content["overrides"]),
+                                        (model.name, model.overrides))
+            )
+            if there != here:
+                refuse(f"it is a {content['name']}, whose {keyword} is {there} and not {here}")
     if family in CLASSIFIERS:
         row = MODELS[model.name] | model.overrides
         norm, here = row.get("norm", "frozen"), row.get("stride_in_1x1", True)
@@ -1038,11 +1059,11 @@ def load(path, name=None):
         raise UserError(f"{path}: is a {content['name']}, not a {name}")
     try:
         model = build(content["name"], content["num_classes"], **content["overrides"])
-    except ValueError as error:
+        model.classes, model.category_ids = content["classes"], content["category_ids"]
+        model.test_size = tuple(content["test_size"])
+    except (ValueError, TypeError, RuntimeError) as error:  # of another version, or made by hand
         raise UserError(f"{path}: {error}") from None
-    load_weights(model, content)
-    model.classes, model.category_ids = content["classes"], content["category_ids"]
-    model.test_size = tuple(content["test_size"])
+    load_weights(model, path)
     return model.eval()
 
 
@@ -1066,8 +1087,9 @@ def open_whole(path, mode="wb", keep=None):
         if keep and os.path.exists(path):
             os.replace(path, keep)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    except (OSError, RuntimeError) as error:  # torch.save has its own for a full disk
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({why})") from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
