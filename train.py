@@ -433,7 +433,13 @@ class RunFiles:
     and not the run: it is told on stderr, and what was there before stays."""
 
     def __init__(self, out, start, iters):
-        self.out, self.made_with, rows = evaluate.make_folder(out), provenance(), []
+        self.out, rows = evaluate.make_folder(out), []
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = ""  # there need not be one, nor git
+        with contextlib.suppress(OSError):
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        versions = {"torch": str(torch.__version__), "numpy": np.__version__}
+        self.made_with = {"commit": commit} | versions
         if start and (out / "log.jsonl").exists():  # without the rows that will be written again
             for line in (out / "log.jsonl").read_text().splitlines(keepends=True):
                 row = json.loads(line) if line.endswith("}\n") else {"step": iters + 1}  # cut short
@@ -465,32 +471,21 @@ class RunFiles:
                        "the older checkpoint stays", file=sys.stderr)
 
 
-def provenance():
-    """What a result was made with: the commit, where there is one, and the versions."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    return {"commit": commit, "torch": str(torch.__version__), "numpy": np.__version__}
-
-
 def resume(out, settings, model, optimizer, say):
     """Fill model and optimizer from last.pt, or from previous.pt where last.pt is damaged.
     -> the steps done, 0 if there is no checkpoint. UserError for a run of other settings."""
-    content, problems = None, []
-    for path in (out / "last.pt", out / "previous.pt"):
-        if content is None and path.exists():
-            try:
-                content = fcos.read_checkpoint(path)
-                if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
-                    content = None
-                    raise UserError(f"{path}: not a checkpoint of this trainer")
-            except UserError as error:
-                problems.append(str(error))
-    if content is None and problems:
-        raise UserError(f"{'; '.join(problems)}; --fresh starts over")
-    if content is None:
+    problems = []
+    for path in filter(Path.exists, (out / "last.pt", out / "previous.pt")):
+        try:
+            content = fcos.read_checkpoint(path)
+            if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+                break
+            problems.append(f"{path}: not a checkpoint of this trainer")
+        except UserError as error:
+            problems.append(str(error))
+    else:
+        if problems:
+            raise UserError(f"{'; '.join(problems)}; --fresh starts over")
         return 0
     old = content["settings"]
     changed = [
@@ -505,7 +500,7 @@ def resume(out, settings, model, optimizer, say):
     model.load_state_dict(content["model"]["model"])
     optimizer.load_state_dict(content["optimizer"])
     for problem in problems:
-        say(f"{problem}; {out / 'previous.pt'} takes its place")
+        say(f"{problem}; {path} takes its place")
         (out / "last.pt").unlink(missing_ok=True)  # or it would become the next previous.pt
     say(f"{out}: going on after step {content['step']} of {settings['iters']}")
     return content["step"]
@@ -540,8 +535,8 @@ def stop_signals():
 def start_worker(_):
     """What stops a run is often sent to all of its processes, but the step is to be finished with
     the help of the loader workers: they leave it to their parent, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -551,12 +546,12 @@ def loader_errors(batches):
     try:
         yield
     except BaseException as error:
-        if hasattr(signal, "SIGCHLD"):  # to PyTorch the end of a worker is another error
-            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        unix = hasattr(signal, "SIGCHLD")  # at which PyTorch raises an error, if a worker has died
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if unix else None
         for worker in multiprocessing.active_children():
             worker.kill()
             worker.join()
-        if hasattr(signal, "SIGCHLD"):
+        if unix:
             signal.signal(signal.SIGCHLD, handler)
         if not isinstance(error, RuntimeError) or "DataLoader" not in str(error):
             raise
@@ -781,7 +776,7 @@ def train(args, signals):
             if rank == 0 and (saving or stopping):
                 files.checkpoint(done, settings, model, optimizer)
             if stopping and done < iters:
-                say(f"{' and '.join(signals) or 'a signal elsewhere'}: stopped after step {done} "
+                say(f"{signals[0] if signals else 'a signal elsewhere'}: stopped after step {done} "
                     f"of {iters}; the same command goes on from there")
                 return
             if evaluating:
