@@ -1087,9 +1087,9 @@ def open_whole(path, mode="wb", keep=None):
         if keep and os.path.exists(path):
             os.replace(path, keep)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save has its own for a full disk
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({why})") from None
+    except (OSError, RuntimeError) as error:  # torch.save hides the former in the latter
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"{path}: cannot be written ({cause})") from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

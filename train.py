@@ -1,7 +1,7 @@
 """Train FCOS: the published recipes, on COCO, on your own boxes, or on a generated data set.
 
     python train.py shapes                                              # minutes on two CPU cores
-    python train.py fcos_imprv_R_50_FPN_1x --batch-size 4               # one GPU, data/coco
+    python train.py fcos_imprv_R_50_FPN_1x --accumulate 4               # one GPU, data/coco
     torchrun --nproc_per_node=8 train.py fcos_imprv_R_50_FPN_1x         # eight: the same training
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py
 
@@ -322,7 +322,7 @@ def parse_args(argv=None):
     add("--accumulate", type=positive, default=1, help="parts that a step is computed in")
     add("--eval-every", type=positive, help="steps between evaluations (only at the end)")
     add("--checkpoint-every", type=positive, default=2500, help="steps (%(default)s)")
-    add("--skip-bad-images", action="store_true", help="replace images that cannot be read")
+    add("--skip-bad-images", action="store_true", help="replace unreadable training images")
     add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--fresh", action="store_true", help="start over, whatever --out holds")
@@ -343,7 +343,11 @@ def resolve(args):
     settings["warmup"] = min(settings["warmup"], settings["iters"] // 10)  # of a short run
     if not 0 < settings["lr"] < math.inf:
         raise UserError(f"--lr {settings['lr']}: must be a number over 0")
+    if args.clip_norm is not None and not 0 < args.clip_norm < math.inf:
+        raise UserError(f"--clip-norm {args.clip_norm}: must be a number over 0")
     own = [args.train_images, args.train_annotations, args.val_images, args.val_annotations]
+    if args.data and any(own):
+        raise UserError("--data and own images and annotations exclude each other")
     if any(own) and not all(own):
         raise UserError(
             "own data needs all of --train-images, --train-annotations, --val-images and "
@@ -441,10 +445,11 @@ class RunFiles:
         versions = {"torch": str(torch.__version__), "numpy": np.__version__}
         self.made_with = {"commit": commit} | versions
         if start and (out / "log.jsonl").exists():  # without the rows that will be written again
-            for line in (out / "log.jsonl").read_text().splitlines(keepends=True):
-                row = json.loads(line) if line.endswith("}\n") else {"step": iters + 1}  # cut short
-                if row["step"] <= start and not ("AP" in row and row["step"] == iters):
-                    rows.append(line)
+            for line in (out / "log.jsonl").read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a row that is torn
+                    row = json.loads(line)
+                    if row["step"] <= start and not ("AP" in row and row["step"] == iters):
+                        rows.append(line + "\n")
         with fcos.open_whole(out / "log.jsonl", "w") as file:
             file.writelines(rows)
         if start == 0:  # a run that --fresh replaces
@@ -466,9 +471,8 @@ class RunFiles:
         try:
             with fcos.open_whole(self.out / "last.pt", keep=self.out / "previous.pt") as file:
                 torch.save(content, file)
-        except (UserError, RuntimeError) as error:  # torch.save hides a full disk in the latter
-            tqdm.write(f"{self.out / 'last.pt'}: cannot be written ({error.__context__ or error}); "
-                       "the older checkpoint stays", file=sys.stderr)
+        except UserError as error:
+            tqdm.write(f"{error}; the older checkpoint stays", file=sys.stderr)
 
 
 def resume(out, settings, model, optimizer, say):
@@ -492,13 +496,20 @@ def resume(out, settings, model, optimizer, say):
         f"{key} {old.get(key)} there, {settings[key]} here"
         for key in settings if settings[key] != old.get(key)
     ]
+    classes = content["model"].get("classes") if isinstance(content.get("model"), dict) else None
+    if not changed and classes != model.classes:
+        changed = [f"classes {classes} there, {model.classes} here"]
     if changed:
         raise UserError(
             f"{out}: holds a run of other settings ({'; '.join(changed)}); repeat them, choose "
             "another --out, or start over with --fresh"
         )
-    model.load_state_dict(content["model"]["model"])
-    optimizer.load_state_dict(content["optimizer"])
+    try:
+        model.load_state_dict(content["model"]["model"])
+        optimizer.load_state_dict(content["optimizer"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        what = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be resumed ({what}); --fresh starts over") from None
     for problem in problems:
         say(f"{problem}; {path} takes its place")
         (out / "last.pt").unlink(missing_ok=True)  # or it would become the next previous.pt
@@ -530,13 +541,6 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def start_worker(_):
-    """What stops a run is often sent to all of its processes, but the step is to be finished with
-    the help of the loader workers: they leave it to their parent, and end with it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -639,6 +643,14 @@ def train(args, signals):
     optimizer = torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
     start = 0 if args.fresh and not restarted else resume(out, settings, model, optimizer, say)
+    if start == 0 and (out / "model.pt").exists():
+        if not args.fresh:
+            raise UserError(
+                f"{out}: holds a model.pt and no checkpoint; --fresh replaces it, or choose "
+                "another --out"
+            )
+        if Path(settings["weights"]).resolve().parent == out.resolve():
+            raise UserError(f"--fresh would delete {settings['weights']}; choose another --out")
     if world > 1:
         starts = [None] * world
         dist.all_gather_object(starts, start)
@@ -657,7 +669,7 @@ def train(args, signals):
         batches.in_hand.share_memory_()
     loader = iter(DataLoader(
         batches, batch_size=None, sampler=range(start * parts, iters * parts), num_workers=workers,
-        pin_memory=device.type == "cuda", worker_init_fn=start_worker,
+        pin_memory=device.type == "cuda", worker_init_fn=evaluate.start_worker,
         timeout=600 if workers else 0,
     ))
     network = model
@@ -679,11 +691,12 @@ def train(args, signals):
         if world > 1:  # the running statistics of batch norms differ; rank 0's are written
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
+        if rank == 0:
+            fcos.save(model, out / "model.pt")
         results = evaluate.predict(model, val_set, 8 if device.type == "cuda" else 1, workers)
         if rank == 0:
             metrics = evaluate.score(results, val_set.annotations)
             files.log(step, **metrics)
-            fcos.save(model, out / "model.pt")
             return metrics
 
     log_every = max(1, min(20, iters // 100))

@@ -9,6 +9,7 @@ import json
 import linecache
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -372,10 +373,14 @@ def test_the_recipes_are_the_published_ones():
     for name, recipe in train.RECIPES.items():
         assert recipe["model"] in fcos.MODELS
         if name != "shapes":
-            assert (recipe["batch_size"], recipe["lr"], recipe["max_size"]) == (16, 0.01, 1333)
+            size = re.search(r"_bs(\d+)_", name)
+            batch_size = int(size[1]) if size else 16
+            assert (recipe["batch_size"], recipe["lr"]) == (batch_size, 0.01)
             twice = name.endswith("2x")
             assert recipe["iters"] == (180_000 if twice else 90_000)
-            assert recipe["min_size"] == (list(range(640, 801)) if twice else [800])
+            many = twice or "_ms_" in name
+            assert recipe["min_size"] == (list(range(640, 801)) if many else [800])
+            assert recipe["max_size"] == 1333
 
 
 def test_biases_learn_twice_as_fast_and_do_not_decay():
@@ -479,7 +484,10 @@ def test_training_learns_something(shapes, small, tmp_path):
 
 
 def test_bf16_is_for_the_network_and_the_weights_stay_float32(shapes, small, tmp_path):
-    call(flags(shapes, tmp_path, "--iters", 2, "--precision", "bf16"))
+    # Here P7 has more than one cell: for a single one PyTorch's bf16 convolution on the CPU
+    # reads uninitialised memory in its backward pass (2.15), which stops the run as it should.
+    call(flags(shapes, tmp_path, "--iters", 2, "--precision", "bf16", "--min-size", 160,
+               "--max-size", 224))
     assert {value.dtype for value in weights(tmp_path).values()} == {torch.float32}
     assert all(np.isfinite(row["loss"]) for row in log(tmp_path) if "loss" in row)
 
