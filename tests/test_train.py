@@ -1350,6 +1350,10 @@ def test_ranks_that_see_different_folders_are_refused(launched):
     assert not (launched.out / "not shared").exists()
 
 
+@pytest.mark.skipif(
+    "FCOS_SLOW" not in os.environ,
+    reason="takes 40 s to minutes: torchrun waits 30 s for a rank that hangs; FCOS_SLOW=1 runs it",
+)
 def test_torchrun_restarts_stops_and_spreads_over_two_agents(launched, shapes, tmp_path):
     """One run of two processes through all that happens in a cluster: a rank is killed and torchrun
     restarts it; torchrun itself is told to stop; the run ends under two agents, as on two nodes.
