@@ -252,17 +252,14 @@ class TrainBatches(Dataset):
         for slot in range(part * self.world + self.rank, len(rows), self.world * self.parts):
             row, (h, w) = rows[slot], sizes[slot]
             self.in_hand[worker] = row
-            box, label = self.dataset.target(row)
             try:
-                image = fcos.resize(self.dataset.image(row), (h, w))
+                image, box, label = self.dataset.sample(row, (h, w))
             except UserError as error:
                 if not self.skip_bad_images:
                     return error
                 bad.append(str(error))
                 image = torch.full((3, h, w), 128, dtype=torch.uint8)
-                box, label = box[:0], label[:0]
-            old_h, old_w = self.dataset.hw[row]
-            box = box * torch.tensor([w / old_w, h / old_h] * 2).float()
+                box, label = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
             if flips[slot]:
                 image = image.flip(2)
                 box = torch.stack([w - box[:, 2], box[:, 1], w - box[:, 0], box[:, 3]], 1)

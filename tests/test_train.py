@@ -207,6 +207,8 @@ class Fake:
         h, w = self.hw[i].tolist()
         return torch.tensor([[1.0, 2, w / 2, h]]), torch.tensor([int(i)])
 
+    sample = evaluate.CocoDataset.sample
+
 
 MIXED = Fake([(40, 60), (60, 40), (50, 50), (30, 60), (45, 61), (64, 32), (33, 64)])
 
