@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -28,6 +29,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import evaluate
 import fcos
@@ -55,6 +57,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """A test that fails leaves none behind, which could hold up those after it."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
 
 
 @pytest.fixture
@@ -857,6 +868,7 @@ def fork(argv, told, prepare=lambda: None):
     says goes to the file `told`. `prepare` is called in the child, whose patches die with it."""
 
     def child():
+        tqdm.set_lock(threading.RLock())  # its own is shared by forks, and lost if one is killed
         sys.stdout = sys.stderr = open(told, "w", buffering=1)  # noqa: SIM115
         prepare()
         evaluate.run(train.main, train.parse_args(argv))
