@@ -19,6 +19,8 @@ import math
 import os
 import signal
 import sys
+import time
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -523,6 +525,29 @@ def make_folder(path):
     return Path(path)
 
 
+def fresh_store(rank, world, timeout):
+    """torchrun keeps one store through all its restarts, so that a rank can find there the address
+    of another that has died, and wait for it (PyTorch issue 135712). -> a part of the store that no
+    process has used before. Sets TORCHELASTIC_RESTART_COUNT, torchrun's own being one per node."""
+    env = os.environ
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), None, False, timeout)
+    if rank == 0:  # tell everyone, under the name that it asks by, the number of this start
+        number = str(store.add("starts", 1))
+        waiting = set(range(1, world))
+        while waiting:
+            for r in [r for r in waiting if store.check([f"name of {r}"])]:
+                store.set(store.get(f"name of {r}").decode(), number)
+            waiting = {r for r in waiting if not store.check([f"{number} reached {r}"])}
+            time.sleep(0.01)
+    else:
+        name = uuid.uuid4().hex  # for an answer to nobody else, such as this rank's predecessor
+        store.set(f"name of {rank}", name)
+        number = store.get(name).decode()
+        store.set(f"{number} reached {rank}", "")
+    env["TORCHELASTIC_RESTART_COUNT"] = str(int(number) - 1)
+    return dist.PrefixStore(f"start {number}", store)
+
+
 def start_process(device):
     """Join torch.distributed if torchrun started this process. -> rank, world, torch.device"""
     if device is None:
@@ -536,7 +561,13 @@ def start_process(device):
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         # gloo carries the detections, and rank 0 may take its time to score them
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        timeout = datetime.timedelta(hours=2)
+        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = fresh_store(rank, world, timeout) if shared else None
+        dist.init_process_group(
+            backend, timeout=timeout, world_size=world, rank=rank, store=store
+        )
     if not dist.is_initialized():
         return 0, 1, device
     return dist.get_rank(), dist.get_world_size(), device
@@ -549,6 +580,8 @@ def run(main, args):
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -606,11 +606,6 @@ def load_data(settings, rank, world, say):
 
 
 def main(args):
-    with stop_signals() as signals:
-        train(args, signals)
-
-
-def train(args, signals):
     # ---- everything that can be wrong, before anything is written
     settings = resolve(args)
     rank, world, device = evaluate.start_process(args.device)
@@ -638,7 +633,8 @@ def train(args, signals):
             say("SyncBN needs GPUs: every process normalises by its own images alone")
     evaluate.check_classes(model, val_set)
     optimizer = torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("SLURM_RESTART_COUNT")
+    restarted = any(int(count or 0) for count in restarts)  # --fresh was for the first start
     start = 0 if args.fresh and not restarted else resume(out, settings, model, optimizer, say)
     if start == 0 and (out / "model.pt").exists():
         if not args.fresh:
@@ -701,7 +697,7 @@ def train(args, signals):
     clock, clock_step, replaced = time.perf_counter(), start, torch.zeros(1, device=device)
     bar = tqdm(range(start, iters), args.recipe, iters, initial=start, disable=rank != 0,
                unit="step", dynamic_ncols=True)
-    with loader_errors(batches), bar:
+    with stop_signals() as signals, loader_errors(batches), bar:
         for step in bar:
             # ---- this rank's images, and what their locations are to learn
             inputs, targets = [], []
