@@ -159,12 +159,13 @@ class CocoDataset:
         rows = {image["id"]: row for row, image in enumerate(images)}
         label_of = {id: label for label, id in enumerate(self.category_ids)}
         annotations = coco["annotations"]
-        unknown = {a["category_id"] for a in annotations} - label_of.keys()
+        unknown = [a["category_id"] for a in annotations if a["category_id"] not in label_of]
         if unknown:
             raise UserError(
-                f"{self.annotations}: has boxes of category {min(unknown)}, but its categories are "
-                f"{self.category_ids}"
+                f"{self.annotations}: has {len(unknown)} boxes of no known category, the first of "
+                f"category {unknown[0]!r}; its categories are {self.category_ids}"
             )
+        times = Counter(a.get("id") for a in annotations)
         image = np.array([rows.get(a["image_id"], -1) for a in annotations], dtype=np.int64)
         label = np.array([label_of[a["category_id"]] for a in annotations], dtype=np.int64)
         crowd = np.array([a.get("iscrowd") or 0 for a in annotations], dtype=bool)
@@ -175,15 +176,20 @@ class CocoDataset:
         empty = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & np.isfinite(xyxy).all(1))  # NaN: empty
         clipped = (np.abs(boxes - xyxy) > 1).any(1) & ~empty  # by a pixel: rounding in the JSON
         homeless = image < 0
-        self.notes = [
-            f"{count} of {len(annotations)} boxes {what}"
-            for what, count in (
-                ("belong to no image of the file and are left out", homeless.sum()),
-                ("have no area inside their image and are left out", (empty & ~homeless).sum()),
-                ("reach beyond their image and are clipped", (clipped & ~homeless).sum()),
-            )
-            if count
-        ]
+        odd_id = np.array([not a.get("id") or times[a["id"]] > 1 for a in annotations], dtype=bool)
+        self.notes = []
+        for what, which in (
+            ("belong to no image of the file and are left out", homeless),
+            ("have no area inside their image and are left out", empty & ~homeless),
+            ("reach beyond their image and are clipped", clipped & ~homeless),
+            ("have no id, id 0 or another's id: harmless here, not in pycocotools", odd_id),
+        ):
+            if which.any():
+                first = annotations[which.argmax()]
+                self.notes.append(
+                    f"{which.sum()} of {len(annotations)} boxes {what}; the first is annotation "
+                    f"{first.get('id')} of image {first['image_id']}, {first['bbox']}"
+                )
         visible = (xywh[:, 2:] > 1).all(1) & ~homeless
         self.trainable = np.bincount(image[visible], minlength=len(images)) > 0
         keep = np.flatnonzero(~(crowd | empty | homeless))

@@ -74,7 +74,7 @@ def edit(path, **changes):
 def test_dataset_is_flat_arrays_in_the_order_of_ids(tmp_path):
     dataset = evaluate.CocoDataset(*write_coco(tmp_path, {9: (60, 40), 2: (30, 50), 5: (20, 20)}, [
         box(11, 9, [1.5, 2, 10, 20], 90),
-        box(0, 2, [0, 0, 5, 6], 3),
+        box(10, 2, [0, 0, 5, 6], 3),
         box(12, 9, [3, 4, 5, 6.25], 7),
         box(13, 9, [0, 0, 60, 40], 7, iscrowd=1),
     ]))  # fmt: skip
@@ -106,14 +106,20 @@ def test_boxes_without_area_or_image_are_left_out_and_others_clipped_all_counted
         box(7, 1, [math.nan, 10, 5, 5]),
         box(8, 1, [10, 10, math.inf, 5]),
         box(9, 77, [10, 10, 5, 5]),             # of no image
-        box(10, 2, [10, 10, 1, 1]),             # fine, but too small for the official filter
+        box(0, 2, [10, 10, 1, 1]),              # fine, but too small for the official filter
     ]))  # fmt: skip
     expected = [[90, 40, 100, 50], [0, 0, 15, 15], [99.7, 10, 100, 15], [10, 10, 11, 11]]
     np.testing.assert_allclose(dataset.boxes, expected, rtol=1e-6)
     assert dataset.offsets.tolist() == [0, 3, 4]
     assert dataset.trainable.tolist() == [True, False]
-    notes = [" ".join(note.split()[:5]) for note in dataset.notes]
-    assert notes == ["1 of 10 boxes belong", "5 of 10 boxes have", "2 of 10 boxes reach"]
+    notes = [(note.split(" boxes ")[0], note.split("; ")[-1]) for note in dataset.notes]
+    assert notes == [
+        ("1 of 10", "the first is annotation 9 of image 77, [10, 10, 5, 5]"),
+        ("5 of 10", "the first is annotation 4 of image 1, [200, 10, 5, 5]"),
+        ("2 of 10", "the first is annotation 1 of image 1, [90, 40, 30, 30]"),
+        ("1 of 10", "the first is annotation 0 of image 2, [10, 10, 1, 1]"),
+    ]
+    assert "id 0" in dataset.notes[-1]
     assert not recwarn.list
 
 
@@ -123,6 +129,14 @@ def test_crowds_are_no_targets_but_keep_their_image_as_in_the_official_filter(tm
     ]))  # fmt: skip
     assert len(dataset.boxes) == 1 and dataset.target(0)[0].shape == (0, 4)
     assert dataset.trainable.tolist() == [True, False]
+
+
+def test_ids_that_are_missing_or_not_unique_are_told_and_harmless(tmp_path):
+    boxes = [box(5, 1, [2, 2, 9, 9]), box(5, 1, [5, 5, 9, 9]), box(6, 1, [1, 1, 3, 3])]
+    del boxes[2]["id"]
+    dataset = evaluate.CocoDataset(*write_coco(tmp_path, {1: (20, 20)}, boxes))
+    assert len(dataset.boxes) == 3 and len(dataset.notes) == 1
+    assert dataset.notes[0].startswith("3 of 3 boxes have no id") and "image 1" in dataset.notes[0]
 
 
 def test_a_data_set_without_any_annotation_is_ordinary(tmp_path):
@@ -156,7 +170,7 @@ def test_images_in_subfolders_and_unicode_names_are_found(tmp_path):
 
 
 BAD_ROWS = {
-    "no category": (dict(category_id=5), ("category 5", "[3, 7, 90]")),
+    "no category": (dict(category_id=5), ("1 boxes", "category 5", "[3, 7, 90]")),
     "short bbox": (dict(bbox=[1, 2, 3]), ("bbox",)),
     "bbox of words": (dict(bbox=["a", 2, 3, 4]), ("bbox",)),
     "no bbox": (dict(bbox=None), ("bbox",)),
