@@ -585,7 +585,7 @@ def test_two_processes_predict_what_one_does(tmp_path, mixed, model_file):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(script), json.dumps(calls)]  # fmt: skip
     env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("AP50") == len(calls)  # rank 0 alone prints
 
@@ -870,7 +870,7 @@ def test_prediction_does_not_begin_before_there_is_a_place_to_save_to(
 
 
 def script(*argv):
-    return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, argv)], timeout=120,
+    return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, argv)], timeout=240,
                           capture_output=True, text=True, cwd=ROOT)  # fmt: skip
 
 

@@ -39,6 +39,7 @@ from fcos import UserError
 ROOT = Path(__file__).resolve().parents[1]
 ONE_THREAD = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 RATE = train.RECIPES["shapes"]["lr"]  # for 16 images a step; a quarter of it for 4
+PATIENCE = 240  # seconds after which a process hangs, on however slow a machine
 SMALL = dict(stem=16, channels=64)  # what is made of the row `shapes` here, for speed
 
 
@@ -917,7 +918,7 @@ def test_kill_9_at_any_moment_changes_nothing(shapes, small, tmp_path):
     seconds, out = time.monotonic() - begin, tmp_path / "killed"
     argv = flags(shapes, out, *more)
     saving = fork(argv, tmp_path / "told", lambda: die_while_saving(3))
-    saving.join(60)
+    saving.join(PATIENCE)
     assert saving.exitcode == -signal.SIGKILL and (out / "last.pt.tmp").exists()
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
     for delay in np.random.default_rng().uniform(0, 0.6 * seconds, 2):
@@ -926,7 +927,7 @@ def test_kill_9_at_any_moment_changes_nothing(shapes, small, tmp_path):
         victim.kill()
         victim.join()
     again = fork(argv, tmp_path / "told")
-    again.join(60)
+    again.join(PATIENCE)
     text = (tmp_path / "told").read_text()
     assert again.exitcode == 0 and "going on after step" in text and "Traceback" not in text, text
     assert_same_run(out, tmp_path / "whole")
@@ -952,12 +953,12 @@ def test_a_signal_ends_the_step_and_saves(finished, shapes, small, tmp_path, wor
 
     told = tmp_path / "told"
     stopped = fork(argv, told, lambda: at_step(3, everyone))
-    stopped.join(60)
+    stopped.join(PATIENCE)
     assert stopped.exitcode == 0, told.read_text()
     assert "SIGTERM: stopped after step 5 of 6; the same command goes on" in told.read_text()
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 5
     again = fork(argv, told)
-    again.join(60)
+    again.join(PATIENCE)
     assert again.exitcode == 0 and "going on after step 5 of 6" in told.read_text()
     for (name, x), y in zip(weights(tmp_path / "run").items(), weights(finished.out).values()):
         assert torch.equal(x, y), name
@@ -975,8 +976,8 @@ def test_a_second_signal_ends_the_run_at_once(shapes, small, tmp_path, number, c
 
     begin = time.monotonic()
     process = fork(flags(shapes, tmp_path / "run"), tmp_path / "told", lambda: at_step(1, hang))
-    process.join(30)
-    assert process.exitcode == code and 1 < time.monotonic() - begin < 30
+    process.join(50)
+    assert process.exitcode == code and 1 < time.monotonic() - begin < 50
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
@@ -989,13 +990,18 @@ def test_workers_die_with_their_parent(shapes, small, tmp_path):
         pids.write_text(" ".join(str(p.pid) for p in multiprocessing.active_children()))
         die()
 
-    fork(argv, tmp_path / "told", lambda: at_step(1, last_words)).join(60)
-    workers = [Path(f"/proc/{pid}/stat") for pid in pids.read_text().split()]
-    limit = time.monotonic() + 15
-    while any(p.exists() and p.read_text().split()[2] != "Z" for p in workers):
+    fork(argv, tmp_path / "told", lambda: at_step(1, last_words)).join(PATIENCE)
+    workers = pids.read_text().split()
+    assert len(workers) == 2
+
+    def alive(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+    limit = time.monotonic() + 30
+    while any(map(alive, workers)):
         assert time.monotonic() < limit, "a loader worker outlives its parent"
         time.sleep(0.1)
-    assert len(workers) == 2
 
 
 @pytest.mark.parametrize("kind", ["dies", "hangs"])
@@ -1012,10 +1018,10 @@ def test_a_worker_that_dies_or_hangs_is_reported_with_its_image(shapes, small, t
             return image(self, i)
 
         evaluate.CocoDataset.image = stuck
-        train.DataLoader = lambda *a, **k: DataLoader(*a, **k | {"timeout": 2})
+        train.DataLoader = lambda *a, **k: DataLoader(*a, **k | {"timeout": 5})
 
     process = fork(flags(shapes, tmp_path / "run", "--workers", 1), tmp_path / "told", prepare)
-    process.join(60)
+    process.join(PATIENCE)
     lines = [line for line in (tmp_path / "told").read_text().splitlines() if "DataLoader" in line]
     assert process.exitcode == 2 and len(lines) == 1
     assert lines[0].endswith(f"images in hand: {dataset.path(row)}")
@@ -1024,14 +1030,14 @@ def test_a_worker_that_dies_or_hangs_is_reported_with_its_image(shapes, small, t
 def test_a_full_disk_costs_the_write_and_not_the_run(finished, shapes, small, tmp_path):
     out, told = tmp_path / "run", tmp_path / "told"
     argv = flags(shapes, out, "--eval-every", 3, "--checkpoint-every", 3)
-    fork(argv, told, lambda: at_step(4, die)).join(60)
+    fork(argv, told, lambda: at_step(4, die)).join(PATIENCE)
     before = (out / "last.pt").read_bytes()
 
     def full():  # for a file of the size of last.pt, not for that of model.pt
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 4 * 3,) * 2)
 
     process = fork(argv, told, full)
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == 0, told.read_text()
     assert "last.pt: cannot be written ([Errno 27] File too large); the older" in told.read_text()
     assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp"))
@@ -1051,7 +1057,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(shapes, small,
 
     for folder in out, out / "deeper":
         process = fork(flags(shapes, folder), told, give_up)
-        process.join(60)
+        process.join(PATIENCE)
         lines = [line for line in told.read_text().splitlines() if "cannot be" in line]
         assert process.exitcode == 2 and len(lines) == 1 and str(folder) in lines[0]
         assert "%|" not in told.read_text() and not list(out.iterdir())
@@ -1288,7 +1294,7 @@ def torchrun(*argv):
                                cwd=ROOT, env=ONE_THREAD, stdout=told, stderr=told)  # fmt: skip
 
     def check(good=True):
-        process.wait(timeout=100)
+        process.wait(PATIENCE)
         told.seek(0)
         said = told.read()
         assert process.returncode == 0 or not good, said[-5000:]
@@ -1382,7 +1388,7 @@ def test_torchrun_restarts_stops_and_changes_the_number_of_nodes(launched, shape
     agents = [torchrun(*two_nodes, *argv) for _ in range(2)]
 
     def wait_for_step(number):
-        limit, step = time.monotonic() + 100, 0
+        limit, step = time.monotonic() + PATIENCE, 0
         while step < number:
             assert [agent.poll() for agent in agents] == [None, None] and time.monotonic() < limit
             time.sleep(0.05)
@@ -1408,7 +1414,7 @@ def test_torchrun_restarts_stops_and_changes_the_number_of_nodes(launched, shape
 
 def test_help_works_and_tells_every_recipe_flag():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True,
-                          text=True, timeout=60)  # fmt: skip
+                          text=True, timeout=240)  # fmt: skip
     assert done.returncode == 0 and done.stderr == ""
     for flag in ("--data", "--weights", "--accumulate", "--eval-every", "--precision", "--fresh"):
         assert flag in done.stdout
