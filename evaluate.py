@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -416,10 +416,12 @@ COLORS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 LEVEL_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")  # P3 to P7, cold to warm
 
 
-def draw(image, detections, classes=None, score_threshold=0.5, min_side=480, colors=None):
+def draw(image, detections, classes=None, score_threshold=0.5, min_side=480, colors=None,
+         font_size=None):
     """A PIL image with the boxes, class names and scores of one entry of model.predict drawn on it;
     without "scores" they are ground truth. `colors`: one for each box, instead of one a class.
-    An image whose short side has less than `min_side` pixels is enlarged, for the text's sake."""
+    An image whose short side has less than `min_side` pixels is enlarged, for the text's sake, of
+    which `font_size` is the height in pixels. A label that would cover another moves, if it can."""
     from matplotlib import get_data_path  # for its font; slow to import
 
     picture = Image.fromarray(fcos.as_image(image).permute(1, 2, 0).numpy())
@@ -427,25 +429,37 @@ def draw(image, detections, classes=None, score_threshold=0.5, min_side=480, col
     scale = max(1, min(scale, 4000 // max(picture.size)))  # not beyond 4000 pixels
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.BICUBIC)
     pen = ImageDraw.Draw(picture)
-    size = max(12, min(picture.size) // 40)
+    size = font_size or max(12, min(picture.size) // 40)
     # Pillow's own font has no accented letters; DejaVu has most alphabets but the East Asian
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
-    line = max(2, size // 6)
+    line, height = max(2, size // 6), size * 1.3
     boxes, labels = detections["boxes"].tolist(), detections["labels"].tolist()
     scores = detections["scores"].tolist() if "scores" in detections else [None] * len(boxes)
     colors = colors or [COLORS[label % len(COLORS)] for label in labels]
     rows = zip(boxes, scores, labels, colors)
     rows = [row for row in rows if row[1] is None or row[1] >= score_threshold]
-    for box, score, label, color in reversed(rows):
+    for box, _, _, color in reversed(rows):
         x1, y1, x2, y2 = (value * scale for value in box)
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=line)
+    taken = []
+    for box, score, label, color in rows:  # the best first: it has the choice of places
+        x1, y1, x2, y2 = (value * scale for value in box)
         text = f"{classes[label] if classes else label}"
         text += "" if score is None else f" {score:.2f}"
         width = pen.textlength(text, font=font) + size // 2
         x = max(min(x1, picture.width - width), 0)
-        y = y1 - size * 1.3 if y1 >= size * 1.3 else y1  # above the box where there is room
-        pen.rectangle((x, y, x + width, y + size * 1.3), fill=color)
-        pen.text((x + size // 4, y + size * 0.65), text, "white", font, "lm")
+        lowest = picture.height - height
+        places = [y for y in (y1 - height, y1, y2, y2 - height) if 0 <= y <= lowest]
+        free = [y for y in places if not any(
+            x < right and left < x + width and abs(y - other) < height
+            for left, right, other in taken
+        )]
+        y = (free or places or [0])[0]
+        taken.append((x, x + width, y))
+        pen.rectangle((x, y, x + width, y + height), fill=color)
+        red, green, blue = ImageColor.getrgb(color)[:3]
+        ink = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 100 else "black"
+        pen.text((x + size // 4, y + height / 2), text, ink, font, "lm")
     return picture
 
 

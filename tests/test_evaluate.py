@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 import evaluate
 import fcos
@@ -667,6 +667,17 @@ def test_class_names_are_written_and_classes_have_colours():
                 for label, classes in [(0, None), (0, ["cat", "dog"]), (1, ["cat", "dog"]),
                                        (1, ["cat", "cat"])]]  # fmt: skip
     assert len(set(pictures)) == 4
+
+
+def test_a_label_moves_rather_than_cover_a_better_one():
+    grey = Image.new("RGB", (600, 500), (128, 128, 128))
+    row = [100.0, 100.0, 400.0, 300.0]
+    for rows in ([(row, 0.9, 0)], [(row, 0.9, 0), (row, 0.8, 1), (row, 0.7, 2)]):
+        picture = np.asarray(evaluate.draw(grey, detections(*rows), ["cat", "dog", "cow"]))
+        labels = [(picture == ImageColor.getrgb(color)).all(2).sum() for color in evaluate.COLORS]
+        assert min(labels[: len(rows)]) > 400  # each is seen
+    first = np.asarray(evaluate.draw(grey, detections((row, 0.9, 0)), ["cat"]))[80:98, 102:150]
+    assert (picture[80:98, 102:150] == first).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])

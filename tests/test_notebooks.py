@@ -1,8 +1,13 @@
 """The notebooks: their committed form, and a run of each in memory on a small data set.
 
-    python tests/test_notebooks.py    # run them on runs/shapes/model.pt, write outputs and pictures
+    python tests/test_notebooks.py    # run them, write outputs and pictures
 
 Written are the cells' outputs without what goes to stderr (progress bars), and notebooks/images/.
+They come from runs/shapes, runs/shapes_radius_0 (see 02_centerness), and for the photographs from
+the BCCD data set of github.com/Shenggan/BCCD_Dataset in COCO's layout, with the model of
+
+    python train.py shapes --data data/bccd --out runs/bccd --iters 400 --min-size 240 \\
+        --max-size 320
 """
 
 import io
@@ -15,10 +20,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PICTURES = {  # of the README, by the notebook and the expression that draws them
-    "01_assignment": ("assignment.png", "plot_assignment(EXAMPLE)"),
-    "02_centerness": ("centerness.png", "plot_maps()"),
+PICTURES = {  # photographs, by the notebook and the expression that draws them
+    "01_assignment": ("assignment.jpg", "plot_assignment(EXAMPLE)"),
+    "02_centerness": ("centerness.jpg", "plot_maps()"),
 }
+ALL_LEVELS = "for level in range(3, 8):\n    heat_map(plt.gca(), c, level)"  # of 03_predictions
 # On a fresh clone's notebooks: data and a model of this size take seconds, and find something.
 SMALL = {
     "SHAPES_FLAGS": "--iters 60 --batch-size 8 --lr 0.02 --min-size 96 --max-size 136 --workers 0",
@@ -27,14 +33,17 @@ SMALL = {
 }
 
 
-def execute(path, folder, then=None):
+def execute(path, folder, then=None, data="shapes"):
     """The notebook at `path`, run in a new kernel that starts in `folder`; `then` is one more cell
-    to run, which does not stay."""
+    to run, which does not stay. `data` takes the place of the shapes and their model."""
     nbclient = pytest.importorskip("nbclient", reason="running notebooks needs nbclient")
     nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(path, as_version=4)
     if then:
         notebook.cells.append(nbformat.v4.new_code_cell(then))
+    for cell in notebook.cells:
+        cell.source = re.sub(r"(?m)^(MODEL, )?DATA, SPLIT = .*",
+                             lambda line: line[0].replace("shapes", data), cell.source)
     client = nbclient.NotebookClient(
         notebook, timeout=3600, record_timing=False, coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
@@ -120,7 +129,7 @@ def clone(tmp_path_factory):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_top_to_bottom(path, clone):
     start = clone if path.stem.startswith("01") else clone / "notebooks"  # both must do
-    notebook = execute(path, start)
+    notebook = execute(path, start, ALL_LEVELS if path.stem.startswith("03") else None)
     committed = json.loads(path.read_text())
     for cell, before in zip(code_cells(notebook), code_cells(committed), strict=True):
         printed = {"stdout"} if "train.main" in cell.source else set()  # if there was no model
@@ -131,8 +140,8 @@ def test_runs_from_top_to_bottom(path, clone):
 
 
 def draw_detections(count=4, height=300):
-    """A row of detections for the top of the README: of the wide pictures with three objects or
-    more in which the model finds all of them and nothing else, those where it is the surest."""
+    """A row of detections for the top of the README: of the wide pictures in which the model finds
+    all objects and nothing else, those with the most, and where it is the surest."""
     from PIL import Image
     from torchvision.ops import box_iou
 
@@ -144,13 +153,13 @@ def draw_detections(count=4, height=300):
     complete = []
     for i, (h, w) in enumerate(dataset.hw):
         boxes, labels = dataset.target(i)
-        if h > w or len(boxes) < 3:
+        if h > w:
             continue
         found = model.predict(dataset.image(i))[0]
         found = {name: value[found["scores"] >= 0.5] for name, value in found.items()}
         hits = box_iou(boxes, found["boxes"]) * (labels[:, None] == found["labels"]) > 0.6
         if len(found["boxes"]) == len(boxes) and hits.any(1).all():
-            complete.append((found["scores"].min().item(), i, found))
+            complete.append(((len(boxes), found["scores"].amin().item()), i, found))
     drawn = []
     for _, i, found in sorted(complete, key=lambda row: row[0], reverse=True)[:count]:
         picture = evaluate.draw(dataset.image(i), found, model.classes, min_side=300)
@@ -165,22 +174,21 @@ def draw_detections(count=4, height=300):
 
 def write():
     import nbformat
-    from PIL import Image
 
     os.chdir(ROOT)
     images = ROOT / "notebooks" / "images"
     images.mkdir(exist_ok=True)
     for path in NOTEBOOKS:
-        name, expression = PICTURES.get(path.stem, (None, None))
-        then = name and f"{expression}.savefig('notebooks/images/{name}', dpi=100)"
-        notebook = execute(path, ROOT / "notebooks", then)
+        if path.stem in PICTURES:
+            name, expression = PICTURES[path.stem]
+            quality = dict(quality=75, subsampling=0)
+            then = f"{expression}.savefig('notebooks/images/{name}', dpi=80, pil_kwargs={quality})"
+            execute(path, ROOT / "notebooks", then, "bccd")
+        notebook = execute(path, ROOT / "notebooks")
         notebook.metadata.language_info = {"name": "python"}
         stream = io.StringIO()
         nbformat.write(notebook, stream)
         path.write_text(stream.getvalue())
-        if name and (images / name).stat().st_size > 200_000:  # 256 colours: a third of it
-            picture = Image.open(images / name).convert("RGB").quantize(256)
-            picture.save(images / name, optimize=True)
         print(path.relative_to(ROOT), path.stat().st_size, "bytes")
     draw_detections().save(images / "detections.jpg", quality=88)
 
