@@ -16,6 +16,7 @@ import gc
 import io
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -128,7 +129,7 @@ class CocoDataset:
             self._flatten(coco)
         except UserError:
             raise
-        except (KeyError, TypeError, ValueError, OverflowError) as error:  # of odd fields
+        except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:  # odd fields
             raise UserError(f"{annotations}: not COCO instances ({error!r})") from None
 
     def _flatten(self, coco):
@@ -137,6 +138,9 @@ class CocoDataset:
         self.category_ids = [category["id"] for category in categories]
         images = sorted(coco["images"], key=lambda image: image["id"])
         for what, ids in (("categories", self.category_ids), ("images", [x["id"] for x in images])):
+            whole = all(type(id) is int and abs(id) < 2**63 for id in ids)
+            if not whole and not all(type(id) is str for id in ids):
+                raise UserError(f"{self.annotations}: the ids of its {what} are not whole numbers")
             if not ids or len(set(ids)) < len(ids):
                 problem = f"id {Counter(ids).most_common(1)[0][0]} twice among its" if ids else "no"
                 raise UserError(f"{self.annotations}: has {problem} {what}")
@@ -265,6 +269,27 @@ def start_worker(_):
         signal.signal(number, signal.SIG_IGN)
 
 
+@contextlib.contextmanager
+def loader_errors(in_hand):
+    """Where a loader worker dies or hangs, name the images of the list `in_hand()`. After this and
+    any other error no worker is left: they ignore signals, and would keep their parent from ending.
+    """
+    try:
+        yield
+    except BaseException as error:
+        unix = hasattr(signal, "SIGCHLD")  # at which PyTorch raises an error, if a worker has died
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if unix else None
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+        if unix:
+            signal.signal(signal.SIGCHLD, handler)
+        if not isinstance(error, RuntimeError) or "DataLoader" not in str(error):
+            raise
+        paths = ", ".join(map(str, in_hand()))
+        raise UserError(f"{error}; images in hand: {paths or 'none'}") from None
+
+
 def check_classes(model, dataset):
     """UserError, naming the difference, unless the model was made for the data set's classes."""
     names, ours = dataset.classes, model.classes
@@ -296,31 +321,38 @@ def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=Non
     loader = DataLoader(
         Subset(batches, range(rank, len(batches), world)), batch_size=None, num_workers=workers,
         pin_memory=device.type == "cuda", worker_init_fn=start_worker,
+        timeout=600 if workers else 0,
     )
     training = model.training
     model.eval()
     results = {}
+
+    def in_hand():  # what the workers read, one batch each, lies behind what has come
+        rest = [i for b in loader.dataset.indices for i in batches.batches[b] if i not in results]
+        return [dataset.path(i) for i in rest[: batch_size * workers]]
+
     bar = tqdm(  # in position 0 it replaces a bar of training; below it, Jupyter draws every update
         loader, "predict", unit="batch", position=0, leave=False, disable=rank != 0,
         dynamic_ncols=True,
     )
-    for batch in bar:
-        if isinstance(batch, UserError):
-            raise batch
-        images, sizes, members = batch
-        outputs = model(images.to(device, non_blocking=True), sizes.to(device, non_blocking=True))
-        for i, size, found in zip(members, sizes, model.detect(outputs, sizes, **thresholds)):
-            h, w = dataset.hw[i]
-            boxes = found["boxes"].cpu() * torch.tensor([w, h, w, h]) / size[[1, 0, 1, 0]]
-            boxes[:, 2:] -= boxes[:, :2]
-            image_id = dataset.image_ids[i].item()
-            results[i] = [
-                {"image_id": image_id, "category_id": dataset.category_ids[label],
-                 "bbox": box, "score": score}
-                for box, score, label in zip(
-                    boxes.tolist(), found["scores"].tolist(), found["labels"].tolist()
-                )
-            ]
+    with loader_errors(in_hand):
+        for batch in bar:
+            if isinstance(batch, UserError):
+                raise batch
+            images, sizes, members = batch
+            outputs = model(*(x.to(device, non_blocking=True) for x in (images, sizes)))
+            for i, size, found in zip(members, sizes, model.detect(outputs, sizes, **thresholds)):
+                h, w = dataset.hw[i]
+                boxes = found["boxes"].cpu() * torch.tensor([w, h, w, h]) / size[[1, 0, 1, 0]]
+                boxes[:, 2:] -= boxes[:, :2]
+                image_id = dataset.image_ids[i].item()
+                results[i] = [
+                    {"image_id": image_id, "category_id": dataset.category_ids[label],
+                     "bbox": box, "score": score}
+                    for box, score, label in zip(
+                        boxes.tolist(), found["scores"].tolist(), found["labels"].tolist()
+                    )
+                ]
     model.train(training)
     if world > 1:
         shares = [None] * world if rank == 0 else None
@@ -352,7 +384,7 @@ def score(results, annotations, per_class=False):
         for id, annotation in enumerate(truth.dataset["annotations"], 1):
             w, h = annotation["bbox"][2:]
             area = w * h if annotation.get("area") is None else annotation["area"]
-            annotation.update(id=id, area=area, iscrowd=int(annotation.get("iscrowd") or 0))
+            annotation.update(id=id, area=area, iscrowd=int(bool(annotation.get("iscrowd"))))
         truth.createIndex()
         check_results(results, truth)
         found.dataset = {
@@ -548,11 +580,14 @@ def make_folder(path):
 def fresh_store(rank, world, timeout):
     """torchrun keeps one store through all its restarts, so that a rank can find there the address
     of another that has died, and wait for it (PyTorch issue 135712). -> a part of the store that no
-    process has used before. Sets TORCHELASTIC_RESTART_COUNT, torchrun's own being one per node."""
+    process has used before. Sets TORCHELASTIC_RESTART_COUNT, torchrun's own being one per node, and
+    TORCHELASTIC_RUN_ID, torchrun's own being the same for several launches."""
     env = os.environ
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), None, False, timeout)
     if rank == 0:  # tell everyone, under the name that it asks by, the number of this start
         number = str(store.add("starts", 1))
+        if number == "1":
+            store.set("launch", uuid.uuid4().hex)
         waiting = set(range(1, world))
         while waiting:
             for r in [r for r in waiting if store.check([f"name of {r}"])]:
@@ -565,6 +600,7 @@ def fresh_store(rank, world, timeout):
         number = store.get(name).decode()
         store.set(f"{number} reached {rank}", "")
     env["TORCHELASTIC_RESTART_COUNT"] = str(int(number) - 1)
+    env["TORCHELASTIC_RUN_ID"] = store.get("launch").decode()
     return dist.PrefixStore(f"start {number}", store)
 
 

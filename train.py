@@ -15,7 +15,6 @@ import copy
 import functools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -337,6 +336,8 @@ def resolve(args):
             settings[name] = given
     if args.lr is None:
         settings["lr"] *= settings["batch_size"] / RECIPES[args.recipe]["batch_size"]
+    if settings["iters"] > 10**8:
+        raise UserError(f"--iters {settings['iters']}: expected at most 100 million")
     settings["warmup"] = min(settings["warmup"], settings["iters"] // 10)  # of a short run
     if not 0 < settings["lr"] < math.inf:
         raise UserError(f"--lr {settings['lr']}: must be a number over 0")
@@ -433,14 +434,14 @@ class RunFiles:
     """log.jsonl, last.pt and previous.pt of a run, which rank 0 writes. A full disk costs the write
     and not the run: it is told on stderr, and what was there before stays."""
 
-    def __init__(self, out, start, iters):
+    def __init__(self, out, start, iters, launch):
         self.out, rows = evaluate.make_folder(out), []
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         commit = ""  # there need not be one, nor git
         with contextlib.suppress(OSError):
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         versions = {"torch": str(torch.__version__), "numpy": np.__version__}
-        self.made_with = {"commit": commit} | versions
+        self.made_with = {"commit": commit, "launch": launch} | versions
         if start and (out / "log.jsonl").exists():  # without the rows that will be written again
             for line in (out / "log.jsonl").read_text().splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a row that is torn
@@ -450,7 +451,7 @@ class RunFiles:
         with fcos.open_whole(out / "log.jsonl", "w") as file:
             file.writelines(rows)
         if start == 0:  # a run that --fresh replaces
-            for name in ("last.pt", "previous.pt", "model.pt", "metrics.json"):
+            for name in ("previous.pt", "last.pt", "model.pt", "metrics.json"):
                 (out / name).unlink(missing_ok=True)
 
     def log(self, step, **values):
@@ -472,9 +473,10 @@ class RunFiles:
             tqdm.write(f"{error}; the older checkpoint stays", file=sys.stderr)
 
 
-def resume(out, settings, model, optimizer, say):
+def resume(out, settings, model, optimizer, say, launch=None):
     """Fill model and optimizer from last.pt, or from previous.pt where last.pt is damaged.
-    -> the steps done, 0 if there is no checkpoint. UserError for a run of other settings."""
+    -> the steps done, 0 if there is no checkpoint, or, with `launch`, none of this launch.
+    UserError for a run of other settings."""
     problems = []
     for path in filter(Path.exists, (out / "last.pt", out / "previous.pt")):
         try:
@@ -485,8 +487,10 @@ def resume(out, settings, model, optimizer, say):
         except UserError as error:
             problems.append(str(error))
     else:
-        if problems:
+        if problems and not launch:
             raise UserError(f"{'; '.join(problems)}; --fresh starts over")
+        return 0
+    if launch and (content.get("made_with") or {}).get("launch") != launch:
         return 0
     old = content["settings"]
     changed = [
@@ -538,26 +542,6 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def loader_errors(batches):
-    """Where a loader worker dies or hangs, name the images that the workers had in hand. After this
-    and any other error no worker is left: one that hangs would keep its parent from ending."""
-    try:
-        yield
-    except BaseException as error:
-        unix = hasattr(signal, "SIGCHLD")  # at which PyTorch raises an error, if a worker has died
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if unix else None
-        for worker in multiprocessing.active_children():
-            worker.kill()
-            worker.join()
-        if unix:
-            signal.signal(signal.SIGCHLD, handler)
-        if not isinstance(error, RuntimeError) or "DataLoader" not in str(error):
-            raise
-        paths = [str(batches.dataset.path(row)) for row in batches.in_hand.tolist() if row >= 0]
-        raise UserError(f"{error}; images in hand: {', '.join(paths) or 'none'}") from None
 
 
 def check_limits(need, say):
@@ -633,9 +617,13 @@ def main(args):
             say("SyncBN needs GPUs: every process normalises by its own images alone")
     evaluate.check_classes(model, val_set)
     optimizer = torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
+    # --fresh is for the first start of a launch: torchrun's restarts and Slurm's go on from it
+    launch = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("SLURM_RESTART_COUNT")
-    restarted = any(int(count or 0) for count in restarts)  # --fresh was for the first start
-    start = 0 if args.fresh and not restarted else resume(out, settings, model, optimizer, say)
+    if args.fresh and not any(int(count or 0) for count in restarts):
+        start = 0
+    else:
+        start = resume(out, settings, model, optimizer, say, launch if args.fresh else None)
     if start == 0 and (out / "model.pt").exists():
         if not args.fresh:
             raise UserError(
@@ -651,7 +639,7 @@ def main(args):
             raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
 
     # ---- from here on the run is under way
-    files = RunFiles(out, start, iters) if rank == 0 else None
+    files = RunFiles(out, start, iters, launch) if rank == 0 else None
     workers = args.workers
     if workers is None:
         workers = 4 if device.type == "cuda" else 1
@@ -680,12 +668,20 @@ def main(args):
         model.compile()
     network.train()
 
+    def in_hand():
+        return [train_set.path(row) for row in batches.in_hand.tolist() if row >= 0]
+
     def validate(step):
         if world > 1:  # the running statistics of batch norms differ; rank 0's are written
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
         if rank == 0:
-            fcos.save(model, out / "model.pt")
+            try:
+                fcos.save(model, out / "model.pt")
+            except UserError as error:
+                if step == iters:
+                    raise
+                tqdm.write(f"{error}; the older model stays", file=sys.stderr)
         results = evaluate.predict(model, val_set, 8 if device.type == "cuda" else 1, workers)
         if rank == 0:
             metrics = evaluate.score(results, val_set.annotations)
@@ -697,7 +693,7 @@ def main(args):
     clock, clock_step, replaced = time.perf_counter(), start, torch.zeros(1, device=device)
     bar = tqdm(range(start, iters), args.recipe, iters, initial=start, disable=rank != 0,
                unit="step", dynamic_ncols=True)
-    with stop_signals() as signals, loader_errors(batches), bar:
+    with evaluate.loader_errors(in_hand), stop_signals() as signals, bar:
         for step in bar:
             # ---- this rank's images, and what their locations are to learn
             inputs, targets = [], []
@@ -792,11 +788,14 @@ def main(args):
                 clock, clock_step = time.perf_counter(), done
 
     # ---- the result
-    metrics = validate(iters)
+    with evaluate.loader_errors(in_hand):
+        metrics = validate(iters)
     if rank == 0:
         with fcos.open_whole(out / "metrics.json", "w") as file:
             json.dump(metrics, file)
         print(json.dumps(metrics))
+    if world > 1:  # a rank that dies until here brings all of them back
+        dist.barrier()
 
 
 if __name__ == "__main__":

@@ -189,6 +189,31 @@ def test_a_bad_annotation_is_one_error_that_names_it(tmp_path, change, names):
         assert name in str(error.value)
 
 
+@pytest.mark.parametrize("part, id", [
+    ("images", 1.0), ("images", 2**70), ("images", math.nan), ("images", None), ("images", True),
+    ("categories", 3.0), ("categories", None),
+])  # fmt: skip
+def test_ids_that_scoring_could_not_tell_apart_are_refused(tmp_path, part, id):
+    path, folder = write_coco(tmp_path, {1: (20, 20), 2: (20, 20)}, [])
+    edit(path, **{part: lambda rows: [rows[0] | dict(id=id), *rows[1:]]})
+    with pytest.raises(UserError, match=f"{part}|not COCO instances"):
+        evaluate.CocoDataset(path, folder)
+
+
+def test_odd_fields_that_only_scoring_reads_are_harmless(tmp_path):
+    rows = [box(1, 1, [2, 2, 9, 9], iscrowd=math.nan), box(2, 1, [5, 5, 9, 9], iscrowd=math.inf)]
+    path, folder = write_coco(tmp_path, {1: (20, 20)}, rows)
+    evaluate.CocoDataset(path, folder)
+    assert evaluate.score([], path)["AP"] == -1  # both are crowds, in training too
+
+
+def test_a_file_name_that_no_disk_can_hold_is_missing(tmp_path):
+    path, folder = write_coco(tmp_path, {1: (20, 20)}, [])
+    edit(path, images=lambda rows: [rows[0] | dict(file_name="a" * 300 + ".jpg")])
+    with pytest.raises(UserError, match="instances|lacks"):
+        evaluate.CocoDataset(path, folder)
+
+
 BAD_FILES = {
     "not JSON": (b"{", ("cannot be read as JSON",)),
     "not text": (b"\xff\xfe\x00\x80", ("cannot be read as JSON",)),

@@ -474,7 +474,7 @@ def test_a_run_leaves_four_files_and_its_metrics_as_the_last_line(finished, shap
 
     checkpoint = torch.load(finished.out / "last.pt", weights_only=True)
     assert checkpoint["step"] == 6 and checkpoint["settings"]["lr"] == RATE / 4
-    assert checkpoint["made_with"].keys() == {"commit", "torch", "numpy"}
+    assert checkpoint["made_with"].keys() == {"commit", "launch", "torch", "numpy"}
     assert torch.load(finished.out / "previous.pt", weights_only=True)["step"] == 3
     model = fcos.load(finished.out / "model.pt")
     dataset = evaluate.CocoDataset(*evaluate.coco_paths(shapes, "val2017"))
@@ -1027,6 +1027,55 @@ def test_a_worker_that_dies_or_hangs_is_reported_with_its_image(shapes, small, t
     assert lines[0].endswith(f"images in hand: {dataset.path(row)}")
 
 
+@pytest.mark.parametrize("kind", ["dies", "is broken"])
+def test_an_error_in_the_evaluation_ends_the_run(shapes, small, tmp_path, kind):
+    """In one line that names the image, although workers of both loaders are alive."""
+    dataset = evaluate.CocoDataset(*evaluate.coco_paths(shapes, "val2017"))
+
+    def prepare():
+        def image(self, i):
+            if kind == "dies":
+                die()
+            raise UserError(f"{self.path(i)}: is broken")
+
+        predict = evaluate.predict
+
+        def broken(*args):
+            evaluate.CocoDataset.image = image
+            return predict(*args)
+
+        evaluate.predict = broken
+
+    argv = flags(shapes, tmp_path / "run", "--iters", 2, "--workers", 1)
+    process = fork(argv, tmp_path / "told", prepare)
+    process.join(PATIENCE)
+    told = (tmp_path / "told").read_text()
+    assert process.exitcode == 2 and "Traceback" not in told, told
+    assert any(str(dataset.path(i)) in told.splitlines()[-1] for i in range(len(dataset))), told
+
+
+def test_fresh_goes_on_from_a_checkpoint_of_its_own_launch_only(
+    finished, shapes, small, tmp_path, monkeypatch
+):
+    """As torchrun's restarts do: the first start may have ended before it removed the old run."""
+    out = shutil.copytree(finished.out, tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this")
+    argv = flags(shapes, out, "--fresh", "--checkpoint-every", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        patch.setattr(train.evaluate, "start_process", lambda _: (0, 1, torch.device("cpu")))
+        with contextlib.suppress(Killed):
+            killed_at(patch, 3)
+            call(argv)
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 2  # of 6 in the old run
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    monkeypatch.setattr(train.evaluate, "start_process", lambda _: (0, 1, torch.device("cpu")))
+    said = []
+    monkeypatch.setattr("builtins.print", lambda *a, **k: said.append(" ".join(map(str, a))))
+    call(argv)
+    assert any("going on after step 2 of 6" in line for line in said)
+
+
 def test_a_full_disk_costs_the_write_and_not_the_run(finished, shapes, small, tmp_path):
     out, told = tmp_path / "run", tmp_path / "told"
     argv = flags(shapes, out, "--eval-every", 3, "--checkpoint-every", 3)
@@ -1044,6 +1093,15 @@ def test_a_full_disk_costs_the_write_and_not_the_run(finished, shapes, small, tm
     assert (out / "metrics.json").read_text() == (finished.out / "metrics.json").read_text()
     call(argv)  # there is room again
     assert_same_run(out, finished.out)
+
+    def fuller():  # for no model.pt either
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = fork(flags(shapes, tmp_path / "none", "--eval-every", 3), told, fuller)
+    process.join(PATIENCE)
+    assert "model.pt: cannot be written" in told.read_text().splitlines()[-1]
+    assert process.exitcode == 2 and "the older model stays" in told.read_text()
+    assert [row["step"] for row in log(tmp_path / "none") if "loss" in row][-1] == 6
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_training(shapes, small, tmp_path):
