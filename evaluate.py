@@ -111,7 +111,7 @@ class CocoDataset:
 
     Everything lies in flat arrays, so that loader workers share it with the parent instead of
     copying it object by object. Crowd boxes are no targets, as in the official code. Boxes are
-    clipped to their image; those without area or image are left out, and counted in `notes`.
+    clipped to their image; those without area or image are left out. `notes` tells what is odd.
     UserError names the file and what is wrong with it.
 
     image_ids (N,), hw (N, 2) pixels, classes: K names, category_ids: K ids, in rising order.
@@ -169,7 +169,6 @@ class CocoDataset:
                 f"{self.annotations}: has {len(unknown)} boxes of no known category, the first of "
                 f"category {unknown[0]!r}; its categories are {self.category_ids}"
             )
-        times = Counter(a.get("id") for a in annotations)
         image = np.array([rows.get(a["image_id"], -1) for a in annotations], dtype=np.int64)
         label = np.array([label_of[a["category_id"]] for a in annotations], dtype=np.int64)
         crowd = np.array([a.get("iscrowd") or 0 for a in annotations], dtype=bool)
@@ -180,6 +179,7 @@ class CocoDataset:
         empty = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & np.isfinite(xyxy).all(1))  # NaN: empty
         clipped = (np.abs(boxes - xyxy) > 1).any(1) & ~empty  # by a pixel: rounding in the JSON
         homeless = image < 0
+        times = Counter(a.get("id") for a in annotations)
         odd_id = np.array([not a.get("id") or times[a["id"]] > 1 for a in annotations], dtype=bool)
         self.notes = []
         for what, which in (
@@ -465,17 +465,16 @@ def draw(image, detections, classes=None, score_threshold=0.5, min_side=480, col
     # Pillow's own font has no accented letters; DejaVu has most alphabets but the East Asian
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
     line, height = max(2, size // 6), size * 1.3
-    boxes, labels = detections["boxes"].tolist(), detections["labels"].tolist()
+    boxes = [[value * scale for value in box] for box in detections["boxes"].tolist()]
+    labels = detections["labels"].tolist()
     scores = detections["scores"].tolist() if "scores" in detections else [None] * len(boxes)
     colors = colors or [COLORS[label % len(COLORS)] for label in labels]
     rows = zip(boxes, scores, labels, colors)
     rows = [row for row in rows if row[1] is None or row[1] >= score_threshold]
-    for box, _, _, color in reversed(rows):
-        x1, y1, x2, y2 = (value * scale for value in box)
+    for (x1, y1, x2, y2), _, _, color in reversed(rows):
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=line)
-    taken = []
-    for box, score, label, color in rows:  # the best first: it has the choice of places
-        x1, y1, x2, y2 = (value * scale for value in box)
+    taken = []  # left, right and top of the labels so far
+    for (x1, y1, _, y2), score, label, color in rows:  # the best first: it may choose its place
         text = f"{classes[label] if classes else label}"
         text += "" if score is None else f" {score:.2f}"
         width = pen.textlength(text, font=font) + size // 2

@@ -1060,16 +1060,15 @@ def test_fresh_goes_on_from_a_checkpoint_of_its_own_launch_only(
     """As torchrun's restarts do: the first start may have ended before it removed the old run."""
     out = shutil.copytree(finished.out, tmp_path / "run")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this")
+    monkeypatch.setattr(evaluate, "start_process", lambda _: (0, 1, torch.device("cpu")))
     argv = flags(shapes, out, "--fresh", "--checkpoint-every", 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        patch.setattr(train.evaluate, "start_process", lambda _: (0, 1, torch.device("cpu")))
         with contextlib.suppress(Killed):
             killed_at(patch, 3)
             call(argv)
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2  # of 6 in the old run
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    monkeypatch.setattr(train.evaluate, "start_process", lambda _: (0, 1, torch.device("cpu")))
     said = []
     monkeypatch.setattr("builtins.print", lambda *a, **k: said.append(" ".join(map(str, a))))
     call(argv)
@@ -1472,7 +1471,7 @@ def test_torchrun_restarts_stops_and_changes_the_number_of_nodes(launched, shape
 
 def test_help_works_and_tells_every_recipe_flag():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True,
-                          text=True, timeout=240)  # fmt: skip
+                          text=True, timeout=PATIENCE)  # fmt: skip
     assert done.returncode == 0 and done.stderr == ""
     for flag in ("--data", "--weights", "--accumulate", "--eval-every", "--precision", "--fresh"):
         assert flag in done.stdout
