@@ -5,8 +5,10 @@
     python evaluate.py --results results.json --annotations instances_val2017.json
     torchrun --nproc_per_node=8 evaluate.py runs/coco/model.pt --data data/coco
 
-The first three parts are imported by train.py and the notebooks: the data set, prediction over any
-number of processes, and scoring; then drawing, and the command line.
+In this order: the COCO data set, prediction over any number of processes, scoring, drawing, and the
+command line. train.py takes from it the data set (CocoDataset, coco_paths), what it evaluates with
+(predict, score, check_classes), and how a process starts and ends (start_process, run,
+start_worker, no_worker_left, ArgumentParser and its types).
 """
 
 import argparse
@@ -20,8 +22,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
-import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -136,6 +136,7 @@ class CocoDataset:
         categories = sorted(coco["categories"], key=lambda category: category["id"])
         self.classes = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
+        self.sorted = categories == coco["categories"]  # the official code keeps the file's order
         images = sorted(coco["images"], key=lambda image: image["id"])
         for what, ids in (("categories", self.category_ids), ("images", [x["id"] for x in images])):
             whole = all(type(id) is int and abs(id) < 2**63 for id in ids)
@@ -179,14 +180,11 @@ class CocoDataset:
         empty = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & np.isfinite(xyxy).all(1))  # NaN: empty
         clipped = (np.abs(boxes - xyxy) > 1).any(1) & ~empty  # by a pixel: rounding in the JSON
         homeless = image < 0
-        times = Counter(a.get("id") for a in annotations)
-        odd_id = np.array([not a.get("id") or times[a["id"]] > 1 for a in annotations], dtype=bool)
         self.notes = []
         for what, which in (
             ("belong to no image of the file and are left out", homeless),
             ("have no area inside their image and are left out", empty & ~homeless),
             ("reach beyond their image and are clipped", clipped & ~homeless),
-            ("have no id, id 0 or another's id: harmless here, not in pycocotools", odd_id),
         ):
             if which.any():
                 first = annotations[which.argmax()]
@@ -270,10 +268,9 @@ def start_worker(_):
 
 
 @contextlib.contextmanager
-def loader_errors(in_hand):
-    """Where a loader worker dies or hangs, name the images of the list `in_hand()`. After this and
-    any other error no worker is left: they ignore signals, and would keep their parent from ending.
-    """
+def no_worker_left():
+    """After any error no loader worker is left: they ignore signals, and would keep their parent
+    from ending. PyTorch's error about one that died or hangs becomes a UserError."""
     try:
         yield
     except BaseException as error:
@@ -284,10 +281,9 @@ def loader_errors(in_hand):
             worker.join()
         if unix:
             signal.signal(signal.SIGCHLD, handler)
-        if not isinstance(error, RuntimeError) or "DataLoader" not in str(error):
-            raise
-        paths = ", ".join(map(str, in_hand()))
-        raise UserError(f"{error}; images in hand: {paths or 'none'}") from None
+        if isinstance(error, RuntimeError) and "DataLoader" in str(error):
+            raise UserError(f"{error}") from None
+        raise
 
 
 def check_classes(model, dataset):
@@ -297,6 +293,9 @@ def check_classes(model, dataset):
         raise UserError(
             f"{dataset.annotations}: has {len(names)} categories, the model {model.num_classes}"
         )
+    if ours is None and not dataset.sorted:
+        raise UserError(f"{dataset.annotations}: its categories are not in the order of their ids, "
+                        "and the model does not say in which order it was trained on them")
     if ours is not None and ours != names:
         pairs = list(zip(ours + [None] * len(names), names + [None] * len(ours)))
         first = next(f"{a!r} against {b!r}" for a, b in pairs if a != b)
@@ -314,36 +313,31 @@ def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=Non
     Every process of torch.distributed takes its share of the batches, none twice and none padded;
     the list is complete on rank 0 and None elsewhere. Sizes default to model.test_size.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    distributed = dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     device = next(model.parameters()).device
     min_size, max_size = min_size or model.test_size[0], max_size or model.test_size[1]
     batches = EvalBatches(dataset, min_size, max_size, batch_size)
     loader = DataLoader(
-        Subset(batches, range(rank, len(batches), world)), batch_size=None, num_workers=workers,
-        pin_memory=device.type == "cuda", worker_init_fn=start_worker,
+        Subset(batches, range(rank, len(batches), world_size)), batch_size=None,
+        num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=start_worker,
         timeout=600 if workers else 0,
     )
     training = model.training
     model.eval()
     results = {}
-
-    def in_hand():  # what the workers read, one batch each, lies behind what has come
-        rest = [i for b in loader.dataset.indices for i in batches.batches[b] if i not in results]
-        return [dataset.path(i) for i in rest[: batch_size * workers]]
-
     bar = tqdm(  # in position 0 it replaces a bar of training; below it, Jupyter draws every update
         loader, "predict", unit="batch", position=0, leave=False, disable=rank != 0,
         dynamic_ncols=True,
     )
-    with loader_errors(in_hand):
+    with no_worker_left():
         for batch in bar:
             if isinstance(batch, UserError):
                 raise batch
             images, sizes, members = batch
             outputs = model(*(x.to(device, non_blocking=True) for x in (images, sizes)))
             for i, size, found in zip(members, sizes, model.detect(outputs, sizes, **thresholds)):
-                h, w = dataset.hw[i]
-                boxes = found["boxes"].cpu() * torch.tensor([w, h, w, h]) / size[[1, 0, 1, 0]]
+                boxes = model.rescale(found["boxes"].cpu(), size, dataset.hw[i])
                 boxes[:, 2:] -= boxes[:, :2]
                 image_id = dataset.image_ids[i].item()
                 results[i] = [
@@ -354,8 +348,8 @@ def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=Non
                     )
                 ]
     model.train(training)
-    if world > 1:
-        shares = [None] * world if rank == 0 else None
+    if world_size > 1:
+        shares = [None] * world_size if rank == 0 else None
         dist.gather_object(results, shares)
         if rank != 0:
             return None
@@ -518,7 +512,7 @@ def draw_folder(model, sources, out, score_threshold=0.5, min_size=None, max_siz
             tqdm.write(f"{error}; left out", file=sys.stderr)
             unreadable.append(path)
             continue
-        found = model.predict(image, min_size, max_size)[0]
+        found = model.predict(image, min_size, max_size, score_threshold)[0]
         name, count = f"{path.stem}.jpg", 1
         while name in taken:  # photos of one name in several folders
             count += 1
@@ -532,10 +526,10 @@ def draw_folder(model, sources, out, score_threshold=0.5, min_size=None, max_siz
                 {"class": model.classes[label] if model.classes else label,
                  "category_id": model.category_ids[label] if model.category_ids else label,
                  "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
-                for (x1, y1, x2, y2), score, label in rows if score >= score_threshold
+                for (x1, y1, x2, y2), score, label in rows
             ],
         })
-    with fcos.open_whole(out / "detections.json", "w") as file:
+    with fcos.atomic_write(out / "detections.json", "w") as file:
         json.dump(report, file, indent=1)
     return unreadable
 
@@ -554,7 +548,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def positive(text):
+def positive_int(text):
     """argparse type: a whole number of at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -576,35 +570,9 @@ def make_folder(path):
     return Path(path)
 
 
-def fresh_store(rank, world, timeout):
-    """torchrun keeps one store through all its restarts, so that a rank can find there the address
-    of another that has died, and wait for it (PyTorch issue 135712). -> a part of the store that no
-    process has used before. Sets TORCHELASTIC_RESTART_COUNT, torchrun's own being one per node, and
-    TORCHELASTIC_RUN_ID, torchrun's own being the same for several launches."""
-    env = os.environ
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), None, False, timeout)
-    if rank == 0:  # tell everyone, under the name that it asks by, the number of this start
-        number = str(store.add("starts", 1))
-        if number == "1":
-            store.set("launch", uuid.uuid4().hex)
-        waiting = set(range(1, world))
-        while waiting:
-            for r in [r for r in waiting if store.check([f"name of {r}"])]:
-                store.set(store.get(f"name of {r}").decode(), number)
-            waiting = {r for r in waiting if not store.check([f"{number} reached {r}"])}
-            time.sleep(0.01)
-    else:
-        name = uuid.uuid4().hex  # for an answer to nobody else, such as this rank's predecessor
-        store.set(f"name of {rank}", name)
-        number = store.get(name).decode()
-        store.set(f"{number} reached {rank}", "")
-    env["TORCHELASTIC_RESTART_COUNT"] = str(int(number) - 1)
-    env["TORCHELASTIC_RUN_ID"] = store.get("launch").decode()
-    return dist.PrefixStore(f"start {number}", store)
-
-
-def start_process(device):
-    """Join torch.distributed if torchrun started this process. -> rank, world, torch.device"""
+def start_process(device, make_store=None):
+    """Join torch.distributed if torchrun started this process. -> rank, world size, torch.device.
+    make_store(rank, world_size, timeout): makes the store of a process that may be restarted."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -616,12 +584,12 @@ def start_process(device):
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         # gloo carries the detections, and rank 0 may take its time to score them
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        timeout = datetime.timedelta(hours=2)
-        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = fresh_store(rank, world, timeout) if shared else None
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        timeout, store = datetime.timedelta(hours=2), None
+        if make_store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = make_store(rank, world_size, timeout)
         dist.init_process_group(
-            backend, timeout=timeout, world_size=world, rank=rank, store=store
+            backend, timeout=timeout, world_size=world_size, rank=rank, store=store
         )
     if not dist.is_initialized():
         return 0, 1, device
@@ -629,7 +597,8 @@ def start_process(device):
 
 
 def run(main, args):
-    """Call a script's main; a user's mistake becomes one line on stderr and exit code 2."""
+    """Call a script's main; a user's mistake becomes one line on stderr and exit code 2. A process
+    that fails ends at once: taking leave of the others would wait for them."""
     try:
         main(args)
     except UserError as error:
@@ -637,9 +606,8 @@ def run(main, args):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def parse_args(argv=None):
@@ -657,9 +625,9 @@ def parse_args(argv=None):
     add("--images", nargs="+", metavar="FILE|DIR", help="draw detections on pictures; needs --out")
     add("--out", help="folder for the drawn pictures")
     add("--score-threshold", type=float, default=0.5, help="of drawn boxes (%(default)s)")
-    add("--min-size", type=positive, help="pixels of the short side (the model's own)")
-    add("--max-size", type=positive, help="most pixels of the long side (the model's own)")
-    add("--batch-size", type=positive, help="images at a time, a process (8 on a GPU, 1 elsewhere)")
+    add("--min-size", type=positive_int, help="pixels of the short side (the model's own)")
+    add("--max-size", type=positive_int, help="most pixels of the long side (the model's own)")
+    add("--batch-size", type=positive_int, help="images at a time (8 on a GPU, 1 elsewhere)")
     add("--workers", type=not_negative, default=2, help="loader processes, a process (%(default)s)")
     add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     return parser.parse_args(argv)
@@ -679,7 +647,7 @@ def main(args):
     if args.images and not args.out:
         raise UserError("--images needs --out, the folder for the drawn pictures")
 
-    rank, world, device = start_process(args.device)
+    rank, _, device = start_process(args.device)
     model = fcos.load(args.model, args.name).to(device)
     if args.name and rank == 0:
         convention = ", ".join(f"{name} {value}" for name, value in model.convention.items())
@@ -704,7 +672,7 @@ def main(args):
     results = predict(model, dataset, batch_size, args.workers, args.min_size, args.max_size)
     if rank == 0:
         if args.save_json:
-            with fcos.open_whole(args.save_json, "w") as file:
+            with fcos.atomic_write(args.save_json, "w") as file:
                 json.dump(results, file)
         print(table(score(results, annotations, args.per_class)))
 

@@ -7,7 +7,9 @@
 
 The text follows the data: pixels become a padded batch, ResNet and FPN features at strides 8 to
 128, and at every location class logits, the distances to the four sides of a box and a centerness;
-then targets and losses for training, or boxes for detection. Everyone's weights come last.
+then targets and losses for training, or boxes for detection. Everyone's weights come last. The
+heart of the paper, which box a location learns, is `assign_ref` in kernels/assign.py; the two
+losses and the suppression are the other `*_ref` functions there, in plain PyTorch.
 
     B  images                 boxes   xyxy in pixels, continuous: x2 = x + w
     K  classes                ltrb    distances to the left, top, right, bottom side, in pixels
@@ -22,40 +24,43 @@ import math
 import os
 import pickle
 import re
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import nn
-from torchvision.ops import deform_conv2d
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.models import detection, get_model_weights
+from torchvision.ops import FrozenBatchNorm2d, deform_conv2d
 
 from kernels.assign import assign
 from kernels.focal_loss import sigmoid_focal_loss
-from kernels.iou_loss import KINDS, iou_loss
+from kernels.iou_loss import KINDS, iou, iou_loss
 from kernels.nms import batched_nms
 
-STRIDES = (8, 16, 32, 64, 128)
-UNITS = ("pixel", "stride")  # of the distances in the IoU loss
-# The largest of the four distances, in pixels, that each level is responsible for (section 3.2).
-# Both ends are inclusive, so a distance of exactly 64 is positive on P3 and on P4, as published.
-RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
-
 # One architecture a row, named as the official configurations are, without their schedule; then
-# torchvision's, and the small ResNets. Keywords are those of FCOS.
-R_18 = dict(block="basic", blocks=(2, 2, 2, 2), stride_in_1x1=False)
-R_34 = dict(block="basic", blocks=(3, 4, 6, 3), stride_in_1x1=False)
-R_50 = dict(blocks=(3, 4, 6, 3))
-R_101 = dict(blocks=(3, 4, 23, 3))
-X_101_32x8d = dict(blocks=(3, 4, 23, 3), groups=32, width=8, stride_in_1x1=False)
-X_101_64x4d = dict(blocks=(3, 4, 23, 3), groups=64, width=4, stride_in_1x1=False)
-MNV2 = dict(block="inverted", blocks=(1, 2, 3, 4, 3, 3, 1), stem=32, frozen_stages=0, norm="bn")
+# those that are not official. Keywords are those of FCOS and of the row's backbone: see there.
+FROZEN = dict(norm="frozen", frozen_stages=2)
+R_50 = dict(blocks=(3, 4, 6, 3)) | FROZEN
+R_101 = dict(blocks=(3, 4, 23, 3)) | FROZEN
+IN_3x3 = dict(stride_in_1x1=False)  # the stride, as in torchvision's ImageNet weights
+V_50 = R_50 | IN_3x3 | dict(imagenet="resnet50")
+V_18 = V_50 | dict(block="basic", blocks=(2, 2, 2, 2), imagenet="resnet18")
+V_34 = V_50 | dict(block="basic", blocks=(3, 4, 6, 3), imagenet="resnet34")
+X_101_32x8d = R_101 | IN_3x3 | dict(groups=32, width=8, imagenet="resnext101_32x8d")
+X_101_64x4d = R_101 | IN_3x3 | dict(groups=64, width=4, imagenet="resnext101_64x4d")
+MNV2 = dict(backbone="mobilenet", norm="bn", imagenet="mobilenet_v2")
 SYNCBN, C128 = dict(norm="syncbn"), dict(channels=128)
-PLAIN = dict(activation="exp", ctr_on="cls", radius=0.0, iou="iou", unit="pixel")
-IMPRV = dict(activation="relu", ctr_on="box", radius=1.5, iou="giou", unit="stride")
-TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=32, channels=64, norm="gn", frozen_stages=0)
-DCN_345, DCN_45 = IMPRV | dict(dcn=(3, 4, 5)), IMPRV | dict(dcn=(4, 5))
-VISION = IMPRV | dict(stride_in_1x1=False, scales=False, grid="corner")
+PLAIN = dict(activation="exp", ctr_on="cls", radius=0.0, box_loss="iou", unit="pixel")
+IMPRV = dict(activation="relu", ctr_on="box", radius=1.5, box_loss="giou", unit="stride")
+DCN_345, DCN_45 = (IMPRV | dict(dcn=dcn, tower_dcn=True) for dcn in ((3, 4, 5), (4, 5)))
+IOU, P345 = dict(quality="iou"), dict(levels=(3, 4, 5), ranges=(64, 128))  # AdelaiDet's
+VISION = IMPRV | dict(scales=False, grid="corner")
+TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=32, channels=64, norm="gn")
 MODELS = {
     "fcos_R_50_FPN":                    R_50        | PLAIN,
     "fcos_R_101_FPN":                   R_101       | PLAIN,
@@ -72,9 +77,11 @@ MODELS = {
     "fcos_bn_MNV2_FPN":                 MNV2        | PLAIN,
     "fcos_syncbn_MNV2_FPN":             MNV2        | PLAIN | SYNCBN,
     "fcos_syncbn_c128_MNV2_FPN":        MNV2        | PLAIN | SYNCBN | C128,
-    "fcos_torchvision_R_50_FPN":        R_50        | VISION,
-    "fcos_imprv_R_18_FPN":              R_18        | IMPRV,
-    "fcos_imprv_R_34_FPN":              R_34        | IMPRV,
+    "fcos_imprv_iou_R_50_FPN":          R_50        | IMPRV | IOU,
+    "fcos_rt_R_50_FPN":                 R_50        | IMPRV | SYNCBN | P345,
+    "fcos_torchvision_R_50_FPN":        V_50        | VISION,
+    "fcos_imprv_R_18_FPN":              V_18        | IMPRV,
+    "fcos_imprv_R_34_FPN":              V_34        | IMPRV,
     "shapes":                           TINY        | IMPRV,
 }
 
@@ -82,12 +89,24 @@ MODELS = {
 # Pixels: Caffe's ImageNet weights take BGR in 0..255 minus a mean, and their norms have no epsilon.
 # Boxes: the official FCOS learned inclusive ones (x2 = x + w - 1), to which decoding adds the
 # missing pixel. Locations lie at the "centre" of their cells, or in torchvision at the "corner".
-# Scores are those of "fcos", "torchvision" or "mmdetection": see FCOS.decode.
 CONVENTION = dict(
     bgr=True, mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), bn_eps=0.0,
     inclusive=False, grid="centre", score="fcos",
 )
-CHOICES = dict(grid=("centre", "corner"), score=("fcos", "torchvision", "mmdetection"))
+CAFFE = {name: CONVENTION[name] for name in ("bgr", "mean", "std", "bn_eps")}
+MSRA = CAFFE | dict(mean=(103.53, 116.28, 123.675), bn_eps=1e-5)
+TORCH = dict(
+    bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bn_eps=1e-5
+)
+
+# What the families' weights expect of scores, by the convention "score". Of cls, the probability of
+# a class, and joint = cls * centerness: the threshold of a candidate and what it is compared with,
+# what the candidates of a level are ranked by, and the final score as a function of joint.
+SCORES = {
+    "fcos":        (0.05, lambda cls, joint: cls,          lambda cls, joint: joint, torch.sqrt),
+    "torchvision": (0.20, lambda cls, joint: joint.sqrt(), lambda cls, joint: joint, torch.sqrt),
+    "mmdetection": (0.05, lambda cls, joint: cls,          lambda cls, joint: cls,   torch.clone),
+}
 
 
 class UserError(ValueError):
@@ -171,24 +190,8 @@ def pad_batch(images, hw=None):
 # ---- backbone ----------------------------------------------------------------------------------
 
 
-class FrozenBatchNorm(nn.Module):
-    """BatchNorm2d with constant statistics and affine: y = scale * x + shift for each channel."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.eps = CONVENTION["bn_eps"]
-        self.register_buffer("weight", torch.ones(channels))
-        self.register_buffer("bias", torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def scale_shift(self):
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
-
-
 NORMS = {
-    "frozen": FrozenBatchNorm,
+    "frozen": FrozenBatchNorm2d,  # constant statistics and affine
     "gn": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
     "bn": nn.BatchNorm2d,
     "syncbn": nn.BatchNorm2d,  # train.py converts it, since SyncBatchNorm works on GPUs only
@@ -224,13 +227,14 @@ class ConvNorm(nn.Module):
         self.norm = NORMS[norm](c_out)
 
     def forward(self, x):
-        if not isinstance(self.norm, FrozenBatchNorm):
-            return self.norm(self.conv(x))
+        norm = self.norm
+        if not isinstance(norm, FrozenBatchNorm2d):
+            return norm(self.conv(x))
         # A frozen norm is folded into the weights on every call: one product per weight instead of
         # a pass over the activations, and no activation saved for backward.
-        scale, shift = self.norm.scale_shift()
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weight = self.conv.weight * scale[:, None, None, None]
-        return self.conv._conv_forward(x, weight, shift)
+        return self.conv._conv_forward(x, weight, norm.bias - norm.running_mean * scale)
 
 
 class Bottleneck(nn.Module):
@@ -254,7 +258,7 @@ class Bottleneck(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """3x3, 3x3: the block of ResNet-18 and 34."""
+    """3x3, 3x3: the block of ResNet-18 and 34; its stride is in the first."""
 
     expansion = 1
 
@@ -272,36 +276,113 @@ class BasicBlock(nn.Module):
 BLOCKS = {"bottleneck": Bottleneck, "basic": BasicBlock}
 
 
-class ResNet(nn.Module):
-    """ResNet and ResNeXt without the classifier; returns the features at strides 8, 16, 32. The
-    last 3x3 of every block is deformable in the stages `dcn`, some of 2..5."""
+def initialize(module, weight_init):
+    """Start the convolutions of a module as the official code: weights by `weight_init`, those that
+    are deformable by the rule of DCN, biases at 0."""
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            if isinstance(conv, DeformConv):
+                bound = (9 * conv.in_channels) ** -0.5
+                nn.init.uniform_(conv.weight, -bound, bound)
+            else:
+                weight_init(conv.weight)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
 
-    def __init__(self, block, blocks, stem, groups, width, norm, stride_in_1x1, dcn):
+
+def freeze(stages, number):
+    """Stop learning in the first `number` of a list of modules; the statistics of their BatchNorms
+    become constant, too."""
+    if not 0 <= number <= len(stages):
+        raise UserError(f"frozen_stages {number}: expected 0 to {len(stages)}")
+    for stage in stages[:number]:
+        stage.requires_grad_(False)
+        for conv in stage.modules():
+            if isinstance(conv, ConvNorm) and isinstance(conv.norm, nn.BatchNorm2d):
+                conv.norm = FrozenBatchNorm2d(conv.norm.num_features)
+
+
+# A backbone is any module with
+#     channels             of its features at strides 8, 16 and 32
+#     forward(images)      -> these three features
+#     freeze(stages)       stop learning in the first `stages` of what it calls stages
+#     initialize()         random weights; not called for a module that is passed to FCOS
+#     names, files         optional: what other files call its tensors, see rename_key, families
+
+
+class ResNet(nn.Module):
+    """ResNet and ResNeXt without the classifier (He et al., arXiv 1512.03385, 1611.05431)."""
+
+    def __init__(
+        self,
+        block="bottleneck",    # or "basic"
+        blocks=(3, 4, 6, 3),   # of res2..res5
+        stem=64,               # channels after the first convolution
+        groups=1,              # of the 3x3 convolutions (RESNETS.NUM_GROUPS)
+        width=None,            # channels of a group in res2 (WIDTH_PER_GROUP); None: as the stem
+        stride_in_1x1=True,    # or else in the 3x3 (STRIDE_IN_1X1)
+        dcn=(),                # stages whose last 3x3s are deformable, of 2..5 (STAGE_WITH_DCN)
+        norm="frozen",         # one of NORMS
+    ):
         super().__init__()
-        block = BLOCKS[block]
+        if not {2, 3, 4, 5}.issuperset(dcn):
+            raise UserError(f"dcn {dcn}: expected some of the stages 2, 3, 4 and 5")
+        make, c_in = BLOCKS[block], stem
         self.stem = ConvNorm(3, stem, 7, 2, norm=norm)
-        c_in = stem
         for stage, depth in enumerate(blocks):
-            c_mid, c_out = groups * width * 2**stage, block.expansion * stem * 2**stage
+            c_mid, c_out = groups * (width or stem) * 2**stage, make.expansion * stem * 2**stage
             layers = []
             for i in range(depth):
                 stride = 2 if stage and i == 0 else 1
                 settings = stride, groups, norm, stride_in_1x1, stage + 2 in dcn
-                layers += [block(c_in, c_mid, c_out, *settings)]
+                layers += [make(c_in, c_mid, c_out, *settings)]
                 c_in = c_out
             setattr(self, f"res{stage + 2}", nn.Sequential(*layers))
         self.channels = [c_out // 4, c_out // 2, c_out]
 
+    def initialize(self):
+        initialize(self, partial(nn.init.kaiming_uniform_, a=1))
+
     def freeze(self, stages):
         """Stop learning in the first `stages` of stem, res2, res3, res4, res5."""
-        for stage in [self.stem, self.res2, self.res3, self.res4, self.res5][:stages]:
-            stage.requires_grad_(False)
+        freeze([self.stem, self.res2, self.res3, self.res4, self.res5], stages)
 
     def forward(self, x):
         x = F.max_pool2d(self.stem(x).relu_(), 3, 2, 1)
         c3 = self.res3(self.res2(x))
         c4 = self.res4(c3)
         return c3, c4, self.res5(c4)
+
+    files = {  # of ImageNet classifiers: the key that tells, and the convention of their weights
+        "detectron2": (r"res_conv1_bn_(gamma|rm)", MSRA),
+        "caffe2": (r"res_conv1_bn_s", CAFFE),
+        "torchvision_in_detectron2": (r"stem\.conv1\.norm\.weight", TORCH),
+        "torchvision_resnet": (r"layer1\.0\.conv1\.weight", TORCH),
+    }
+    names = [
+        # torchvision, the official code, mmdetection and, with bottom_up, Detectron2
+        (r"^(backbone\.)?(body\.|bottom_up\.)?(stem\.)?conv1\.(?=weight)", "backbone.stem.conv."),
+        (r"^(backbone\.)?(body\.)?(stem\.)?bn1\.", "backbone.stem.norm."),
+        (r"^(backbone\.bottom_up\.)?stem\.conv1\.norm\.", "backbone.stem.norm."),
+        (r"^(backbone\.)?(body\.)?layer(\d)\.", lambda m: f"backbone.res{int(m[3]) + 1}."),
+        (r"^(backbone\.bottom_up\.)?res(\d)\.", r"backbone.res\2."),
+        (r"\.conv(\d)\.(?=weight)", r".conv\1.conv."),
+        (r"\.bn(\d)\.", r".conv\1.norm."),
+        (r"\.(downsample\.0|shortcut)\.(?=weight)", ".down.conv."),
+        (r"\.(downsample\.1|shortcut\.norm)\.", ".down.norm."),
+        (r"\.conv2(\.|\.conv_|_)offset\.", ".conv2.conv.offset."),
+        # Caffe2 and, with gamma and beta, Detectron2
+        (r"^conv1_w$", "backbone.stem.w"),
+        (r"^res_conv1_bn", "backbone.stem.bn"),
+        (r"^res(\d)_(\d+)_branch1_(w|bn)", r"backbone.res\1.\2.down.\3"),
+        (r"^res(\d)_(\d+)_branch2([abc])_(w|bn)",
+         lambda m: f"backbone.res{m[1]}.{m[2]}.conv{'abc'.index(m[3]) + 1}.{m[4]}"),
+        (r"\.w$", ".conv.weight"),
+        (r"\.bn_(s|gamma)$", ".norm.weight"),
+        (r"\.bn_(b|beta)$", ".norm.bias"),
+        (r"\.bn_(rm|running_mean)$", ".norm.running_mean"),
+        (r"\.bn_(riv|running_var)$", ".norm.running_var"),
+    ]
 
 
 class InvertedResidual(nn.Sequential):
@@ -325,13 +406,12 @@ class InvertedResidual(nn.Sequential):
 
 
 class MobileNetV2(nn.Module):
-    """Sandler et al., arXiv 1801.04381, table 2, without the last 1x1 and the classifier; returns
-    the features at strides 8, 16, 32."""
+    """Sandler et al., arXiv 1801.04381, table 2, without the last 1x1 and the classifier."""
 
     STAGES = (1, 16, 1), (6, 24, 2), (6, 32, 2), (6, 64, 2), (6, 96, 1), (6, 160, 2), (6, 320, 1)
     channels = [32, 96, 320]
 
-    def __init__(self, blocks, stem, norm):
+    def __init__(self, blocks=(1, 2, 3, 4, 3, 3, 1), stem=32, norm="bn"):  # blocks: of STAGES
         super().__init__()
         self.features, c_in = nn.Sequential(ConvNorm(3, stem, 3, 2, norm=norm)), stem
         for (expand, c_out, stride), depth in zip(self.STAGES, blocks):
@@ -341,9 +421,12 @@ class MobileNetV2(nn.Module):
                 c_in = c_out
         self.ends = [sum(blocks[:n]) for n in (3, 5, 7)]  # the last block at strides 8, 16, 32
 
+    def initialize(self):
+        initialize(self, partial(nn.init.kaiming_normal_, mode="fan_out"))
+
     def freeze(self, stages):
         """Stop learning in the stem and the blocks after it, `stages` in all."""
-        self.features[:stages].requires_grad_(False)
+        freeze(self.features, stages)
 
     def forward(self, x):
         stem, *blocks = self.features
@@ -354,20 +437,46 @@ class MobileNetV2(nn.Module):
                 found.append(x)
         return found
 
+    files = {  # the official recipes feed Caffe's pixels to MobileNet, too
+        "torchvision_mobilenet": (r"features\.1\.conv\.0\.0\.weight", TORCH),
+        "mobilenet": (r"features\.1\.conv\.3\.weight", CAFFE),
+    }
+    names = [
+        (r"^(backbone\.body\.)?features\.(\d|1[0-7])\.", r"backbone.features.\2."),
+        (r"\.features\.0\.0\.", ".features.0.conv."),
+        (r"\.features\.0\.1\.", ".features.0.norm."),
+        (r"\.features\.(\d+)\.conv\.(\d+)\.", lambda m: f".features.{m[1]}.{layer(m[2])}."),
+    ]
+    nested_names = [  # torchvision nests its layers, and so counts them in twos
+        (r"^features\.1\.conv\.([12])\.(?=\D)", lambda m: f"features.1.conv.{int(m[1]) + 2}."),
+        (r"^features\.(\d\d|[2-9])\.conv\.([23])\.(?=\D)",
+         lambda m: f"features.{m[1]}.conv.{int(m[2]) + 4}."),
+        (r"\.conv\.0\.([01])\.", r".conv.\1."),
+        (r"\.conv\.1\.([01])\.", lambda m: f".conv.{int(m[1]) + 3}."),
+    ]
+
+
+BACKBONES = {"resnet": ResNet, "mobilenet": MobileNetV2}
+
 
 # ---- feature pyramid and head ------------------------------------------------------------------
 
 
 class FPN(nn.Module):
-    """C3, C4, C5 -> P3, P4, P5, and two strided convolutions for P6 and P7 (section 3.2)."""
+    """C3, C4, C5 -> P3, P4, P5, and a strided convolution for each further of `levels`, P6 and P7
+    (section 3.2)."""
 
-    def __init__(self, channels_in, channels):
+    def __init__(self, channels_in, channels, levels):
         super().__init__()
         for level, c_in in zip((3, 4, 5), channels_in):
             setattr(self, f"lateral{level}", nn.Conv2d(c_in, channels, 1))
             setattr(self, f"output{level}", nn.Conv2d(channels, channels, 3, padding=1))
-        self.p6 = nn.Conv2d(channels, channels, 3, 2, 1)
-        self.p7 = nn.Conv2d(channels, channels, 3, 2, 1)
+        self.further = [f"p{level}" for level in levels[3:]]
+        for name in self.further:
+            setattr(self, name, nn.Conv2d(channels, channels, 3, 2, 1))
+
+    def initialize(self):
+        initialize(self, partial(nn.init.kaiming_uniform_, a=1))
 
     def forward(self, c3, c4, c5):
         p5 = self.lateral5(c5)
@@ -375,9 +484,11 @@ class FPN(nn.Module):
         p4 = p4 + F.interpolate(p5, p4.shape[-2:])
         p3 = self.lateral3(c3)
         p3 = p3 + F.interpolate(p4, p3.shape[-2:])
-        p3, p4, p5 = self.output3(p3), self.output4(p4), self.output5(p5)
-        p6 = self.p6(p5)
-        return p3, p4, p5, p6, self.p7(p6.relu())
+        maps = [self.output3(p3), self.output4(p4), self.output5(p5)]
+        for name in self.further:
+            x = maps[-1].relu() if name == "p7" else maps[-1]
+            maps.append(getattr(self, name)(x))
+        return maps
 
 
 class Tower(nn.Sequential):
@@ -398,57 +509,74 @@ class Head(nn.Module):
     """Two towers shared by all levels, a prediction each for class, box and centerness, and one
     learned scale of the distances for each level (section 3.2), unless `scales` is False."""
 
-    def __init__(self, channels, num_classes, activation, ctr_on, dcn, scales):
+    def __init__(self, channels, num_classes, strides, activation, ctr_on, tower_dcn, scales):
         super().__init__()
-        self.activation, self.ctr_on = activation, ctr_on
-        self.cls_tower, self.box_tower = Tower(channels, dcn), Tower(channels, dcn)
+        self.strides, self.activation, self.ctr_on = strides, activation, ctr_on
+        self.cls_tower, self.box_tower = Tower(channels, tower_dcn), Tower(channels, tower_dcn)
         self.cls = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.box = nn.Conv2d(channels, 4, 3, padding=1)
         self.ctr = nn.Conv2d(channels, 1, 3, padding=1)
         if scales:
-            self.scale = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in STRIDES)
+            self.scale = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in strides)
         else:
-            self.register_buffer("scale", torch.ones(len(STRIDES), 1), persistent=False)
+            self.register_buffer("scale", torch.ones(len(strides), 1), persistent=False)
+
+    def initialize(self):
+        """Section 4 of the paper, and the bias of the focal loss paper that starts every class at
+        a probability of 0.01 (arXiv 1708.02002, section 3.3)."""
+        initialize(self, partial(nn.init.normal_, std=0.01))
+        nn.init.constant_(self.cls.bias, -math.log((1 - 0.01) / 0.01))
 
     def forward(self, features):
-        """-> cls (B, P, K) and ctr (B, P) logits, ltrb (B, P, 4) pixels. Under autocast cls, by far
-        the largest, stays in 16 bits: its loss reads them as they are and computes in float32."""
-        cls, ltrb, ctr = [], [], []
-        for x, scale, stride in zip(features, self.scale, STRIDES):
+        """-> {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits}. The maps of
+        a further output, (B, C, h, w) or (B, h, w), become (B, P, C) or (B, P) alike. Under
+        autocast cls, by far the largest, stays in 16 bits: its loss reads them as they are and
+        computes in float32."""
+        levels = []
+        for x, scale, stride in zip(features, self.scale, self.strides):
             cls_features, box_features = self.cls_tower(x), self.box_tower(x)
+            ctr_features = cls_features if self.ctr_on == "cls" else box_features
             distance = scale * self.box(box_features)  # float32, as the scale is
             if self.activation == "exp":  # in pixels; exp(16) is beyond any image, inf would be NaN
                 distance = distance.clamp(max=16).exp()  # in the gradient of background locations
             else:
                 distance = distance.relu() * stride
-            cls.append(self.cls(cls_features))
-            ltrb.append(distance)
-            ctr_features = cls_features if self.ctr_on == "cls" else box_features
-            ctr.append(self.ctr(ctr_features).to(scale.dtype))
-        cls, ltrb, ctr = (
-            torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps], 1)
-            for maps in (cls, ltrb, ctr)
-        )
-        return cls, ltrb, ctr.squeeze(2)
+            levels.append({
+                "cls": self.cls(cls_features),
+                "ltrb": distance,
+                "ctr": self.ctr(ctr_features).squeeze(1).to(scale.dtype),
+            })
+        return {name: torch.cat([by_location(level[name]) for level in levels], 1)
+                for name in levels[0]}
+
+
+def by_location(x):
+    """A map (B, C, h, w) or (B, h, w) -> (B, h * w, C) or (B, h * w)."""
+    return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).flatten(1, 2)
 
 
 # ---- locations and targets ---------------------------------------------------------------------
 
-
-def level_sizes(hw):
-    """(rows, columns) of P3..P7 for a padded image; every stage halves, rounding up."""
-    return [(-(-hw[0] // stride), -(-hw[1] // stride)) for stride in STRIDES]
+STRIDES = (8, 16, 32, 64, 128)  # of P3..P7
+RANGES = (64, 128, 256, 512)  # pixels, where the largest distance passes from one level to the next
 
 
-def make_points(hw, device=None, grid="centre"):
+def level_sizes(hw, strides=STRIDES):
+    """(rows, columns) of every level for a padded image; every stage halves, rounding up."""
+    return [(-(-hw[0] // stride), -(-hw[1] // stride)) for stride in strides]
+
+
+def make_points(hw, strides=STRIDES, ranges=RANGES, device=None, grid="centre") -> Tensor:
     """Locations of all levels of a padded image of (height, width): float32 (P, 5) = x, y, stride,
-    lo, hi. A location is the centre of its cell; lo and hi bound the largest distance it learns.
+    lo, hi, in pixels. A location is the centre of its cell; lo and hi bound the largest distance to
+    a side that it learns (section 3.2). Both ends are inclusive, so a distance of exactly 64 is
+    positive on P3 and on P4, as published.
 
     grid "corner" is torchvision's: multiples of (height // rows, width // columns), which is less
     than the stride on P6 and P7 of most images, from 0 on.
     """
-    points = []
-    for stride, (lo, hi), (rows, columns) in zip(STRIDES, RANGES, level_sizes(hw)):
+    points, ends = [], (-1, *ranges, math.inf)
+    for stride, lo, hi, (rows, columns) in zip(strides, ends, ends[1:], level_sizes(hw, strides)):
         y, x = (torch.arange(n, device=device) for n in (rows, columns))
         if grid == "centre":
             y, x = y * stride + stride // 2, x * stride + stride // 2
@@ -461,7 +589,29 @@ def make_points(hw, device=None, grid="centre"):
     return torch.cat(points)
 
 
-def centerness(ltrb):
+def encode(points: Tensor, boxes: list[Tensor], labels: list[Tensor], index: Tensor) -> dict:
+    """What locations are to learn (eq. 1), given the box of each: `assign` decides on the latter,
+    or a function of your own.
+
+    points (P, 5): of make_points; boxes, labels: B tensors (G, 4) xyxy pixels and (G,) int64;
+    index int64 (B, P): a row of the image's boxes, or -1.
+    -> {"labels": int64 (B, P), -1 for background, "ltrb": (B, P, 4) pixels, 0 for background,
+        "index"}
+    """
+    boxes = F.pad(pad_sequence(boxes, batch_first=True), (0, 0, 0, 1))  # a row, if there is no box
+    labels = F.pad(pad_sequence(labels, batch_first=True), (0, 1))
+    row, positive = index.clamp(min=0), index >= 0
+    x1, y1, x2, y2 = boxes.gather(1, row[..., None].expand(-1, -1, 4)).unbind(2)
+    x, y = points[:, 0], points[:, 1]
+    ltrb = torch.stack([x - x1, y - y1, x2 - x, y2 - y], 2)
+    return {
+        "labels": labels.gather(1, row).where(positive, -1),
+        "ltrb": ltrb.where(positive[..., None], 0),
+        "index": index,
+    }
+
+
+def centerness(ltrb: Tensor) -> Tensor:
     """How central a location lies in its box (eq. 3): (..., 4) -> (...), 1 at the centre, towards 0
     at the sides; 0 where ltrb is 0, that is for the background."""
     left, top, right, bottom = ltrb.unbind(-1)
@@ -473,113 +623,167 @@ def centerness(ltrb):
 # ---- losses ------------------------------------------------------------------------------------
 
 
-def normalizer(targets):
+def loss_normalizers(targets: dict) -> Tensor:
     """-> float32 (2,): the number of positive locations and the sum of their centerness. Sum it
     over everything that makes up one optimizer step, then pass it to fcos_loss."""
     positives = (targets["labels"] >= 0).sum().float()
     return torch.stack([positives, centerness(targets["ltrb"]).sum()])
 
 
-def fcos_loss(outputs, targets, normalizer, iou="giou", unit="stride"):
-    """Focal loss on the classes, IoU loss on the boxes weighted by centerness, and cross entropy on
-    the centerness (eq. 2 and section 3.3), as {"cls", "box", "ctr"} scalars.
+def fcos_loss(outputs: dict, targets: dict, normalizers: Tensor, box_loss: str = "giou",
+              unit: str = "stride", quality: str = "centerness") -> dict[str, Tensor]:
+    """Focal loss on the classes, IoU loss on the boxes, and cross entropy on the quality of the
+    boxes (eq. 2 and section 3.3), as named scalars. train.py sums, logs and shows whatever names
+    there are, so that a further loss is one entry more.
 
-    outputs: of FCOS.forward; targets: of FCOS.targets; normalizer (2,): see `normalizer`.
-    iou: "iou", "linear_iou" or "giou"; unit: measure boxes in "pixel" or in "stride" of their level
-    (matters because the IoU is smoothed by +1). Dense: no location is gathered, nothing waits for
-    the device, and a batch without a single box is an ordinary input.
+    outputs: of FCOS.forward; targets: of FCOS.targets; normalizers (2,): see loss_normalizers; the
+    other arguments are the keywords of FCOS of the same names. With quality "centerness" the output
+    "ctr" learns the centerness, which also weighs the boxes; with "iou" it learns the IoU of the
+    predicted box, and all positive locations weigh the same (AdelaiDet's BOX_QUALITY). Dense: no
+    location is gathered, nothing waits for the device, and a batch without a single box is an
+    ordinary input.
     """
-    if unit not in UNITS:
-        raise ValueError(f"unit {unit!r}: expected {' or '.join(map(repr, UNITS))}")
-    positives, centernesses = normalizer[0].clamp(min=1), normalizer[1].clamp(min=1e-6)
-    cls, ltrb, labels, target = outputs["cls"], outputs["ltrb"], targets["labels"], targets["ltrb"]
-    weight = centerness(target)
-    if unit == "stride":
+    check_choices(box_loss=box_loss, unit=unit, quality=quality)
+    positives, centernesses = normalizers[0].clamp(min=1), normalizers[1].clamp(min=1e-6)
+    labels, ltrb, target = targets["labels"], outputs["ltrb"], targets["ltrb"]
+    positive, central = labels >= 0, centerness(target)
+    if unit == "stride":  # exact: strides are powers of two
         stride = outputs["points"][:, 2:3]
         ltrb, target = ltrb / stride, target / stride
-    box = iou_loss(ltrb.flatten(0, 1), target.flatten(0, 1), weight.flatten(), iou)
+    if quality == "centerness":
+        learned, weight, normalizer = central, central, centernesses
+    else:
+        learned = iou(ltrb.detach(), target).where(positive, 0)
+        weight, normalizer = positive.float(), positives
+    cls = sigmoid_focal_loss(outputs["cls"].flatten(0, 1), labels.flatten())
+    box = iou_loss(ltrb.flatten(0, 1), target.flatten(0, 1), weight.flatten(), box_loss)
     ctr = F.binary_cross_entropy_with_logits(
-        outputs["ctr"], weight, weight=(labels >= 0).float(), reduction="sum"
+        outputs["ctr"], learned, weight=positive.float(), reduction="sum"
     )
-    return {
-        "cls": sigmoid_focal_loss(cls.flatten(0, 1), labels.flatten()) / positives,
-        "box": box / centernesses,
-        "ctr": ctr / positives,
-    }
+    return {"cls": cls / positives, "box": box / normalizer, "ctr": ctr / positives}
 
 
 # ---- the model ---------------------------------------------------------------------------------
 
+CHOICES = dict(
+    norm=NORMS, block=BLOCKS, activation=("exp", "relu"), ctr_on=("cls", "box"),
+    quality=("centerness", "iou"), box_loss=KINDS, unit=("pixel", "stride"),
+    grid=("centre", "corner"), score=SCORES, levels=((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)),
+)
+
+
+def check_choices(**keywords):
+    """UserError unless every keyword that has CHOICES holds one of them."""
+    for keyword, value in keywords.items():
+        if keyword in CHOICES and value not in CHOICES[keyword]:
+            choices = ", ".join(map(str, CHOICES[keyword]))
+            raise UserError(f"{keyword} {value!r}: expected one of {choices}")
+
+
+def defaults(function):
+    """{keyword: default} of a function or class, of the keywords that have one."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+OWN = ("backbone", None)  # a module that was passed to FCOS
+
+
+def resolve(keywords: dict) -> dict:
+    """All keywords of FCOS and of the backbone that `keywords` names, those not given at their
+    defaults: with the number of classes, all it takes to build the same model again, whatever
+    becomes of MODELS. UserError for an unknown keyword or a value of another kind."""
+    known = defaults(FCOS)
+    name = keywords.get("backbone", known["backbone"])
+    if name is not None:
+        if name not in BACKBONES:
+            raise UserError(f"backbone {name!r}: expected one of {', '.join(BACKBONES)}")
+        known |= defaults(BACKBONES[name])
+    for keyword, value in keywords.items():
+        if keyword not in known:
+            raise UserError(f"keyword {keyword!r}: expected one of {', '.join(known)}")
+        default, value = known[keyword], tuple(value) if isinstance(value, list) else value
+        kinds = (float, int) if isinstance(default, float) else type(default)
+        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+        if isinstance(value, (int, float)):
+            fits &= value >= 0  # and not NaN
+        if default is not None and not fits and (keyword, value) != OWN:
+            raise UserError(f"{keyword} {value!r}: expected a value like {default!r}")
+        known[keyword] = value
+    check_choices(**known)
+    return known
+
 
 class FCOS(nn.Module):
-    """Made by `build` or `load`. `loss` holds the keywords of fcos_loss, `classes` and
-    `category_ids` the data set's, `test_size` (min_size, max_size) of prediction in pixels, and
-    `convention` (see CONVENTION) what the weights expect of pixels and boxes."""
+    """Made by `build`, by `load`, or of a backbone of your own: FCOS(80, backbone=module).
 
-    def __init__(self, num_classes, blocks, activation, ctr_on, radius, iou, unit,
-                 block="bottleneck", stem=64, groups=1, width=None, stride_in_1x1=True, dcn=(),
-                 channels=256, scales=True, grid="centre", norm="frozen", frozen_stages=2):
+    `keywords` holds all that it was built with, but the number of classes; `loss` the keywords of
+    fcos_loss, `classes` and `category_ids` the data set's, `test_size` (min_size, max_size) of
+    prediction in pixels, and `convention` (see CONVENTION) what the weights expect of pixels and
+    boxes. UserError names a keyword that does not fit, and the choices.
+    """
+
+    name = "FCOS"  # or the row of MODELS that it was made from
+
+    def __init__(
+        self,
+        num_classes,            # without a background class (the official NUM_CLASSES has one)
+        backbone="resnet",      # one of BACKBONES, whose keywords follow at the end; or a module
+        frozen_stages=0,        # of the backbone that do not learn (FREEZE_CONV_BODY_AT)
+        imagenet=None,          # torchvision's name of the backbone, for --weights imagenet
+        channels=256,           # of pyramid and head (BACKBONE_OUT_CHANNELS)
+        levels=(3, 4, 5, 6, 7),  # of the pyramid; the stride of level n is 2**n (FPN_STRIDES)
+        ranges=RANGES,          # pixels of the largest distance between levels (SIZES_OF_INTEREST)
+        activation="relu",      # of the distances: "exp" or "relu" (the latter: NORM_REG_TARGETS)
+        unit="stride",          # of the distances in the box loss, or "pixel" (NORM_REG_TARGETS)
+        ctr_on="box",           # the tower that predicts centerness, or "cls" (CENTERNESS_ON_REG)
+        quality="centerness",   # what weighs scores, or "iou" (BOX_QUALITY)
+        radius=1.5,             # of center sampling, in strides; 0: none (CENTER_SAMPLING_RADIUS)
+        box_loss="giou",        # one of kernels.iou_loss.KINDS (IOU_LOSS_TYPE)
+        tower_dcn=False,        # the last convolution of both towers deformable (USE_DCN_IN_TOWER)
+        scales=True,            # a learned factor of the distances for each level (USE_SCALE)
+        grid="centre",          # of the locations in their cells, or torchvision's "corner"
+        **backbone_keywords,
+    ):
+        keywords = dict(locals())
         super().__init__()
-        for keyword, value, choices in (
-            ("norm", norm, NORMS), ("block", block, (*BLOCKS, "inverted")),
-            ("ctr_on", ctr_on, ("cls", "box")), ("activation", activation, ("exp", "relu")),
-            ("grid", grid, CHOICES["grid"]), ("iou", iou, KINDS), ("unit", unit, UNITS),
-            ("frozen_stages", frozen_stages, range(19 if block == "inverted" else 6)),
-        ):
-            if value not in choices:
-                choices = ", ".join(map(str, choices))
-                raise UserError(f"{keyword} {value!r}: expected one of {choices}")
+        given = {name: keywords[name] for name in defaults(FCOS)} | backbone_keywords
+        passed = isinstance(backbone, nn.Module)
+        self.keywords = resolve(given | dict([OWN] if passed else []))
         if num_classes < 1:
             raise UserError(f"num_classes {num_classes}: expected 1 or more")
-        if block == "inverted":
-            self.backbone = MobileNetV2(blocks, stem, norm)
-        else:
-            width = width or stem
-            self.backbone = ResNet(block, blocks, stem, groups, width, norm, stride_in_1x1, dcn)
-        self.fpn = FPN(self.backbone.channels, channels)
-        self.head = Head(channels, num_classes, activation, ctr_on, bool(dcn), scales)
-        self.initialize()
-        self.backbone.freeze(frozen_stages)
+        if len(ranges) != len(levels) - 1:
+            raise UserError(f"ranges {ranges}: expected {len(levels) - 1}, one between two levels")
+        self.strides, self.ranges = tuple(2**level for level in levels), tuple(ranges)
+        self.backbone = backbone if passed else BACKBONES[backbone](**backbone_keywords)
+        self.fpn = FPN(self.backbone.channels, channels, levels)
+        self.head = Head(
+            channels, num_classes, self.strides, activation, ctr_on, tower_dcn, scales
+        )
+        for module in [self.fpn, self.head] if passed else [self.backbone, self.fpn, self.head]:
+            module.initialize()
+        if frozen_stages:
+            self.backbone.freeze(frozen_stages)
 
         self.num_classes, self.radius = num_classes, radius
-        self.loss = dict(iou=iou, unit=unit)
+        self.loss = {name: self.keywords[name] for name in defaults(fcos_loss)}
         self.classes = self.category_ids = None
         self.test_size = (800, 1333)
         self.set_convention(grid=grid)
         self.to(memory_format=torch.channels_last)  # the layout convolutions are fastest in
-
-    def initialize(self):
-        """As the official code: section 4 of the paper, and the bias of the focal loss paper that
-        starts every class at a probability of 0.01 (arXiv 1708.02002, section 3.3)."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Conv2d):
-                if isinstance(module, DeformConv):
-                    bound = (9 * module.in_channels) ** -0.5
-                    nn.init.uniform_(module.weight, -bound, bound)
-                elif name.startswith("head"):
-                    nn.init.normal_(module.weight, std=0.01)
-                elif name.startswith("backbone.features"):
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out")
-                else:
-                    nn.init.kaiming_uniform_(module.weight, a=1)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.constant_(self.head.cls.bias, -math.log((1 - 0.01) / 0.01))
 
     def set_convention(self, **changes):
         """Change what the weights expect of pixels and boxes: keywords of CONVENTION."""
         for keyword in changes:
             if keyword not in CONVENTION:
                 raise UserError(f"{keyword!r}: expected one of {', '.join(CONVENTION)}")
-        for keyword, choices in CHOICES.items():
-            if changes.get(keyword, choices[0]) not in choices:
-                raise UserError(f"{keyword} {changes[keyword]!r}: expected {' or '.join(choices)}")
+        check_choices(**changes)
         self.convention = {**CONVENTION, **getattr(self, "convention", {}), **changes}
         for name in ("mean", "std"):
             value = torch.tensor(self.convention[name]).view(3, 1, 1).to(next(self.parameters()))
             self.register_buffer(f"pixel_{name}", value, persistent=False)
         for module in self.modules():
-            if isinstance(module, FrozenBatchNorm):
+            if isinstance(module, FrozenBatchNorm2d):
                 module.eps = self.convention["bn_eps"]
 
     def normalize(self, images, sizes):
@@ -593,99 +797,110 @@ class FCOS(nn.Module):
         y, x = (torch.arange(n, device=images.device) for n in (H, W))
         return images.masked_fill_((y[:, None] >= h) | (x >= w), 0)
 
-    def forward(self, images, sizes=None):
+    def points(self, hw, device=None) -> Tensor:
+        """The locations (P, 5) of a padded image of (height, width): see make_points."""
+        return make_points(hw, self.strides, self.ranges, device, self.convention["grid"])
+
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> dict:
         """images: uint8 RGB (B, 3, H, W), with sizes (B, 2) where padded at the bottom and right;
         or float, taken as normalised and padded already.
-        -> {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits,
-            "points": (P, 5), "levels": the number of locations of P3..P7}
+        -> {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits, and what else
+            the head returns; "points": (P, 5), "levels": the number of locations of each level}
         """
         hw = images.shape[-2:]
         if not images.is_floating_point():
             images = self.normalize(images, [hw] * len(images) if sizes is None else sizes)
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
-        cls, ltrb, ctr = self.head(self.fpn(*features))
-        levels = [rows * columns for rows, columns in level_sizes(hw)]
-        points = make_points(hw, images.device, self.convention["grid"])
-        return {"cls": cls, "ltrb": ltrb, "ctr": ctr, "points": points, "levels": levels}
+        levels = [rows * columns for rows, columns in level_sizes(hw, self.strides)]
+        outputs = self.head(self.fpn(*features))
+        return outputs | {"points": self.points(hw, images.device), "levels": levels}
 
-    def targets(self, hw, boxes, labels):
+    def targets(self, hw, boxes: list[Tensor], labels: list[Tensor]) -> dict:
         """What every location of a padded (height, width) batch is to learn.
 
         boxes, labels: B lists of (G, 4) xyxy pixels and (G,) int64, on the device of the result.
-        -> {"labels": (B, P) int64, -1 for background, "ltrb": (B, P, 4) pixels,
-            "index": (B, P) int64 of the matched box}, zeros and -1 for background
+        -> see `encode`. The rules of section 3.1 that pick the box stand in kernels/assign.py.
         """
-        points = make_points(hw, boxes[0].device, self.convention["grid"])
-        labels, ltrb, index = assign(points, boxes, labels, self.radius)
-        return {"labels": labels, "ltrb": ltrb, "index": index}
+        points = self.points(hw, boxes[0].device)
+        return encode(points, boxes, labels, assign(points, boxes, self.radius))
 
-    def decode(self, outputs, sizes, score_threshold=None, topk=1000, nms_threshold=0.6,
-               max_detections=100):
+    def decode(self, outputs: dict, sizes: Tensor, candidate_threshold: float | None = None,
+               topk: int = 1000, nms_threshold: float = 0.6, max_detections: int = 100):
         """Boxes of the outputs of `forward`, in shapes that never depend on their values.
 
-        On every level the (location, class) pairs of class probability over `score_threshold`
-        (0.05) compete by probability times centerness, and `topk` go on; non-maximum suppression
+        On every level the (location, class) pairs of class probability over `candidate_threshold`
+        (0.05) compete by probability times centerness, and `topk` remain; non-maximum suppression
         within a class over all levels leaves `max_detections` (section 3.3).
         -> boxes (B, D, 4) xyxy pixels of the padded image, clipped to its size; scores (B, D) =
            sqrt(probability * centerness), falling; labels (B, D). 0, -inf and -1 where none is left
-        Weights of torchvision bring its custom along, a threshold (0.2) on that square root; those
-        of mmdetection to choose `topk` by probability alone, and to report no square root. (Their
+        Weights of torchvision and mmdetection bring other customs along: see SCORES. (mmdetection's
         plain configurations also ask for nms_threshold=0.5.)
         """
-        custom = self.convention["score"]
-        if score_threshold is None:
-            score_threshold = 0.2 if custom == "torchvision" else 0.05
+        threshold, compared, ranked_by, final_score = SCORES[self.convention["score"]]
+        threshold = threshold if candidate_threshold is None else candidate_threshold
         cls, ctr = outputs["cls"].float().sigmoid(), outputs["ctr"].float().sigmoid()
-        points = outputs["points"]
-        B, P, K = cls.shape
         joint = cls * ctr[..., None]
-        passed = joint > score_threshold**2 if custom == "torchvision" else cls > score_threshold
-        ranking = torch.where(passed, cls if custom == "mmdetection" else joint, -math.inf)
+        B, P, K = cls.shape
 
-        left, top, right, bottom = outputs["ltrb"].float().unbind(-1)
-        x, y, extra = points[:, 0], points[:, 1], float(self.convention["inclusive"])
+        # ---- the best pairs of every level
+        ranking = ranked_by(cls, joint).where(compared(cls, joint) > threshold, -math.inf)
+        pairs, first = [], 0
+        for level in ranking.split(outputs["levels"], 1):
+            pairs.append(level.flatten(1).topk(min(topk, level[0].numel())).indices + first * K)
+            first += level.shape[1]
+        pairs = torch.cat(pairs, 1)
+        candidate = ranking.flatten(1).gather(1, pairs) > -math.inf
+        scores, labels = joint.flatten(1).gather(1, pairs), pairs % K
+
+        # ---- their boxes, clipped to the image
+        points, row = outputs["points"], pairs // K
+        ltrb = outputs["ltrb"].float().gather(1, row[..., None].expand(-1, -1, 4))
+        left, top, right, bottom = ltrb.unbind(-1)
+        x, y, extra = points[row, 0], points[row, 1], float(self.convention["inclusive"])
         h, w = torch.as_tensor(sizes, device=cls.device).float().view(B, 2, 1).unbind(1)
         x1 = torch.minimum((x - left).clamp(min=0), w - extra)
         y1 = torch.minimum((y - top).clamp(min=0), h - extra)
         x2 = torch.minimum((x + right + extra).clamp(min=extra), w)
         y2 = torch.minimum((y + bottom + extra).clamp(min=extra), h)
         boxes = torch.stack([x1, y1, x2, y2], -1)
+        candidate &= (x2 > x1) & (y2 > y1)  # not beyond the border, and not NaN
+        scores = scores.where(candidate, -math.inf)
 
-        scores, pairs, first = [], [], 0
-        for level in ranking.split(outputs["levels"], 1):
-            score, pair = level.flatten(1).topk(min(topk, level[0].numel()))
-            scores.append(score)
-            pairs.append(pair + first * K)
-            first += level.shape[1]
-        scores, pairs = torch.cat(scores, 1), torch.cat(pairs, 1)
-        if custom == "mmdetection":
-            scores = scores * ctr.gather(1, pairs // K)
-        labels = pairs % K
-        boxes = boxes.gather(1, (pairs // K)[..., None].expand(-1, -1, 4))
-        scores = scores.masked_fill(boxes.isnan().any(-1), -math.inf)
-
+        # ---- the best boxes of the image, without those that repeat a better one
         keep = batched_nms(boxes, scores, labels, nms_threshold, max_detections)
         found, keep = keep >= 0, keep.clamp(min=0)
         boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)).where(found[..., None], 0)
-        scores = scores.gather(1, keep).clamp(min=0)
-        scores = torch.where(found, scores if custom == "mmdetection" else scores.sqrt(), -math.inf)
-        return boxes, scores, torch.where(found, labels.gather(1, keep), -1)
+        scores = final_score(scores.gather(1, keep).clamp(min=0)).where(found, -math.inf)
+        return boxes, scores, labels.gather(1, keep).where(found, -1)
 
-    def detect(self, outputs, sizes, **thresholds):
+    def detect(self, outputs: dict, sizes: Tensor, score_threshold: float = 0.0,
+               **thresholds) -> list[dict]:
         """`decode` as torchvision's list of {"boxes" (D, 4), "scores" (D,), "labels" (D,)}, only as
-        long as there are detections. Waits for the device; decode does not."""
+        long as there are detections of at least `score_threshold`; `thresholds` are keywords of
+        decode. Waits for the device; decode does not."""
         results = []
         for boxes, scores, labels in zip(*self.decode(outputs, sizes, **thresholds)):
-            D = int((labels >= 0).sum())
+            D = int(((labels >= 0) & (scores >= score_threshold)).sum())
             results.append({"boxes": boxes[:D], "scores": scores[:D], "labels": labels[:D]})
         return results
 
+    def rescale(self, boxes, size, hw):
+        """Boxes (D, 4) in pixels of an image of `size` (height, width) -> of that image at `hw`.
+        Where the weights know inclusive boxes, the pixel that decoding added is one of `hw`'s:
+        taken off before the scaling and added after, as the official code does."""
+        extra = torch.tensor([0.0, 0.0, 1.0, 1.0]) * self.convention["inclusive"]
+        (h, w), (new_h, new_w) = map(float, size), map(float, hw)
+        scale = torch.tensor([new_w / w, new_h / h, new_w / w, new_h / h])
+        return (boxes - extra) * scale + extra
+
     @torch.no_grad()
-    def predict(self, images, min_size=None, max_size=None, **thresholds):
+    def predict(self, images, min_size: int | None = None, max_size: int | None = None,
+                score_threshold: float = 0.0, **thresholds) -> list[dict]:
         """Detections in pixels of the given images.
 
         images: one or a list of paths, PIL images, RGB uint8 arrays (H, W, 3) or RGB uint8 tensors
         (3, H, W). min_size, max_size: pixels to resize to, by default `test_size`.
+        score_threshold: leaves out what scores less; thresholds: keywords of `decode`.
         -> a list of {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)} on the CPU, always a list
         """
         if not isinstance(images, (list, tuple)):
@@ -696,14 +911,13 @@ class FCOS(nn.Module):
         results = []
         try:
             for image in map(as_image, images):
-                h, w = image.shape[-2:]
-                new_h, new_w = resized_hw(h, w, min_size, max_size)
-                batch, sizes = pad_batch([resize(image, (new_h, new_w))])
+                hw = image.shape[-2:]
+                size = resized_hw(*hw, min_size, max_size)
+                batch, sizes = pad_batch([resize(image, size)])
                 outputs = self(batch.to(device), sizes.to(device))
-                found = self.detect(outputs, sizes, **thresholds)[0]
+                found = self.detect(outputs, sizes, score_threshold, **thresholds)[0]
                 found = {name: value.cpu() for name, value in found.items()}
-                found["boxes"] *= torch.tensor([w / new_w, h / new_h, w / new_w, h / new_h])
-                results.append(found)
+                results.append(found | {"boxes": self.rescale(found["boxes"], size, hw)})
         finally:
             self.train(training)
         return results
@@ -725,107 +939,62 @@ def as_image(source):
     )
 
 
-def build(name, num_classes=80, **overrides):
+def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
     """A new model of the row `name` of MODELS, randomly initialised; never downloads.
 
-    overrides: keywords of FCOS that replace the row's, such as norm="gn", frozen_stages=0.
-    ValueError lists the choices.
+    overrides: keywords of FCOS and of the row's backbone that replace the row's, such as
+    norm="gn", frozen_stages=0. UserError, a ValueError, lists the choices.
     """
     if name not in MODELS:
         raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
-    choices = list(inspect.signature(FCOS).parameters)[1:]
-    for keyword in overrides:
-        if keyword not in choices:
-            raise UserError(f"keyword {keyword!r}: expected one of {', '.join(choices)}")
-    model = FCOS(num_classes, **{**MODELS[name], **overrides})
-    model.name, model.overrides = name, overrides
+    model = FCOS(num_classes, **resolve(MODELS[name] | overrides))
+    model.name = name
     return model
 
 
 # ---- weights -----------------------------------------------------------------------------------
 
-# COCO's 80 classes; a category id is a place in this list, counted from 1, and ten are not used.
-COCO = {id: name for id, name in enumerate(
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,"
-    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,"
-    "backpack,umbrella,,,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
-    "baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,cup,fork,knife,spoon,"
-    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,microwave,"
-    "oven,toaster,sink,refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,"
-    "toothbrush".split(","), 1) if name}
+# COCO's 80 classes by category id; ten of 1..90 are not used.
+COCO = dict(enumerate(detection.FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))
+COCO = {id: name for id, name in COCO.items() if name not in ("__background__", "N/A")}
 
-# How others name what is called backbone.*, fpn.* and head.* here: pattern and replacement, applied
-# from top to bottom. "+" adds; n/3 is the name of module n among convolution, norm, relu, ...
-NAMES = r"""
-    # ResNets of torchvision, the official code, mmdetection and, with bottom_up, Detectron2
-    ^(backbone\.)?(body\.|bottom_up\.)?(stem\.)?conv1\.(?=weight)  backbone.stem.conv.
-    ^(backbone\.)?(body\.)?(stem\.)?bn1\.                          backbone.stem.norm.
-    ^(backbone\.bottom_up\.)?stem\.conv1\.norm\.                   backbone.stem.norm.
-    ^(backbone\.)?(body\.)?layer(\d)\.                             backbone.res\3+1.
-    ^(backbone\.bottom_up\.)?res(\d)\.                             backbone.res\2.
-    \.conv(\d)\.(?=weight)                                         .conv\1.conv.
-    \.bn(\d)\.                                                     .conv\1.norm.
-    \.(downsample\.0|shortcut)\.(?=weight)                         .down.conv.
-    \.(downsample\.1|shortcut\.norm)\.                             .down.norm.
-    \.conv2(\.|\.conv_|_)offset\.                                  .conv2.conv.offset.
-    # ResNets of Caffe2 and, with gamma and beta, Detectron2
-    ^conv1_w$                        backbone.stem.w
-    ^res_conv1_bn                    backbone.stem.bn
-    ^res(\d)_(\d+)_branch1_(w|bn)    backbone.res\1.\2.down.\3
-    ^res(\d)_(\d+)_branch2a_(w|bn)   backbone.res\1.\2.conv1.\3
-    ^res(\d)_(\d+)_branch2b_(w|bn)   backbone.res\1.\2.conv2.\3
-    ^res(\d)_(\d+)_branch2c_(w|bn)   backbone.res\1.\2.conv3.\3
-    \.w$                             .conv.weight
-    \.bn_(s|gamma)$                  .norm.weight
-    \.bn_(b|beta)$                   .norm.bias
-    \.bn_(rm|running_mean)$          .norm.running_mean
-    \.bn_(riv|running_var)$          .norm.running_var
-    # MobileNets
-    ^(backbone\.body\.)?features\.(\d|1[0-7])\.  backbone.features.\2.
-    \.features\.0\.0\.                           .features.0.conv.
-    \.features\.0\.1\.                           .features.0.norm.
-    \.features\.(\d+)\.conv\.(\d+)\.             .features.\1.\2/3.
+
+def layer(n):
+    """The name of module number n of a sequence of convolution, norm, relu, convolution, ..."""
+    return f"{int(n) // 3}.{('conv', 'norm', 'relu')[int(n) % 3]}"
+
+
+# How others name what is called fpn.* and head.* here, as backbones name what is theirs in `names`:
+# (pattern, replacement or a function of the match), applied from top to bottom.
+NAMES = [
     # pyramids: official, torchvision (its files have both spellings), AdelaiDet, mmdetection
-    ^backbone\.fpn\.fpn_inner(\d)\.              fpn.lateral\1+1.
-    ^backbone\.fpn\.fpn_layer(\d)\.              fpn.output\1+1.
-    ^backbone\.fpn\.inner_blocks\.(\d)\.(0\.)?   fpn.lateral\1+3.
-    ^backbone\.fpn\.layer_blocks\.(\d)\.(0\.)?   fpn.output\1+3.
-    ^backbone\.fpn\.(top|extra)_blocks\.         fpn.
-    ^backbone\.fpn_(lateral|output)              fpn.\1
-    ^backbone\.top_block\.                       fpn.
-    ^neck\.lateral_convs\.(\d)\.conv\.           fpn.lateral\1+3.
-    ^neck\.fpn_convs\.([012])\.conv\.            fpn.output\1+3.
-    ^neck\.fpn_convs\.([34])\.conv\.             fpn.p\1+3.
+    (r"^backbone\.fpn\.fpn_inner(\d)\.", lambda m: f"fpn.lateral{int(m[1]) + 1}."),
+    (r"^backbone\.fpn\.fpn_layer(\d)\.", lambda m: f"fpn.output{int(m[1]) + 1}."),
+    (r"^backbone\.fpn\.inner_blocks\.(\d)\.(0\.)?", lambda m: f"fpn.lateral{int(m[1]) + 3}."),
+    (r"^backbone\.fpn\.layer_blocks\.(\d)\.(0\.)?", lambda m: f"fpn.output{int(m[1]) + 3}."),
+    (r"^backbone\.fpn\.(top|extra)_blocks\.", "fpn."),
+    (r"^backbone\.fpn_(lateral|output)", r"fpn.\1"),
+    (r"^backbone\.top_block\.", "fpn."),
+    (r"^neck\.lateral_convs\.(\d)\.conv\.", lambda m: f"fpn.lateral{int(m[1]) + 3}."),
+    (r"^neck\.fpn_convs\.([012])\.conv\.", lambda m: f"fpn.output{int(m[1]) + 3}."),
+    (r"^neck\.fpn_convs\.([34])\.conv\.", lambda m: f"fpn.p{int(m[1]) + 3}."),
     # heads: official, AdelaiDet, mmdetection, torchvision
-    ^(rpn\.head|proposal_generator\.fcos_head|bbox_head)\.  head.
-    ^head\.classification_head\.conv\.                      head.cls_tower.
-    ^head\.regression_head\.conv\.                          head.bbox_tower.
-    ^head\.\w+_head\.                                       head.
-    ^head\.cls_tower\.(\d+)\.                               head.cls_tower.\1/3.
-    ^head\.bbox_tower\.(\d+)\.                              head.box_tower.\1/3.
-    ^head\.cls_convs\.                                      head.cls_tower.
-    ^head\.reg_convs\.                                      head.box_tower.
-    \.gn\.                                                  .norm.
-    ^head\.(cls_logits|conv_cls|fcos_cls)\.                 head.cls.
-    ^head\.(bbox_pred|bbox_reg|conv_reg|fcos_reg)\.         head.box.
-    ^head\.(bbox_ctrness|ctrness|(conv_|fcos_)?centerness)\.  head.ctr.
-    ^head\.scales\.(\d)\.scale$                             head.scale.\1
-    \.conv\.conv\.                                          .conv.
-    \.conv\.conv_offset\.                                   .conv.offset.
-"""
-NESTED_MOBILENET = r"""
-    # torchvision nests its layers, and so counts them in twos
-    ^features\.1\.conv\.([12])\.(?=\D)             features.1.conv.\1+2.
-    ^features\.(\d\d|[2-9])\.conv\.([23])\.(?=\D)  features.\1.conv.\2+4.
-    \.conv\.0\.([01])\.                            .conv.\1.
-    \.conv\.1\.([01])\.                            .conv.\1+3.
-"""
-CAFFE = {name: CONVENTION[name] for name in ("bgr", "mean", "std", "bn_eps")}
-MSRA = CAFFE | dict(mean=(103.53, 116.28, 123.675), bn_eps=1e-5)
-TORCH = dict(
-    bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bn_eps=1e-5
-)
+    (r"^(rpn\.head|proposal_generator\.fcos_head|bbox_head)\.", "head."),
+    (r"^head\.classification_head\.conv\.", "head.cls_tower."),
+    (r"^head\.regression_head\.conv\.", "head.bbox_tower."),
+    (r"^head\.\w+_head\.", "head."),
+    (r"^head\.cls_tower\.(\d+)\.", lambda m: f"head.cls_tower.{layer(m[1])}."),
+    (r"^head\.bbox_tower\.(\d+)\.", lambda m: f"head.box_tower.{layer(m[1])}."),
+    (r"^head\.cls_convs\.", "head.cls_tower."),
+    (r"^head\.reg_convs\.", "head.box_tower."),
+    (r"\.gn\.", ".norm."),
+    (r"^head\.(cls_logits|conv_cls|fcos_cls)\.", "head.cls."),
+    (r"^head\.(bbox_pred|bbox_reg|conv_reg|fcos_reg)\.", "head.box."),
+    (r"^head\.(bbox_ctrness|ctrness|(conv_|fcos_)?centerness)\.", "head.ctr."),
+    (r"^head\.scales\.(\d)\.scale$", r"head.scale.\1"),
+    (r"\.conv\.conv\.", ".conv."),
+    (r"\.conv\.conv_offset\.", ".conv.offset."),
+]
 DETECTORS = {  # family: (a key by which its files are known, the convention of its weights)
     "fcos": (r"head\.cls\.weight", {}),
     "official": (r"rpn\.head\.cls_logits\.weight", CONVENTION | dict(inclusive=True)),
@@ -835,29 +1004,18 @@ DETECTORS = {  # family: (a key by which its files are known, the convention of 
     "mmdetection": (r"bbox_head\.(conv|fcos)_cls\.weight",
                     CONVENTION | dict(bn_eps=1e-5, score="mmdetection")),
 }
-CLASSIFIERS = {  # for their backbone; the official recipes feed Caffe's pixels to MobileNet, too
-    "detectron2": (r"res_conv1_bn_(gamma|rm)", MSRA),
-    "caffe2": (r"res_conv1_bn_s", CAFFE),
-    "torchvision_in_detectron2": (r"stem\.conv1\.norm\.weight", TORCH),
-    "torchvision_resnet": (r"layer1\.0\.conv1\.weight", TORCH),
-    "torchvision_mobilenet": (r"features\.1\.conv\.0\.0\.weight", TORCH),
-    "mobilenet": (r"features\.1\.conv\.3\.weight", CAFFE),
-}
-FAMILIES = DETECTORS | CLASSIFIERS
 
 
-def our_name(key, table=NAMES):
-    """A key of another family in our words, by a table such as NAMES."""
-    def expand(match):
-        text = match.expand(replacement)
-        text = re.sub(r"(\d)\+(\d)", lambda m: str(int(m[1]) + int(m[2])), text)
-        part = ("conv", "norm", "relu")
-        return re.sub(r"(\d+)/3", lambda m: f"{int(m[1]) // 3}.{part[int(m[1]) % 3]}", text)
+def families():
+    """DETECTORS, and the ImageNet classifiers whose `files` the BACKBONES know."""
+    classifiers = (getattr(backbone, "files", {}) for backbone in BACKBONES.values())
+    return DETECTORS | {family: row for files in classifiers for family, row in files.items()}
 
-    for row in table.split("\n"):
-        if row and "#" not in row:
-            pattern, replacement = row.split()
-            key = re.sub(pattern, expand, key)
+
+def rename_key(key: str, names: list) -> str:
+    """A key of another family in our words, by the rows of a table such as NAMES."""
+    for pattern, replacement in names:
+        key = re.sub(pattern, replacement, key)
     return key
 
 
@@ -887,16 +1045,18 @@ def read_checkpoint(path):
     except Exception as error:  # junk makes the readers raise nearly anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
-            raise UserError(
-                f"{path}: refused, because it holds {refused[1]} and could run any program; save "
-                "its state dict alone"
-            ) from None
+            raise UserError(f"{path}: refused, because it holds {refused[1]} and could run any "
+                            "program; save its state dict alone") from None
         what = type(error).__name__
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({what})") from None
 
 
-def open_weights(source):
-    """A path or a dict of any family -> (path, content, state dict, family, the key that tells)."""
+# A file of weights: all that it holds, the state dict in it, its family and the key that tells it.
+Weights = namedtuple("Weights", "path content state family mark")
+
+
+def open_weights(source) -> Weights:
+    """A path or a dict of any family. UserError if it holds no state dict of a known one."""
     path = source if isinstance(source, (str, os.PathLike)) else "weights"
     content = read_checkpoint(source) if path is source else source
     state = content
@@ -911,63 +1071,79 @@ def open_weights(source):
     for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    for family, (mark, _) in FAMILIES.items():
+    for family, (mark, _) in families().items():
         for key, value in state.items():
             if re.fullmatch(mark, key) and getattr(value, "ndim", 0):
-                return path, content, state, family, key
-    raise UserError(
-        f"{path}: of no family known here ({', '.join(FAMILIES)}); its first keys are "
-        f"{', '.join(list(state)[:3]) or 'none'}"
-    )
+                return Weights(path, content, state, family, key)
+    first = ", ".join(list(state)[:3]) or "none"
+    raise UserError(f"{path}: of no family known here ({', '.join(families())}); its first keys "
+                    f"are {first}")
 
 
-def input_convention(model, family, content, state):
+def stored_keywords(content: dict) -> dict:
+    """The keywords that the model of one of our checkpoints was built with. Files from before these
+    were stored hold the name of a row and the keywords that overrode it."""
+    if "keywords" in content:
+        return content["keywords"]
+    overrides = {{"iou": "box_loss"}.get(k, k): v for k, v in content["overrides"].items()}
+    if "dcn" in overrides:
+        overrides["tower_dcn"] = bool(overrides["dcn"])
+    if content["name"] not in MODELS:
+        raise UserError(f"the file is of {content['name']}, a row that MODELS no longer has")
+    return resolve(MODELS[content["name"]] | overrides)
+
+
+def input_convention(model, weights):
     """What a file tells of the pixels it wants beyond its family, as keywords of CONVENTION."""
-    row = MODELS[model.name] | model.overrides
+    family, state = weights.family, weights.state
     if "pixel_mean" in state:  # AdelaiDet's
         mean, std = (tuple(state[f"pixel_{x}"].flatten().tolist()) for x in ("mean", "std"))
         return dict(bgr=mean[0] < mean[2], mean=mean, std=std)
-    if family in ("adelaidet", "detectron2") and row.get("groups") == 32:
+    if family in ("adelaidet", "detectron2") and model.keywords.get("groups") == 32:
         return dict(std=(57.375, 57.12, 58.395))  # for this backbone alone
     if family == "mmdetection":  # the text of its configuration lies beside the weights
-        text = str(content.get("meta"))
+        text = str(weights.content.get("meta"))
         found = [re.search(name + r"=\[([^\]]*)\]", text) for name in ("mean", "std")]
         if all(found):
             mean, std = (tuple(map(float, re.findall(r"[\d.]+", match[1]))) for match in found)
             return dict(bgr="to_rgb=True" not in text, mean=mean, std=std)
-        if not row.get("stride_in_1x1", True):
+        if not model.keywords.get("stride_in_1x1", True):
             return TORCH
         if "bbox_head.cls_convs.0.conv.bias" in state:
             return MSRA
     return {}
 
 
-def load_weights(model, source, finetune=False):
+def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dict:
     """Fill `model` from a path or a dict: our own checkpoints; detectors of the official FCOS,
     AdelaiDet, torchvision and mmdetection; and of ImageNet classifiers of Caffe2, Detectron2 and
     torchvision the backbone. The family is known from the keys and sets what goes with it in
     model.convention. The architecture is the row's and never changes; a file that contradicts it is
     an error, but only ours tell exp from relu. A detector of 80 classes gets the names of COCO's.
 
-    finetune: a classifier of another number of classes is left as it is, not an error.
-    -> {"family", "convention", "loaded", "ignored", "missing"}, the last three lists of names.
+    classes: the names of the model's classes, to fine-tune a detector of others: the rows of its
+    classifier are copied to the classes of the same name, and the others stay as they are.
+    -> {"family", "convention", "loaded", "ignored", "missing", "new_classes"}, four lists of names.
        UserError lists keys that are missing or unknown, and shapes that differ.
     """
-    path, content, state, family, _ = open_weights(source)
+    weights = source if isinstance(source, Weights) else open_weights(source)
+    path, content, state, family, _ = weights
 
     def refuse(why):
         raise UserError(f"{path}: does not fit {model.name}: {why}")
 
     # ---- their names become ours
-    table = NESTED_MOBILENET + NAMES if family == "torchvision_mobilenet" else NAMES
+    names = getattr(model.backbone, "names", []) + NAMES
+    if family == "torchvision_mobilenet":
+        names = getattr(model.backbone, "nested_names", []) + names
     own, renamed, unknown = model.state_dict(), {}, {}
     for key, value in state.items():
-        name = key if family == "fcos" else our_name(key, table)
+        name = key if family == "fcos" else rename_key(key, names)
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
             value = torch.from_numpy(value.astype(np.float32))
         if name not in own or name in renamed:
             unknown[key] = name
-        elif isinstance(value, torch.Tensor):
+        elif isinstance(value, Tensor):
             renamed[name] = value
         else:
             raise UserError(f"{path}: {key} is no tensor but {type(value).__name__}")
@@ -979,44 +1155,48 @@ def load_weights(model, source, finetune=False):
         elif family == "mmdetection" and name.startswith("head.scale.") and name in renamed:
             renamed[name] = renamed[name].reshape(1)
         elif family == "torchvision" and name.startswith("head.cls.") and name in renamed:
-            ids = model.category_ids or list(COCO)  # its 91 rows are category ids
-            if len(renamed[name]) == 91 != model.num_classes == len(ids) and max(ids) < 91:
-                renamed[name] = renamed[name][ids]
+            if len(renamed[name]) == 91 != model.num_classes:  # its rows are category ids
+                renamed[name] = renamed[name][list(COCO)]
+
+    # ---- the classifier, class by class
+    known, new_classes = content.get("classes") or [], []
+    if classes and "head.cls.bias" in renamed and family in DETECTORS:
+        if not known:  # the file names none
+            by_rows = {len(classes): classes, 80: list(COCO.values())}
+            known = by_rows.get(len(renamed["head.cls.bias"]), [])
+        new_classes = [name for name in classes if name not in known]
+        for name in ("head.cls.weight", "head.cls.bias"):
+            theirs, renamed[name] = renamed[name], own[name].clone()
+            for row, c in enumerate(classes):
+                if c in known:
+                    renamed[name][row] = theirs[known.index(c)]
 
     # ---- does everything fit?
     missing, spare = [name for name in own if name not in renamed], r".*num_batches_tracked"
     if family in DETECTORS:
         wrong, spare = missing + list(unknown), spare + r"|pixel_(mean|std)"
-    else:  # the rest of the file is its classifier
-        if "backbone.stem.norm.running_var" not in own and "backbone.stem.conv.weight" in own:
+    else:  # the rest of the file is its classifier; Caffe2's also keep the optimizer's momentum
+        if isinstance(model.backbone, ResNet) and "backbone.stem.norm.running_var" not in own:
             raise UserError(f"{path}: is of a backbone with BatchNorm, and this one has GroupNorm")
         wrong = missing + [key for key, name in unknown.items() if name.startswith("backbone.")]
-        spare += r"|(fpn|head)\..*|.*\.offset\..*"
+        spare += r"|(fpn|head)\..*|.*\.offset\..*|.*_momentum"
     wrong = [name for name in wrong if not re.fullmatch(spare, name)]
     if wrong:
         refuse(f"{len(wrong)} keys are missing or unknown, among them {', '.join(wrong[:5])}")
-    for name, value in list(renamed.items()):
+    for name, value in renamed.items():
         if value.shape != own[name].shape:
-            if finetune and name.startswith("head.cls."):
-                missing.append(name)
-                del renamed[name]
-                continue
-            hint = "; fine-tuning starts a new classifier" if name.startswith("head.cls.") else ""
+            hint = "; `classes` says whose rows to take" if name.startswith("head.cls.") else ""
             refuse(f"{name} is {tuple(value.shape)} in the file and {tuple(own[name].shape)} in "
                    f"the model{hint}")
     if family == "fcos" and "name" in content:  # what shapes do not tell
-        for keyword in ("activation", "ctr_on", "stride_in_1x1", "scales"):
-            there, here = (
-                (MODELS.get(name, {}) | overrides).get(keyword)
-                for name, overrides in ((content["name"], content["overrides"]),
-                                        (model.name, model.overrides))
-            )
+        stored = stored_keywords(content)
+        for keyword in ("activation", "ctr_on", "quality", "levels", "scales", "stride_in_1x1"):
+            there, here = stored.get(keyword), model.keywords.get(keyword)
             if there != here:
                 refuse(f"it is a {content['name']}, whose {keyword} is {there} and not {here}")
-    if family in CLASSIFIERS:
-        row = MODELS[model.name] | model.overrides
-        norm, here = row.get("norm", "frozen"), row.get("stride_in_1x1", True)
-        there = family in ("caffe2", "detectron2") and row.get("groups", 1) == 1
+    if family not in DETECTORS:
+        norm, here = model.keywords.get("norm"), model.keywords.get("stride_in_1x1")
+        there = family in ("caffe2", "detectron2") and model.keywords.get("groups") == 1
         if "backbone.res2.0.conv3.conv.weight" in own and there != here:
             there, here = ("1x1" if first else "3x3" for first in (there, here))
             refuse(f"its blocks have the stride in the {there} convolution, the model's in the "
@@ -1025,57 +1205,86 @@ def load_weights(model, source, finetune=False):
             refuse("its norms have no statistics, so that they can only be norm='frozen'")
 
     model.load_state_dict(renamed, strict=False)
-    convention = FAMILIES[family][1] | input_convention(model, family, content, state)
+    convention = families()[family][1] | input_convention(model, weights)
     if family == "fcos":
         convention = content.get("convention", {})
     elif family in DETECTORS and model.num_classes == 80 and model.classes is None:
         model.classes, model.category_ids = list(COCO.values()), list(COCO)
     model.set_convention(**convention)
     return {"family": family, "convention": model.convention, "loaded": list(renamed),
-            "ignored": list(unknown), "missing": missing}
+            "ignored": list(unknown), "missing": missing, "new_classes": new_classes}
 
 
-def load(path, name=None):
+def hub_file(name: str, classifier: str | None = None) -> Path:
+    """Where torch's hub folder keeps weights of torchvision: "coco", its FCOS (box AP 39.2), or
+    "imagenet", a classifier by its name there. Downloads what is missing, and checks its hash."""
+    if name == "coco":
+        weights = detection.FCOS_ResNet50_FPN_Weights.COCO_V1
+    elif classifier:
+        weights = get_model_weights(classifier).IMAGENET1K_V1
+    else:
+        raise UserError("imagenet: torchvision has no weights for this model; its ResNets have "
+                        "the stride in the 3x3 convolution, the Caffe-style rows in the 1x1")
+    path = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digest = path.stem.split("-")[-1]  # the start of the sha256
+            torch.hub.download_url_to_file(weights.url, str(path), digest)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{name}: download {weights.url} and put it into {path.parent}, since "
+                            f"this process cannot ({error})") from None
+    return path
+
+
+def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "FCOS":
     """A model in eval mode from a file alone, if it is one of our own checkpoints or torchvision's;
-    those of other families do not say which architecture they are of: `name` is a row of MODELS."""
+    those of other families do not say which architecture they are of: `name` is a row of MODELS.
+    "coco" is torchvision's own file: see hub_file. A model whose backbone was a module of your own
+    needs one, to be filled, as `backbone`."""
     if name not in (None, *MODELS):
         raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
-    _, content, state, family, key = open_weights(path)
-    fields = {"name", "num_classes", "overrides", "classes", "category_ids", "convention"}
-    if not fields | {"test_size", "model"} <= content.keys():
-        if family in CLASSIFIERS:
-            raise UserError(f"{path}: is an ImageNet classifier, as {key} tells, and no detector")
-        if name is None and family == "torchvision":
-            name = "fcos_torchvision_R_50_FPN"
+    path = hub_file("coco") if path == "coco" else path
+    _, content, state, family, mark = weights = open_weights(path)
+    if family not in DETECTORS:
+        raise UserError(f"{path}: is an ImageNet classifier, as {mark} tells, and no detector")
+    if "test_size" not in content:  # not ours, or no more than a state dict
+        if family == "torchvision":
+            name = name or "fcos_torchvision_R_50_FPN"
         if name is None:
-            raise UserError(
-                f"{path}: does not say which model it is; name one of {', '.join(MODELS)}"
-            )
-        num_classes = 80 if family == "torchvision" and len(state[key]) == 91 else len(state[key])
+            rows = ", ".join(MODELS)
+            raise UserError(f"{path}: does not say which model it is; name one of {rows}")
+        num_classes = 80 if family == "torchvision" and len(state[mark]) == 91 else len(state[mark])
         model = build(name, num_classes)
-        load_weights(model, path)
+        load_weights(model, weights)
         return model.eval()
     if name not in (None, content["name"]):
         raise UserError(f"{path}: is a {content['name']}, not a {name}")
     try:
-        model = build(content["name"], content["num_classes"], **content["overrides"])
+        keywords = stored_keywords(content)
+        if keywords["backbone"] is None:
+            if backbone is None:
+                raise UserError("its backbone is no row's; pass a module as `backbone`")
+            keywords = keywords | {"backbone": backbone}
+        model = FCOS(content["num_classes"], **keywords)
+        model.name = content["name"]
         model.classes, model.category_ids = content["classes"], content["category_ids"]
         model.test_size = tuple(content["test_size"])
-    except (ValueError, TypeError, RuntimeError) as error:  # of another version, or made by hand
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:  # made by hand, or damaged
         raise UserError(f"{path}: {error}") from None
-    load_weights(model, path)
+    load_weights(model, weights)
     return model.eval()
 
 
-def checkpoint(model):
+def checkpoint(model: "FCOS") -> dict:
     """All that `load` needs to rebuild the model, as tensors and plain Python values."""
-    names = ("name", "num_classes", "overrides", "classes", "category_ids", "convention",
+    names = ("name", "num_classes", "keywords", "classes", "category_ids", "convention",
              "test_size")
     return {name: getattr(model, name) for name in names} | {"model": model.state_dict()}
 
 
 @contextlib.contextmanager
-def open_whole(path, mode="wb", keep=None):
+def atomic_write(path, mode="wb", keep=None):
     """Open a file for writing that appears at `path` whole, when the block ends, or not at all.
     What was there moves to `keep`, if given. UserError if it cannot be written."""
     temporary = f"{path}.tmp"
@@ -1095,7 +1304,7 @@ def open_whole(path, mode="wb", keep=None):
             os.unlink(temporary)
 
 
-def save(model, path):
+def save(model: "FCOS", path):
     """Write a checkpoint that `load` reads, whole or not at all."""
-    with open_whole(path) as file:
+    with atomic_write(path) as file:
         torch.save(checkpoint(model), file)

@@ -1,6 +1,6 @@
 """Target assignment of FCOS: the box that each location learns, in O(locations) memory.
 
-    labels, ltrb, index = assign(points, boxes, labels, center_radius=1.5)      # (B, P, ...)
+    index = assign(points, boxes, center_radius=1.5)      # (B, P), -1 for background
 
 `assign_ref` is the same in plain PyTorch. The file needs nothing but PyTorch, and CuPy for the
 kernel: copy it. `python kernels/assign.py` compares the two, then times them.
@@ -8,7 +8,8 @@ kernel: copy it. `python kernels/assign.py` compares the two, then times them.
 Vectorised PyTorch builds locations x boxes matrices: an aerial image with 1,000 boxes takes several
 times 22,400 x 1,000 x 4 floats, and users run out of memory. Here a thread owns a location and sees
 the boxes one by one; a block reads them from memory once, 256 at a time, into shared memory. One
-launch serves the whole batch. Per location it reads 20 bytes and writes 32.
+launch serves the whole batch. It reads 20 bytes and writes 8 for each location of each image, and
+each block reads the boxes of its image, 16 bytes a box, mostly from the cache.
 """
 
 import functools
@@ -17,18 +18,17 @@ import warnings
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # ---- reference
 
 
-def assign_ref(points, boxes, labels, center_radius):
+def assign_ref(points, boxes, center_radius):
     """`assign` in plain PyTorch: what the kernel must reproduce, and what runs on the CPU."""
     x, y, stride, lo, hi = points.T
     reach = center_radius * stride
     results = []
-    for image_boxes, image_labels in zip(boxes, labels, strict=True):
+    for image_boxes in boxes:
         smallest = torch.full_like(x, torch.inf)
         index = torch.full_like(x, -1, dtype=torch.int64)
         for start in range(0, len(image_boxes), 32):  # 32 boxes at a time bound the memory
@@ -42,12 +42,8 @@ def assign_ref(points, boxes, labels, center_radius):
             area, first = torch.where(matches, (x2 - x1) * (y2 - y1), torch.inf).min(dim=0)
             index = torch.where(area < smallest, first + start, index)  # a tie keeps the earlier
             smallest = torch.minimum(area, smallest)
-        # Index -1 picks the row that pads the end: an image without boxes is no special case.
-        matched = F.pad(image_labels, (0, 1), value=-1)[index]
-        x1, y1, x2, y2 = F.pad(image_boxes, (0, 0, 0, 1))[index].T
-        ltrb = torch.stack((x - x1, y - y1, x2 - x, y2 - y), dim=1)
-        results.append((matched, torch.where(index[:, None] >= 0, ltrb, 0), index))
-    return tuple(torch.stack(column) for column in zip(*results, strict=True))
+        results.append(index)
+    return torch.stack(results)
 
 
 # ---- kernel
@@ -62,11 +58,8 @@ struct Offsets { int at[MAX_IMAGES + 1]; };
 extern "C" __global__ void assign(
     const float* points,           // (n_points, 5) x, y, stride, lo, hi
     const float4* boxes,           // (all boxes of the batch) x1, y1, x2, y2
-    const long long* labels,       // (all boxes of the batch)
     const Offsets offsets,
-    long long* matched_label,      // (B, n_points) out, -1 for background
-    float4* matched_ltrb,          // (B, n_points) out, 0 for background
-    long long* matched_index,      // (B, n_points) out: position in its image's boxes, or -1
+    long long* index,              // (B, n_points) out: position in its image's boxes, or -1
     int n_points, float radius)
 {
     __shared__ float4 tile[THREADS];
@@ -84,7 +77,6 @@ extern "C" __global__ void assign(
 
     float smallest = __uint_as_float(0x7f800000u);
     int match = -1;
-    float4 ltrb = {0.0f, 0.0f, 0.0f, 0.0f};
     for (int start = first; start < last; start += blockDim.x) {
         __syncthreads();  // nobody still reads the previous tile
         if (start + (int)threadIdx.x < last) tile[threadIdx.x] = boxes[start + threadIdx.x];
@@ -104,16 +96,11 @@ extern "C" __global__ void assign(
             const float area = (box.z - box.x) * (box.w - box.y);
             if (area < smallest) {  // a tie keeps the earlier box
                 smallest = area;
-                match = start + j;
-                ltrb = {l, t, r, b};
+                match = start + j - first;
             }
         }
     }
-    if (p >= n_points) return;
-    const long long out = (long long)blockIdx.y * n_points + p;
-    matched_label[out] = match < 0 ? -1 : labels[match];
-    matched_ltrb[out] = ltrb;
-    matched_index[out] = match < 0 ? -1 : match - first;
+    if (p < n_points) index[(long long)blockIdx.y * n_points + p] = match;
 }
 """
 KERNELS, OPTIONS = ("assign",), ("--fmad=false",)  # no fused rounding: bit for bit PyTorch
@@ -123,19 +110,20 @@ THREADS, MAX_IMAGES = 256, 256  # as in the CUDA text
 # ---- launcher: the same lines in every kernel file, because a file is copied whole
 
 
+@torch.compiler.disable
 @functools.cache
 def _load(device):
     """The kernels compiled for GPU number `device`, or the exception that says why not."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
 
-        kernels = {name: cupy.RawKernel(CUDA_SOURCE, name, OPTIONS) for name in KERNELS}
+        module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
-            for kernel in kernels.values():
-                kernel.compile()
-        return kernels
+            return {name: module.get_function(name) for name in KERNELS}
     except Exception as error:
-        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=4)
+        if torch.cuda.is_current_stream_capturing():  # what is raised is not cached
+            raise RuntimeError(f"run {__name__} once before a CUDA graph is captured") from error
+        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
         return error
 
 
@@ -148,11 +136,15 @@ def _use_kernel(like):
         return False
     kernels = _load(like.device.index)
     if choice == "cupy" and isinstance(kernels, Exception):
-        raise ImportError(
-            f"FCOS_KERNELS=cupy, but the kernel cannot run: {kernels!r}. "
-            "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
-        ) from kernels
+        advice = "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
+        raise ImportError(f"FCOS_KERNELS=cupy, but {kernels!r}. {advice}") from kernels
     return not isinstance(kernels, Exception)
+
+
+def _aligned(tensor):
+    """Contiguous and on a 16-byte boundary, as 16-byte loads need. Rarely a copy."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _launch(name, grid, threads, *args):
@@ -163,79 +155,60 @@ def _launch(name, grid, threads, *args):
     device = args[0].device
     values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
     with torch.cuda.device(device):
-        stream = torch.cuda.current_stream()
-        if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14
-            stream = cupy.cuda.Stream.from_external(stream)
-        else:
-            stream = cupy.cuda.ExternalStream(stream.cuda_stream, device.index)
-        with stream:
+        with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
             _load(device.index)[name](grid, (threads,), values)
 
 
 # ---- operator
 
 
-def _assign_kernel(points, boxes, labels, center_radius):
-    B, P = len(boxes), len(points)
-    offsets = np.zeros(1, dtype=[("at", np.int32, MAX_IMAGES + 1)])  # CuPy passes it by value
-    offsets["at"][0, 1 : B + 1] = np.cumsum([len(b) for b in boxes])
-    matched_label, index = torch.empty((2, B, P), dtype=torch.int64, device=points.device)
-    ltrb = points.new_empty((B, P, 4))
-    _launch(
-        "assign", (-(-P // THREADS), B), THREADS,
-        points.contiguous(), torch.cat(boxes), torch.cat(labels), offsets,
-        matched_label, ltrb, index, np.int32(P), np.float32(center_radius),
-    )  # fmt: skip
-    return matched_label, ltrb, index
+@torch.compiler.disable
+def _assign_kernel(points, boxes, center_radius):
+    points, P = points.contiguous(), len(points)
+    index = torch.empty((len(boxes), P), dtype=torch.int64, device=points.device)
+    for first in range(0, len(boxes), MAX_IMAGES):
+        images = boxes[first : first + MAX_IMAGES]
+        offsets = np.zeros(1, dtype=[("at", np.int32, MAX_IMAGES + 1)])  # CuPy passes it by value
+        offsets["at"][0, 1 : len(images) + 1] = np.cumsum([len(b) for b in images])
+        args = points, _aligned(torch.cat(images)), offsets, index[first:]
+        numbers = np.int32(P), np.float32(center_radius)
+        _launch("assign", (-(-P // THREADS), len(images)), THREADS, *args, *numbers)
+    return index
 
 
 @torch.no_grad()
-def assign(
-    points: Tensor, boxes: list[Tensor], labels: list[Tensor], center_radius: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def assign(points: Tensor, boxes: list[Tensor], center_radius: float) -> Tensor:
     """Which box, if any, each location of each image has to predict (arXiv 1904.01355, section 3).
 
     points: (P, 5) fp32, a row per location: x, y, the stride of its level, and the range lo, hi of
-    its level, all in pixels. boxes: for each of B images (G, 4) x1, y1, x2, y2 in pixels; labels:
-    (G,) integers each. G may be 0 and differ between images. All on one device.
+    its level, all in pixels. boxes: for each of B images (G, 4) x1, y1, x2, y2 in pixels, on the
+    device of points; G may be 0 and differ between images.
 
     A box is a candidate for a location strictly inside it whose largest distance to a side lies in
     [lo, hi], both ends included. With center_radius > 0 the location must also be less than
     center_radius * stride from the centre of the box in x and in y. Of several candidates the one
     of smallest area wins, of equal areas the first.
 
-    Returns labels (B, P) int64, ltrb (B, P, 4) fp32 distances to the left, top, right and bottom
-    side in pixels, and index (B, P) int64, the position of the box in its image's list. A location
-    without a box, background, has -1, zeros and -1.
+    Returns (B, P) int64, the position of the box in its image's list, -1 for background.
 
     Raises ValueError for another shape or device, no image, or a negative radius.
     """
     if points.ndim != 2 or points.shape[1] != 5:
         raise ValueError(f"points is {tuple(points.shape)}; it must be (P, 5), see assign")
-    if len(boxes) == 0 or len(boxes) != len(labels):
-        raise ValueError(
-            f"{len(boxes)} tensors of boxes and {len(labels)} of labels; "
-            "give one of each per image, and at least one image"
-        )
-    for image, (b, k) in enumerate(zip(boxes, labels, strict=True)):
-        if b.ndim != 2 or b.shape[1] != 4 or k.shape != b.shape[:1]:
+    if len(boxes) == 0:
+        raise ValueError("boxes is empty; give a tensor of boxes per image, at least one")
+    for image, b in enumerate(boxes):
+        if b.ndim != 2 or b.shape[1] != 4:
             raise ValueError(
-                f"image {image} has boxes {tuple(b.shape)} and labels {tuple(k.shape)}; "
-                "they must be (G, 4) and (G,), also where G is 0"
+                f"image {image} has boxes {tuple(b.shape)}; they must be (G, 4), also where G is 0"
             )
-        if not b.device == k.device == points.device:
-            raise ValueError(f"points is on {points.device}; move boxes and labels there as well")
+        if b.device != points.device:
+            raise ValueError(f"points is on {points.device}; move boxes there as well")
     if not center_radius >= 0:
         raise ValueError(f"center_radius is {center_radius}; give 0 (the whole box) or more")
     points, boxes = points.float(), [b.float() for b in boxes]
-    labels = [k.long() for k in labels]
-    if len(points) == 0 or not _use_kernel(points):
-        return assign_ref(points, boxes, labels, center_radius)
-    parts = [
-        _assign_kernel(points, boxes[i : i + MAX_IMAGES], labels[i : i + MAX_IMAGES], center_radius)
-        for i in range(0, len(boxes), MAX_IMAGES)
-    ]
-    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+    run = _assign_kernel if len(points) and _use_kernel(points) else assign_ref
+    return run(points, boxes, center_radius)
 
 
 # ---- compare, then time
@@ -251,22 +224,19 @@ if __name__ == "__main__":
         points = torch.cat((torch.stack((x, y), dim=2).view(-1, 2), level), dim=1).to(device)
         corner, size = 1100 * torch.rand(images, n_boxes, 2), 100 * torch.rand(images, n_boxes, 2)
         boxes = torch.cat((corner, corner + size), dim=2).round().to(device)
-        return points, list(boxes), list(torch.randint(80, (images, n_boxes), device=device)), 1.5
+        return points, list(boxes), 1.5
 
     for n_boxes in (0, 1, 7, 300, 1000):
         args = scene(3, n_boxes)
-        for mine, expected in zip(assign(*args), assign_ref(*args), strict=True):
-            assert torch.equal(mine, expected), f"{n_boxes} boxes"
+        assert torch.equal(assign(*args), assign_ref(*args)), f"{n_boxes} boxes"
     print("OK" if device == "cuda" else "OK for the reference. No GPU: the kernel did not run.")
     if device == "cuda":
         from torch.utils.benchmark import Timer
 
-        def milliseconds(f, *args):
-            return 1e3 * Timer("f(*args)", globals={"f": f, "args": args}).timeit(20).mean
-
         args = scene(16, 500)
         for name, function in ("kernel", assign), ("PyTorch", assign_ref):
             torch.cuda.reset_peak_memory_stats()
-            ms = milliseconds(function, *args)
+            timer = Timer("f(*args)", globals={"f": function, "args": args})
+            ms = 1e3 * timer.timeit(20).mean
             peak = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
             print(f"16 images x 22,500 locations x 500 boxes, {name}: {ms:.3f} ms, peak {peak}")

@@ -6,9 +6,8 @@
 kernel: copy it. `python kernels/iou_loss.py` compares the two, then times them.
 
 As PyTorch operators the loss is some forty launches, each reading and writing (N, 4) tensors. Here
-forward is two (the kernel and PyTorch's sum of its partial sums), backward one. Bytes per location:
-forward reads pred, target, weight and writes the gradient, 52 (20 where the weight is 0: pred and
-target are not even read); backward scales the gradient, 32.
+forward is two, backward one. Bytes per location: forward reads pred, target and weight and writes
+the gradient, 52 (20 where weight is 0: there it reads no box); backward scales the gradient, 32.
 """
 
 import functools
@@ -20,37 +19,56 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-KINDS = ("iou", "linear_iou", "giou")  # the kernel knows them by their position
-
-
 # ---- reference
+
+
+def iou(pred: Tensor, target: Tensor) -> Tensor:
+    """(I + 1) / (U + 1), the official code's IoU, of two boxes around the same location.
+
+    pred, target: (..., 4) distances left, top, right, bottom to the sides, in pixels or strides
+    (the 1 makes the unit matter). Returns (...), fp32 or, of float64, float64; differentiable.
+    Raises ValueError for another shape.
+    """
+    if pred.shape != target.shape or pred.shape[-1:] != (4,):
+        raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)}: not (..., 4)")
+    return _overlap(pred, target)[0]
+
+
+def _overlap(pred, target):
+    """(...) each: IoU, area of the union, area of the hull (the smallest box around both)."""
+    if pred.dtype != torch.float64:
+        pred, target = pred.float(), target.float()
+    inter, hull = _area(torch.minimum(pred, target)), _area(torch.maximum(pred, target))
+    union = _area(pred) + _area(target) - inter
+    return (inter + 1) / (union + 1), union, hull + 1e-7
+
+
+def _area(ltrb):
+    left, top, right, bottom = ltrb.unbind(-1)
+    return (left + right) * (top + bottom)
+
+
+def _giou(pred, target):
+    ratio, union, hull = _overlap(pred, target)
+    return ratio - (hull - union) / hull
+
+
+# The loss of each location by kind, (..., 4) and (..., 4) to (...). A new kind is one more entry:
+# what CUDA_KINDS below does not name runs as PyTorch, on a GPU too.
+KINDS = {
+    "iou": lambda pred, target: -iou(pred, target).log(),
+    "linear_iou": lambda pred, target: 1 - iou(pred, target),
+    "giou": lambda pred, target: 1 - _giou(pred, target),
+}
 
 
 def iou_loss_ref(pred, target, weight, kind="giou"):
     """`iou_loss` in plain PyTorch: what the kernel must reproduce, and what runs on the CPU."""
-    if pred.dtype != torch.float64:
-        pred, target, weight = pred.float(), target.float(), weight.float()
     # torch.where on the inputs, not on the loss: the gradient would bring 0 * NaN back.
     counts = (weight != 0)[:, None]
     pred, target = torch.where(counts, pred, 1), torch.where(counts, target, 1)
-
-    left, top, right, bottom = torch.minimum(pred, target).unbind(1)
-    inter = (left + right) * (top + bottom)
-    union = _area(pred) + _area(target) - inter
-    iou = (inter + 1) / (union + 1)
-    if kind == "iou":
-        loss = -iou.log()
-    elif kind == "linear_iou":
-        loss = 1 - iou
-    else:
-        hull = _area(torch.maximum(pred, target)) + 1e-7
-        loss = 1 - (iou - (hull - union) / hull)
-    return (weight * loss).sum()
-
-
-def _area(ltrb):
-    left, top, right, bottom = ltrb.unbind(1)
-    return (left + right) * (top + bottom)
+    loss = KINDS[kind](pred, target)
+    return (weight.to(loss.dtype) * loss).sum()
 
 
 # ---- kernel
@@ -77,8 +95,7 @@ extern "C" __global__ void iou_loss(
     const float* weight,     // (n)
     float4* grad,            // (n) out: d(weight * loss) / d pred; null when nobody asks for it
     float* partial,          // (gridDim.x) out: this block's share of the sum
-    long long n,
-    int kind)
+    long long n, int kind)   // kind as in CUDA_KINDS
 {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const float w = i < n ? weight[i] : 0.0f;
@@ -93,26 +110,26 @@ extern "C" __global__ void iou_loss(
         const float uni = p_width * p_height + (t.x + t.z) * (t.y + t.w) - inter;
         const float iou = (inter + 1.0f) / (uni + 1.0f);
 
-        // The loss as a function of three areas that depend on pred: d_inter, d_area and d_hull are
-        // its derivatives by the intersection, the area of pred, and the hull.
+        // The derivatives of the loss by the areas of the intersection, of pred and of the hull.
         float d_inter = -(1.0f + iou) / (uni + 1.0f), d_area = iou / (uni + 1.0f), d_hull = 0.0f;
-        float h_width = 0.0f, h_height = 0.0f;
+        const float h_width = fmaxf(p.x, t.x) + fmaxf(p.z, t.z);
+        const float h_height = fmaxf(p.y, t.y) + fmaxf(p.w, t.w);
         if (kind == 0) {
             loss = -logf(iou);
             d_inter /= iou;
             d_area /= iou;
         } else if (kind == 1) {
             loss = 1.0f - iou;
-        } else {
-            h_width = fmaxf(p.x, t.x) + fmaxf(p.z, t.z);
-            h_height = fmaxf(p.y, t.y) + fmaxf(p.w, t.w);
+        } else if (kind == 2) {
             const float hull = h_width * h_height + 1e-7f;
             loss = 1.0f - (iou - (hull - uni) / hull);
             d_inter += 1.0f / hull;
             d_area -= 1.0f / hull;
             d_hull = uni / hull / hull;
+        } else {
+            loss = d_inter = __uint_as_float(0x7fffffffu);  // NaN: no kind of CUDA_KINDS
         }
-        // And of the areas by the distances: left and right move widths, top and bottom heights.
+        // And those of the areas: left and right change widths, top and bottom heights.
         const float x = w * d_inter * i_height, x_area = w * d_area * p_height;
         const float y = w * d_inter * i_width, y_area = w * d_area * p_width;
         const float x_hull = w * d_hull * h_height, y_hull = w * d_hull * h_width;
@@ -127,37 +144,28 @@ extern "C" __global__ void iou_loss(
     const float sum = block_sum(loss);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
-
-extern "C" __global__ void scale(
-    const float4* grad, const float* upstream, float4* out, long long n)
-{
-    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    const float4 g = grad[i];
-    const float u = *upstream;
-    out[i] = {g.x * u, g.y * u, g.z * u, g.w * u};
-}
 """
-KERNELS, OPTIONS = ("iou_loss", "scale"), ()
-THREADS = 256
+CUDA_KINDS = {"iou": 0, "linear_iou": 1, "giou": 2}  # as in the CUDA text
+KERNELS, OPTIONS, THREADS = ("iou_loss",), (), 256
 
 
 # ---- launcher: the same lines in every kernel file, because a file is copied whole
 
 
+@torch.compiler.disable
 @functools.cache
 def _load(device):
     """The kernels compiled for GPU number `device`, or the exception that says why not."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
 
-        kernels = {name: cupy.RawKernel(CUDA_SOURCE, name, OPTIONS) for name in KERNELS}
+        module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
-            for kernel in kernels.values():
-                kernel.compile()
-        return kernels
+            return {name: module.get_function(name) for name in KERNELS}
     except Exception as error:
-        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=4)
+        if torch.cuda.is_current_stream_capturing():  # what is raised is not cached
+            raise RuntimeError(f"run {__name__} once before a CUDA graph is captured") from error
+        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
         return error
 
 
@@ -170,11 +178,15 @@ def _use_kernel(like):
         return False
     kernels = _load(like.device.index)
     if choice == "cupy" and isinstance(kernels, Exception):
-        raise ImportError(
-            f"FCOS_KERNELS=cupy, but the kernel cannot run: {kernels!r}. "
-            "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
-        ) from kernels
+        advice = "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
+        raise ImportError(f"FCOS_KERNELS=cupy, but {kernels!r}. {advice}") from kernels
     return not isinstance(kernels, Exception)
+
+
+def _aligned(tensor):
+    """Contiguous and on a 16-byte boundary, as 16-byte loads need. Rarely a copy."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _launch(name, grid, threads, *args):
@@ -185,22 +197,11 @@ def _launch(name, grid, threads, *args):
     device = args[0].device
     values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
     with torch.cuda.device(device):
-        stream = torch.cuda.current_stream()
-        if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14
-            stream = cupy.cuda.Stream.from_external(stream)
-        else:
-            stream = cupy.cuda.ExternalStream(stream.cuda_stream, device.index)
-        with stream:
+        with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
             _load(device.index)[name](grid, (threads,), values)
 
 
 # ---- operator
-
-
-def _aligned(tensor):
-    """Contiguous and on a 16-byte boundary, as 16-byte loads need; nearly always the tensor."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 class _IoULoss(torch.autograd.Function):
@@ -209,35 +210,41 @@ class _IoULoss(torch.autograd.Function):
         n, blocks = len(pred), -(-len(pred) // THREADS)
         partial = pred.new_empty(blocks)
         grad = pred.new_empty(pred.shape if ctx.needs_input_grad[0] else 0)  # empty: a null pointer
-        _launch(
-            "iou_loss", (blocks,), THREADS, _aligned(pred), _aligned(target), weight.contiguous(),
-            grad, partial, np.int64(n), np.int32(KINDS.index(kind)),
-        )  # fmt: skip
+        tensors = _aligned(pred), _aligned(target), weight.contiguous(), grad, partial
+        _launch("iou_loss", (blocks,), THREADS, *tensors, np.int64(n), np.int32(CUDA_KINDS[kind]))
         ctx.save_for_backward(grad)
         return partial.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        (grad,) = ctx.saved_tensors
-        n, out = len(grad), torch.empty_like(grad)
-        _launch("scale", (-(-n // THREADS),), THREADS, grad, upstream, out, np.int64(n))
-        return out, None, None, None
+        return ctx.saved_tensors[0] * upstream, None, None, None
+
+
+_iou_loss_kernel = torch.compiler.disable(_IoULoss.apply)
+
+
+@torch.compiler.disable
+@functools.cache  # one warning for each kind
+def _in_cuda(kind):
+    if kind not in CUDA_KINDS:
+        warnings.warn(f"{__name__}: no kernel computes {kind!r}, PyTorch runs it", stacklevel=4)
+    return kind in CUDA_KINDS
 
 
 def iou_loss(pred: Tensor, target: Tensor, weight: Tensor, kind: str = "giou") -> Tensor:
     """Sum over locations of weight * loss between two boxes around the same location.
 
     pred, target: (N, 4) distances left, top, right, bottom from the location to the sides, in
-    pixels or strides (the +1 below makes the unit matter); weight: (N,). fp32, bf16 or fp16, the
-    arithmetic is fp32 (on the CPU also float64). Returns a scalar that is differentiable in pred
-    only, and once. Where weight is 0, value and gradient are exactly 0 whatever pred is, inf and
-    NaN included: give the negatives weight 0 and gather nothing.
+    pixels or strides (the unit matters, see `iou`); weight: (N,). fp32, bf16 or fp16, computed in
+    fp32; float64 is computed in float64, always by PyTorch. kind, one of KINDS: "iou" is -log IoU
+    (arXiv 1608.01471), "linear_iou" 1 - IoU, "giou" 1 - IoU + (H - U) / H, with the area U of the
+    union and H of the hull + 1e-7 (arXiv 1902.09630). A kind that no kernel computes runs as
+    PyTorch on a GPU too, and one warning says so.
 
-    With intersection I and union U, IoU = (I + 1) / (U + 1) as in the official code. kind "iou" is
-    -log IoU (arXiv 1608.01471), "linear_iou" is 1 - IoU, "giou" is 1 - GIoU (arXiv 1902.09630) with
-    GIoU = IoU - (H - U) / H and the hull H = its area + 1e-7. Where pred equals target, min and max
-    have the subgradient 0.5.
+    Returns a scalar, differentiable in pred alone, by the kernel only once. Where weight is 0,
+    value and gradient are exactly 0 whatever pred is, inf and NaN included: give background the
+    weight 0, select nothing. Where pred equals target, min and max have the derivative 0.5.
 
     Raises ValueError for another kind, shape or device.
     """
@@ -251,8 +258,8 @@ def iou_loss(pred: Tensor, target: Tensor, weight: Tensor, kind: str = "giou") -
     if not pred.device == target.device == weight.device:
         raise ValueError(f"pred is on {pred.device}; move target and weight there as well")
     target, weight = target.detach(), weight.detach()
-    if len(pred) and _use_kernel(pred):
-        return _IoULoss.apply(pred.float(), target.float(), weight.float(), kind)
+    if len(pred) and pred.dtype != torch.float64 and _use_kernel(pred) and _in_cuda(kind):
+        return _iou_loss_kernel(pred.float(), target.float(), weight.float(), kind)
     return iou_loss_ref(pred, target, weight, kind)
 
 
@@ -278,14 +285,11 @@ if __name__ == "__main__":
     if device == "cuda":
         from torch.utils.benchmark import Timer
 
-        def milliseconds(f, *args):
-            return 1e3 * Timer("f(*args)", globals={"f": f, "args": args}).timeit(20).mean
-
         n = 4_000_000
         pred, target = 64 * torch.rand(2, n, 4, device=device)
         args = pred.requires_grad_(), target, torch.rand(n, device=device), "giou"
-        losses = {"kernel": iou_loss, "eager": iou_loss_ref}
-        losses["torch.compile"] = torch.compile(iou_loss_ref)
-        for name, loss in losses.items():
-            ms = milliseconds(value_and_grad, loss, *args)
+        compiled = torch.compile(iou_loss_ref)
+        for name, loss in ("kernel", iou_loss), ("eager", iou_loss_ref), ("compiled", compiled):
+            timer = Timer("f(*args)", globals={"f": value_and_grad, "args": (loss, *args)})
+            ms = 1e3 * timer.timeit(20).mean
             print(f"{n} locations, both passes, {name}: {ms:.3f} ms, {84e-9 * n / ms:.2f} TB/s")

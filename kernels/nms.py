@@ -108,9 +108,8 @@ extern "C" __global__ void nms(
         unsigned long long best = 0;
         for (int i = threadIdx.x; i < n; i += blockDim.x) {
             const unsigned key = keys[i];
-            const bool rival = labels[i] == label;  // read beside the key, not after it
             if (key == 0) continue;
-            if (i == kept || (rival && box_iou(boxes[i], box) > iou_threshold)) {
+            if (i == kept || (labels[i] == label && box_iou(boxes[i], box) > iou_threshold)) {
                 keys[i] = 0;
                 continue;
             }
@@ -140,19 +139,20 @@ KERNELS, OPTIONS = ("nms",), ("--fmad=false",)  # no fused rounding: bit for bit
 # ---- launcher: the same lines in every kernel file, because a file is copied whole
 
 
+@torch.compiler.disable
 @functools.cache
 def _load(device):
     """The kernels compiled for GPU number `device`, or the exception that says why not."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
 
-        kernels = {name: cupy.RawKernel(CUDA_SOURCE, name, OPTIONS) for name in KERNELS}
+        module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
-            for kernel in kernels.values():
-                kernel.compile()
-        return kernels
+            return {name: module.get_function(name) for name in KERNELS}
     except Exception as error:
-        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=4)
+        if torch.cuda.is_current_stream_capturing():  # what is raised is not cached
+            raise RuntimeError(f"run {__name__} once before a CUDA graph is captured") from error
+        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
         return error
 
 
@@ -165,11 +165,15 @@ def _use_kernel(like):
         return False
     kernels = _load(like.device.index)
     if choice == "cupy" and isinstance(kernels, Exception):
-        raise ImportError(
-            f"FCOS_KERNELS=cupy, but the kernel cannot run: {kernels!r}. "
-            "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
-        ) from kernels
+        advice = "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
+        raise ImportError(f"FCOS_KERNELS=cupy, but {kernels!r}. {advice}") from kernels
     return not isinstance(kernels, Exception)
+
+
+def _aligned(tensor):
+    """Contiguous and on a 16-byte boundary, as 16-byte loads need. Rarely a copy."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _launch(name, grid, threads, *args):
@@ -180,33 +184,22 @@ def _launch(name, grid, threads, *args):
     device = args[0].device
     values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
     with torch.cuda.device(device):
-        stream = torch.cuda.current_stream()
-        if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14
-            stream = cupy.cuda.Stream.from_external(stream)
-        else:
-            stream = cupy.cuda.ExternalStream(stream.cuda_stream, device.index)
-        with stream:
+        with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
             _load(device.index)[name](grid, (threads,), values)
 
 
 # ---- operator
 
 
-def _aligned(tensor):
-    """Contiguous and on a 16-byte boundary, as 16-byte loads need; nearly always the tensor."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
+@torch.compiler.disable
 def _nms_kernel(boxes, scores, labels, iou_threshold, max_detections):
     B, N = scores.shape
     keys = torch.empty((B, N), dtype=torch.int32, device=boxes.device)
     keep = torch.empty((B, max_detections), dtype=torch.int64, device=boxes.device)
-    _launch(
-        "nms", (B,), min(1024, max(32, -(-N // 32) * 32)),
-        _aligned(boxes), scores.contiguous(), labels.contiguous(), keys, keep,
-        np.int32(N), np.int32(max_detections), np.float32(iou_threshold),
-    )  # fmt: skip
+    threads = min(1024, max(32, -(-N // 32) * 32))
+    tensors = _aligned(boxes), scores.contiguous(), labels.contiguous(), keys, keep
+    numbers = np.int32(N), np.int32(max_detections), np.float32(iou_threshold)
+    _launch("nms", (B,), threads, *tensors, *numbers)
     return keep
 
 
@@ -222,7 +215,7 @@ def batched_nms(
     precision. Scores of -inf and NaN are padding: never kept, never suppressing. Of equal scores
     the lower index is the better. Boxes without area overlap nothing.
 
-    Returns (B, max_detections) int64: indices by falling score, then -1. Differentiable in nothing.
+    Returns (B, max_detections) int64: indices by falling score, then -1. Not differentiable.
 
     Raises ValueError for another shape or device, a threshold outside [0, 1], or max_detections
     below 1.
@@ -272,11 +265,9 @@ if __name__ == "__main__":
     if device == "cuda":
         from torch.utils.benchmark import Timer
 
-        def milliseconds(f, *args):
-            return 1e3 * Timer("f(*args)", globals={"f": f, "args": args}).timeit(20).mean
-
         for images, n in (1, 100), (1, 5000), (16, 5000), (16, 75_000):
             args = candidates(images, n, 80)
             for name, function in ("kernel", batched_nms), ("torchvision", image_by_image):
-                ms = milliseconds(function, *args)
+                timer = Timer("f(*args)", globals={"f": function, "args": args})
+                ms = 1e3 * timer.timeit(20).mean
                 print(f"{images} images x {n} candidates x 80 classes, {name}: {ms:.3f} ms")

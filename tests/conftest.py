@@ -16,3 +16,12 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("needs the full golden sets of ../shared")
     return SHARED
+
+
+@pytest.fixture
+def one_thread():
+    """Two are slower on networks as small as these, by far if the second core is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -23,12 +23,10 @@ using std::max;
 using std::min;
 
 struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
 static struct { unsigned x, y, z; } threadIdx, blockIdx, blockDim, gridDim;
 
 static inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 static inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
-static inline int __ffs(int x) { return __builtin_ffs(x); }
 
 namespace shim {
 

@@ -9,7 +9,7 @@ from test_kernels import candidates, location_grid, logits_and_labels, ltrb_pair
 
 from kernels.assign import assign, assign_ref
 from kernels.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_ref
-from kernels.iou_loss import KINDS, iou_loss, iou_loss_ref
+from kernels.iou_loss import KINDS, iou, iou_loss, iou_loss_ref
 from kernels.nms import batched_nms, batched_nms_ref
 
 pytestmark = [
@@ -32,19 +32,22 @@ def value_and_grad(loss, leaf, *args):
     return value.detach(), torch.autograd.grad(3 * value, leaf)[0]
 
 
+def alone(function, *args):
+    return (function(*args),)
+
+
 def operators(device="cuda"):
     """name: (function, reference, arguments): one small call of each."""
     pred, target, weight = (x.to(device) for x in ltrb_pairs(300))
     logits, labels = (x.to(device) for x in logits_and_labels(300, 80))
     points = location_grid(100, 140).to(device)
     boxes = [random_boxes(n, 100, 140).to(device) for n in (5, 0, 300)]
-    classes = [torch.randint(80, (len(b),), device=device) for b in boxes]
     found = tuple(x.to(device) for x in candidates(2, 300, 3))
     return {
         "iou": (value_and_grad, (iou_loss, iou_loss_ref), (pred, target, weight)),
         "focal": (value_and_grad, (sigmoid_focal_loss, sigmoid_focal_loss_ref), (logits, labels)),
-        "assign": (lambda f, *x: f(*x), (assign, assign_ref), (points, boxes, classes, 1.5)),
-        "nms": (lambda f, *x: (f(*x),), (batched_nms, batched_nms_ref), (*found, 0.5, 50)),
+        "assign": (alone, (assign, assign_ref), (points, boxes, 1.5)),
+        "nms": (alone, (batched_nms, batched_nms_ref), (*found, 0.5, 50)),
     }
 
 
@@ -89,10 +92,7 @@ def test_assign_values(radius):
     points = location_grid(800, 1088).cuda()
     for counts in ((0,), (1, 0, 5), (255, 256, 257), (3000,)):
         boxes = [random_boxes(n, 800, 1088).cuda() for n in counts]
-        classes = [torch.randint(80, (n,), device="cuda") for n in counts]
-        results = assign(points, boxes, classes, radius)
-        for mine, theirs in zip(results, assign_ref(points, boxes, classes, radius), strict=True):
-            assert torch.equal(mine, theirs)
+        assert torch.equal(assign(points, boxes, radius), assign_ref(points, boxes, radius))
 
 
 @pytest.mark.parametrize("n", [0, *SIZES, 75_000])
@@ -165,6 +165,25 @@ def test_no_call_waits_for_the_gpu(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_program_calls_them(name):
+    run, (function, reference), args = operators()[name]
+    compiled = torch.compile(lambda *x: function(*x) * 1, backend="eager")
+    close(run(compiled, *args), run(reference, *args))
+
+
+def test_what_no_kernel_computes_runs_as_pytorch(monkeypatch):
+    """Though the kernels are forced: that concerns the kernels that exist."""
+    monkeypatch.setitem(KINDS, "squared", lambda pred, target: (1 - iou(pred, target)) ** 2)
+    args = *(x.cuda() for x in ltrb_pairs(300)), "squared"
+    with pytest.warns(UserWarning, match="no kernel computes 'squared'"):
+        results = value_and_grad(iou_loss, *args)
+    close(results, value_and_grad(iou_loss_ref, *args))
+    logits, labels = (x.cuda() for x in logits_and_labels(300, 80, torch.float64))
+    value, grad = value_and_grad(sigmoid_focal_loss, logits, labels)
+    assert value.dtype == grad.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_bits_every_time(name):
     run, (function, _), args = operators()[name]
     first = run(function, *args)
@@ -197,12 +216,12 @@ def test_autocast(dtype):
     head = torch.nn.Linear(64, 84, device="cuda")
     labels, weight = torch.randint(-1, 80, (500,), device="cuda"), torch.rand(500, device="cuda")
     grads = []
-    for focal, iou in ((sigmoid_focal_loss, iou_loss), (sigmoid_focal_loss_ref, iou_loss_ref)):
+    for focal, box in ((sigmoid_focal_loss, iou_loss), (sigmoid_focal_loss_ref, iou_loss_ref)):
         with torch.autocast("cuda", dtype):
             out = head(features)
             assert out.dtype == dtype
             loss = focal(out[:, :80], labels)
-            loss = loss + iou(out[:, 80:].exp(), features[:, :4].exp(), weight)
+            loss = loss + box(out[:, 80:].exp(), features[:, :4].exp(), weight)
         assert loss.dtype == torch.float32
         grads.append(torch.autograd.grad(loss, head.weight)[0])
     torch.testing.assert_close(*grads, rtol=0.02, atol=0.02 * float(grads[1].abs().max()))
@@ -217,11 +236,11 @@ def test_assign_memory_does_not_grow_with_boxes():
     points = location_grid(800, 1333).cuda()
     peaks = []
     for n in (10, 5000):
-        boxes, classes = [random_boxes(n, 800, 1333).cuda()], [torch.zeros(n, device="cuda").long()]
-        assign(points, boxes, classes, 1.5)
+        boxes = [random_boxes(n, 800, 1333).cuda()]
+        assign(points, boxes, 1.5)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        assign(points, boxes, classes, 1.5)
+        assign(points, boxes, 1.5)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] - peaks[0] < 1 << 20  # a (P, G) matrix of bytes would be 112 MB
 

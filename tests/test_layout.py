@@ -18,15 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 
 ARROWS = {  # what each may import of this repository
-    "kernels": set(),
-    "fcos": {"kernels"},
-    "evaluate": {"fcos"},
-    "train": {"evaluate", "fcos"},
-}
-TOP_LEVEL = {
-    "kernels", "fcos.py", "evaluate.py", "train.py", "notebooks", "tests", "README.md", "LICENSE",
-    "requirements.txt", "pyproject.toml", ".ci", ".gitignore",
-}  # fmt: skip
+    "kernels": set(), "fcos": {"kernels"}, "evaluate": {"fcos"}, "train": {"evaluate", "fcos"}}
+TOP_LEVEL = {"kernels", "fcos.py", "evaluate.py", "train.py", "notebooks", "tests", "README.md",
+             "LICENSE", "requirements.txt", "pyproject.toml", ".ci", ".gitignore"}
 
 
 def repository_files():
@@ -34,7 +28,7 @@ def repository_files():
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    )
     if listed.returncode:
         pytest.skip("not a git checkout")
     return [Path(name) for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
@@ -77,7 +71,7 @@ assert not torch.cuda.is_initialized()
 assert not torch.distributed.is_initialized()
 """
     done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", code],
-                          cwd=ROOT, capture_output=True, text=True, timeout=240)  # fmt: skip
+                          cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout == done.stderr == ""
 
@@ -90,9 +84,8 @@ def test_the_top_level_holds_what_the_design_names():
 
 
 def test_every_module_has_tests_that_mirror_it():
-    missing = [name for name in ("fcos", "evaluate", "train")
-               if not (ROOT / "tests" / f"test_{name}.py").exists()]  # fmt: skip
-    assert not missing
+    for name in ("fcos", "evaluate", "train"):
+        assert (ROOT / "tests" / f"test_{name}.py").exists()
 
 
 def test_no_file_speaks_of_the_machine_it_was_written_on():
@@ -117,17 +110,14 @@ def test_no_file_is_large():
 
 # ---- the README --------------------------------------------------------------------------------
 
-needs_readme = pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
-
-
 def code_blocks():
     """(language, text) of the fenced and the indented code blocks of the README."""
-    text = README.read_text() if README.exists() else ""
+    text = README.read_text()
     fenced = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
     blocks = [(match[1], match[2]) for match in fenced.finditer(text)]
     indented = re.compile(r"(?:^(?: {4}|\t).*\n(?:[ \t]*\n)*)+", re.M)
     blocks += [("", re.sub(r"^(?: {4}|\t)", "", match[0], flags=re.M))
-               for match in indented.finditer(fenced.sub("", text))]  # fmt: skip
+               for match in indented.finditer(fenced.sub("", text))]
     return blocks
 
 
@@ -165,7 +155,6 @@ def help_of(module, capsys):
     return capsys.readouterr().out
 
 
-@needs_readme
 @pytest.mark.parametrize("module", [train, evaluate], ids=lambda module: module.__name__)
 def test_every_flag_of_the_readme_exists(module, capsys):
     known = set(re.findall(r"--[a-z][a-z-]*", help_of(module, capsys)))
@@ -178,7 +167,6 @@ def test_every_flag_of_the_readme_exists(module, capsys):
             module.parse_args(words)  # would exit
 
 
-@needs_readme
 def test_every_recipe_and_model_named_in_the_readme_exists():
     for words in calls_of("train.py"):
         recipe = train.parse_args(words).recipe
@@ -187,7 +175,6 @@ def test_every_recipe_and_model_named_in_the_readme_exists():
     assert named <= train.RECIPES.keys() | fcos.MODELS.keys()
 
 
-@needs_readme
 def test_every_flag_in_the_text_of_the_readme_exists(capsys):
     known = set(re.findall(r"--[a-z][a-z-]*", help_of(train, capsys) + help_of(evaluate, capsys)))
     in_text = set(re.findall(r"`(--[a-z][a-z-]*)", README.read_text()))
@@ -195,7 +182,6 @@ def test_every_flag_in_the_text_of_the_readme_exists(capsys):
     assert in_text <= known | elsewhere
 
 
-@needs_readme
 def test_every_file_named_in_the_code_of_the_readme_exists():
     """Those of this repository: modules, notebooks, tests, pictures; not what a run would write."""
     files = {path.as_posix() for path in repository_files()}
@@ -210,14 +196,12 @@ def test_every_file_named_in_the_code_of_the_readme_exists():
     assert not missing
 
 
-@needs_readme
 def test_every_link_of_the_readme_into_the_repository_leads_somewhere():
     links = re.findall(r"(?:\]\(|src=\")([^)\"#\s]+)", README.read_text())
     local = [link for link in links if not re.match(r"\w+:", link)]
     assert not [link for link in local if not (ROOT / link).exists()]
 
 
-@needs_readme
 def test_the_python_of_the_readme_names_what_exists():
     modules = {"fcos": fcos, "evaluate": evaluate, "train": train}
     for language, text in code_blocks():

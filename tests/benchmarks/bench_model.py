@@ -101,7 +101,7 @@ def bench_train(batch=16, hw=(800, 1333)):
             targets = model.targets(padded.shape[2:], boxes, labels)
             with torch.autocast(DEVICE.type, torch.bfloat16):
                 outputs = model(padded, sizes)
-            losses = fcos.fcos_loss(outputs, targets, fcos.normalizer(targets), **model.loss)
+            losses = fcos.fcos_loss(outputs, targets, fcos.loss_normalizers(targets), **model.loss)
             sum(losses.values()).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -241,5 +241,5 @@ if __name__ == "__main__":
             torch.cuda.empty_cache()
     if args.folder:
         name = "model.json" if CUDA else "model_cpu.json"
-        with fcos.open_whole(Path(args.folder) / name, "w") as file:
+        with fcos.atomic_write(Path(args.folder) / name, "w") as file:
             json.dump(record, file, indent=1)
