@@ -58,7 +58,8 @@ SYNCBN, C128 = dict(norm="syncbn"), dict(channels=128)
 PLAIN = dict(activation="exp", ctr_on="cls", radius=0.0, box_loss="iou", unit="pixel")
 IMPRV = dict(activation="relu", ctr_on="box", radius=1.5, box_loss="giou", unit="stride")
 DCN_345, DCN_45 = (IMPRV | dict(dcn=dcn, tower_dcn=True) for dcn in ((3, 4, 5), (4, 5)))
-IOU, P345 = dict(quality="iou"), dict(levels=(3, 4, 5), ranges=(64, 128))  # AdelaiDet's
+IOU = dict(quality="iou")  # AdelaiDet's, as is the real-time model
+RT = dict(levels=(3, 4, 5), ranges=(64, 128), test_size=(512, 736))
 VISION = IMPRV | dict(scales=False, grid="corner")
 TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=32, channels=64, norm="gn")
 MODELS = {
@@ -78,7 +79,7 @@ MODELS = {
     "fcos_syncbn_MNV2_FPN":             MNV2        | PLAIN | SYNCBN,
     "fcos_syncbn_c128_MNV2_FPN":        MNV2        | PLAIN | SYNCBN | C128,
     "fcos_imprv_iou_R_50_FPN":          R_50        | IMPRV | IOU,
-    "fcos_rt_R_50_FPN":                 R_50        | IMPRV | SYNCBN | P345,
+    "fcos_rt_R_50_FPN":                 R_50        | IMPRV | SYNCBN | RT,
     "fcos_torchvision_R_50_FPN":        V_50        | VISION,
     "fcos_imprv_R_18_FPN":              V_18        | IMPRV,
     "fcos_imprv_R_34_FPN":              V_34        | IMPRV,
@@ -743,6 +744,7 @@ class FCOS(nn.Module):
         tower_dcn=False,        # the last convolution of both towers deformable (USE_DCN_IN_TOWER)
         scales=True,            # a learned factor of the distances for each level (USE_SCALE)
         grid="centre",          # of the locations in their cells, or torchvision's "corner"
+        test_size=(800, 1333),  # pixels in prediction (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST)
         **backbone_keywords,
     ):
         keywords = dict(locals())
@@ -768,7 +770,7 @@ class FCOS(nn.Module):
         self.num_classes, self.radius = num_classes, radius
         self.loss = {name: self.keywords[name] for name in defaults(fcos_loss)}
         self.classes = self.category_ids = None
-        self.test_size = (800, 1333)
+        self.test_size = tuple(test_size)
         self.set_convention(grid=grid)
         self.to(memory_format=torch.channels_last)  # the layout convolutions are fastest in
 
@@ -1090,7 +1092,8 @@ def stored_keywords(content: dict) -> dict:
         overrides["tower_dcn"] = bool(overrides["dcn"])
     if content["name"] not in MODELS:
         raise UserError(f"the file is of {content['name']}, a row that MODELS no longer has")
-    return resolve(MODELS[content["name"]] | overrides)
+    size = {"test_size": content.get("test_size", (800, 1333))}
+    return resolve(MODELS[content["name"]] | overrides | size)
 
 
 def input_convention(model, weights):

@@ -57,8 +57,7 @@ X1 = dict(iters=90_000, batch_size=16, lr=0.01, warmup=500, min_size=[800], max_
 MS, B32, B64 = dict(min_size=list(range(640, 801))), dict(batch_size=32), dict(batch_size=64)
 X1_MS, X2 = X1 | MS, X1 | MS | dict(iters=180_000)
 DECAYS = [12, 16]
-X4 = X1 | dict(iters=360_000, decays=[15, 17], min_size=list(range(256, 609, 32)), max_size=900,
-               test_size=[512, 736])
+X4 = X1 | dict(iters=360_000, decays=[15, 17], min_size=list(range(256, 609, 32)), max_size=900)
 R_50, R_101 = dict(weights="R-50.pkl"), dict(weights="R-101.pkl")
 MSRA_R_50 = dict(weights="MSRA-R-50.pkl")  # Detectron2's, whose norms have statistics
 X_32, X_64 = dict(weights="X-101-32x8d.pkl"), dict(weights="X-101-64x4d.pkl")
@@ -159,8 +158,6 @@ def resolve(args):
     if args.lr is None:
         settings["lr"] *= settings["batch_size"] / recipe["batch_size"]
     settings["warmup"] = min(settings["warmup"], settings["iters"] // 10)  # of a short run
-    if args.min_size or args.max_size or "test_size" not in settings:
-        settings["test_size"] = [max(settings["min_size"]), settings["max_size"]]
     for flag, value, most in (("--lr", settings["lr"], math.inf),
                               ("--clip-norm", args.clip_norm, math.inf), ("--ema", args.ema, 1)):
         if value is not None and not 0 < value < most:
@@ -184,7 +181,10 @@ def resolve(args):
     if settings["model"] not in fcos.MODELS:
         raise UserError(f"recipe {args.recipe}: its model {settings['model']!r} is no row of "
                         "fcos.MODELS")
-    settings["keywords"] = fcos.resolve(fcos.MODELS[settings["model"]] | dict(args.set))
+    keywords = fcos.MODELS[settings["model"]] | dict(args.set)
+    if "test_size" not in keywords:  # as it is trained
+        keywords["test_size"] = max(settings["min_size"]), settings["max_size"]
+    settings["keywords"] = fcos.resolve(keywords)
     return settings
 
 
@@ -341,7 +341,6 @@ def make_model(settings, dataset, say):
         say(", ".join(f"{name} {value}" for name, value in report["convention"].items()))
     model.set_convention(inclusive=False, score="fcos")  # the data set's boxes are continuous
     model.classes, model.category_ids = dataset.classes, dataset.category_ids
-    model.test_size = tuple(settings["test_size"])
     return model
 
 

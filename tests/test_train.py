@@ -472,7 +472,8 @@ def test_flags_beat_the_recipe_and_the_rate_follows_the_batch():
     before = json.dumps([train.RECIPES, fcos.MODELS])
     row = settings()["keywords"]
     changed = settings(*"--min-size 1 --set radius=0 levels=[3,4,5] --set norm=bn".split())
-    assert changed["keywords"] == row | dict(radius=0, levels=(3, 4, 5), norm="bn")
+    assert changed["keywords"] == row | dict(
+        radius=0, levels=(3, 4, 5), norm="bn", test_size=(1, 1333))
     assert json.dumps([train.RECIPES, fcos.MODELS]) == before
 
 
@@ -775,7 +776,7 @@ def test_keywords_from_the_command_line_are_stored_with_the_run(shapes, tmp_path
     keywords = dict(radius=0, quality="iou", levels=(3, 4, 5, 6), ranges=(32, 64, 128), stem=16)
     stored = load(tmp_path / "last.pt")
     assert stored["settings"] == stored["settings"] | keywords
-    row = fcos.MODELS["shapes"] | dict(channels=64)
+    row = fcos.MODELS["shapes"] | dict(channels=64, test_size=(64, 96))
     assert stored["model"]["keywords"] == fcos.resolve(row | keywords)
     for other, change in [(argv, "quality iou there, centerness here"),
                           ([*given, "radius=2"], "radius 0 there, 2 here")]:
