@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import json
 import math
@@ -164,16 +165,19 @@ def first_row(**changes):
 
 
 BAD_ROWS = {  # the list of the JSON, what becomes of it, and what the error names
-    "no category": ("annotations", first_row(category_id=5), r"1 boxes .*category 5.*\[3, 7, 90\]"),
-    "short bbox": ("annotations", first_row(bbox=[1, 2, 3]), "bbox"),
-    "bbox of words": ("annotations", first_row(bbox=["a", 2, 3, 4]), "bbox"),
-    "no bbox": ("annotations", first_row(bbox=None), "bbox"),
-    "area of a word": ("annotations", first_row(area="large"), "area"),
-    "an image twice": ("images", lambda rows: rows + rows[:1], "id 1 twice.*images"),
-    "a category twice": ("categories", lambda rows: rows + rows[:1], "id 7 twice.*categories"),
+    "no category": ("annotations", first_row(category_id=5), r"category_id 5 .*\[3, 7, 90\]"),
+    "short bbox": ("annotations", first_row(bbox=[1, 2, 3]), r"bbox.*\[1, 2, 3\].*got 3"),
+    "bbox of words": ("annotations", first_row(bbox=["a", 2, 3, 4]), "bbox.*float: 'a'"),
+    "no bbox": ("annotations", first_row(bbox=None), "bbox.*None"),
+    "area of a word": ("annotations", first_row(area="large"), "float: 'large'"),
+    "an annotation of a number": ("annotations", lambda rows: [5], "bbox.* in 5 "),
+    "image_id a list": ("annotations", first_row(image_id=[1]), r"image_id.*\[1\]"),
+    "an image twice": ("images", lambda rows: rows + rows[:1], "images: id 1 .* 2 times"),
+    "a category twice": ("categories", lambda rows: rows + rows[:1], "categories: id 7 .* 2 times"),
+    "a category without a name": ("categories", lambda rows: [dict(id=3)], "no id and name"),
     "too long a file name": ("images", first_row(file_name="a" * 300), "instances|lacks"),
 } | {  # ids that scoring could not tell apart
-    f"{part} id {id}": (part, first_row(id=id), f"{part}|not COCO instances")
+    f"{part} id {id}": (part, first_row(id=id), f"{part}: .*whole numbers")
     for part, id in [("images", 1.0), ("images", 2**70), ("images", math.nan), ("images", None),
                      ("images", True), ("categories", 3.0), ("categories", None)]
 } | {
@@ -191,7 +195,7 @@ def test_a_bad_row_is_one_error_that_names_it(tmp_path, part, change, names):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
-def test_odd_fields_that_only_scoring_reads_are_harmless(tmp_path):
+def test_odd_fields_that_only_scoring_reads_are_harmless(tmp_path, scorer):
     rows = [box(1, 1, [2, 2, 9, 9], iscrowd=math.nan), box(2, 1, [5, 5, 9, 9], iscrowd=math.inf)]
     path, folder = write_coco(tmp_path, {1: (20, 20)}, rows)
     evaluate.CocoDataset(path, folder)
@@ -204,11 +208,11 @@ BAD_FILES = {
     "a list": (b"[]", ("not COCO instances", "'images'")),
     "captions": (b'{"images": [], "annotations": []}', ("not COCO instances", "'categories'")),
     "no images": (b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
-                  ("no images",)),
-    "no categories": (b'{"images": [{"id": 1}], "annotations": [], "categories": []}',
-                      ("no categories",)),
+                  ("images: expected one or more",)),
+    "no categories": (b'{"images": [{"id": 1, "file_name": "1.png"}], "annotations": [], '
+                      b'"categories": []}', ("categories: expected one or more",)),
     "rows of numbers": (b'{"images": [1], "annotations": [], "categories": [2]}',
-                        ("not COCO instances",)),
+                        ("images: no id and file_name in 1",)),
     "no image_id": (b'{"images": [{"id": 1, "file_name": "1.png", "height": 5, "width": 5}], '
                     b'"annotations": [{"id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}], '
                     b'"categories": [{"id": 1, "name": "a"}]}', ("image_id",)),
@@ -329,17 +333,39 @@ def test_the_category_mapping_is_the_official_one():
 
 
 def pycocotools_says(results, annotations):
-    """The twelve numbers of pycocotools, run as its own demo does."""
+    """The twelve numbers and the precision array of pycocotools, run as its own demo does."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
-        coco = COCOeval(truth, truth.loadRes(json.loads(json.dumps(results))), "bbox")
+        found = truth.loadRes(json.loads(json.dumps(results))) if results else COCO()
+        if not results:  # which loadRes does not take
+            found.dataset = truth.dataset | dict(annotations=[])
+            found.createIndex()
+        coco = COCOeval(truth, found, "bbox")
         coco.evaluate()
         coco.accumulate()
         coco.summarize()
-    return coco.stats
+    return coco.stats, coco.eval["precision"]
+
+
+@pytest.fixture(params=["hotcoco", "pycocotools"])
+def scorer(request, monkeypatch):
+    """Each of the two that evaluate.score may find -> the list of its evaluations, to look into"""
+    if request.param == "hotcoco":
+        module = pytest.importorskip("hotcoco")
+    else:
+        monkeypatch.setitem(sys.modules, "hotcoco", None)  # not installed
+        module = importlib.import_module("pycocotools.cocoeval")
+    evaluations, original = [], module.COCOeval
+
+    def noted(*args):
+        evaluations.append(original(*args))
+        return evaluations[-1]
+
+    monkeypatch.setattr(module, "COCOeval", noted)
+    return evaluations
 
 
 def noisy_results(coco, seed=0):
@@ -363,36 +389,81 @@ def noisy_results(coco, seed=0):
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
-    """Annotations of thirty images, small and large objects and crowds; ids from 1."""
-    rng, annotations = np.random.default_rng(0), []
-    for image_id in range(10, 40):
-        for _ in range(rng.integers(0, 8)):
-            size = rng.choice([12, 60, 200])
-            bbox = [*rng.uniform(0, 300, 2), *rng.uniform(size / 2, size * 1.5, 2)]
-            annotations.append(box(len(annotations) + 1, image_id, bbox, int(rng.choice([3, 7])),
-                                   iscrowd=int(rng.random() < 0.1)))
-    content = dict(images=[dict(id=id, file_name=f"{id}.png", width=640, height=480)
-                           for id in range(10, 40)],
-                   annotations=annotations, categories=CATEGORIES)
+    """Annotations of thirty images, small and large objects and crowds, in two of three classes."""
     path = tmp_path_factory.mktemp("synthetic") / "instances.json"
-    path.write_text(json.dumps(content))
+    write_scene(path, images=30, classes=(7, 3))
+    edit(path, categories=CATEGORIES)
     return path
 
 
-def test_score_is_pycocotools_on_synthetic_results(synthetic):
-    results = noisy_results(json.loads(synthetic.read_text()))
-    metrics = evaluate.score(results, synthetic)
+def write_scene(path, seed=0, images=12, classes=(7, 3, 90), objects=6, noise=4, crowd=0.1,
+                rounded=False, areas=None, id_of=int):
+    """Random annotations, and results near and far from them. -> results
+    rounded: whole pixels and two scores, for ties. areas: what annotations have in turn."""
+    rng, annotations, results = np.random.default_rng(seed), [], []
+    for image in map(id_of, range(images)):
+        for k in range(rng.integers(0, objects + 1)):
+            size = rng.choice([12, 60, 200])
+            bbox = [*rng.uniform(0, 300, 2), *rng.uniform(size / 2, size * 1.5, 2)]
+            if rounded:
+                bbox = [float(round(x)) for x in bbox]
+            extra = dict(area=areas[k % len(areas)]) if areas else {}
+            annotations.append(box(len(annotations) + 1, image, bbox, int(rng.choice(classes)),
+                                   iscrowd=int(rng.random() < crowd), **extra))
+    content = dict(images=[dict(id=id_of(k), file_name="") for k in range(images)],
+                   annotations=annotations, categories=[dict(id=k, name=f"{k}") for k in classes])
+    path.write_text(json.dumps(content))
+    for _ in range(noise):
+        results += noisy_results(content, int(rng.integers(1 << 30)))
+    for result in results if rounded else []:
+        result.update(bbox=[round(x) for x in result["bbox"]], score=round(result["score"]) / 2)
+    return results
+
+
+SCENES = {
+    **{f"random {seed}": dict(seed=seed) for seed in range(4)},
+    "crowds": dict(crowd=0.6), "all crowds": dict(crowd=1),
+    "ties": dict(rounded=True), "ties of crowds": dict(rounded=True, crowd=0.5),
+    "area borders": dict(areas=[0, 32**2 - 1e-9, 32**2, 32**2 + 1e-9, 96**2, 1e10, 1e11]),
+    "no detections": dict(noise=0), "no ground truth": dict(objects=0, noise=2),
+    "neither": dict(objects=0, noise=0),
+    "more than 100 detections": dict(images=2, objects=60, noise=12, classes=(3,)),
+    "many classes": dict(classes=tuple(range(600, 5, -1)), images=60),
+    "ids that are text": dict(id_of=lambda k: f"image {k}", rounded=True),
+    "ids below 0": dict(id_of=lambda k: k - 5, rounded=True),
+}
+
+
+@pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
+def test_score_is_pycocotools_bit_for_bit(tmp_path, scorer, scene):
+    path = tmp_path / "instances.json"
+    results = write_scene(path, **scene)
+    metrics = evaluate.score(results, path)
+    stats, precision = pycocotools_says(results, path)
     assert list(metrics) == list(evaluate.METRICS)
-    np.testing.assert_array_equal(list(metrics.values()), pycocotools_says(results, synthetic))
-    assert 0.02 < metrics["AP"] < 0.9 and min(metrics.values()) > 0
+    np.testing.assert_array_equal(list(metrics.values()), stats)
+    np.testing.assert_array_equal(scorer[0].eval["precision"], precision)
+    if {"objects", "noise"}.isdisjoint(scene) and scene.get("crowd") != 1:
+        assert 0.01 < metrics["AP"] < 0.9
 
 
 @needs_shared
-def test_score_is_pycocotools_on_real_annotations():
+def test_score_is_pycocotools_on_real_annotations(scorer):
     path, _ = evaluate.coco_paths(TINY, "val2017")
     results = noisy_results(json.loads(path.read_text()), seed=1)
     metrics = evaluate.score(results, path)
-    np.testing.assert_array_equal(list(metrics.values()), pycocotools_says(results, path))
+    np.testing.assert_array_equal(list(metrics.values()), pycocotools_says(results, path)[0])
+
+
+def test_only_what_boxes_need_reaches_the_scorer(tmp_path, scorer):
+    """hotcoco refuses fields of other types than COCO's, in whatever has no part in the scores."""
+    path = tmp_path / "instances.json"
+    results = write_scene(path, seed=1)
+    metrics = evaluate.score(results, path)
+    edit(path, images=lambda rows: [row | dict(license="MIT", width=1.5) for row in rows],
+         annotations=lambda rows: [row | dict(num_keypoints="x", score="x") for row in rows])
+    odd = [result | dict(area=1, iscrowd=1, segmentation=5, id="x") for result in results]
+    assert evaluate.score(odd, path) == metrics
 
 
 def perfect(annotations):
@@ -400,7 +471,7 @@ def perfect(annotations):
             for a in annotations if not a.get("iscrowd")]
 
 
-def test_annotation_id_0_and_ids_given_twice_lose_no_match(tmp_path):
+def test_annotation_id_0_and_ids_given_twice_lose_no_match(tmp_path, scorer):
     annotations = [box(0, 1, [5, 5, 40, 40]), box(0, 2, [5, 5, 40, 40], 7)]
     path, _ = write_coco(tmp_path, {1: (80, 80), 2: (80, 80)}, annotations)
     assert evaluate.score(perfect(annotations), path)["AP"] == pytest.approx(1)
@@ -425,7 +496,7 @@ def test_annotations_that_cannot_be_scored_are_an_error_that_names_them(tmp_path
         evaluate.score([], path)
 
 
-def test_no_results_score_0_and_no_annotations_score_minus_1(tmp_path, synthetic):
+def test_no_results_score_0_and_no_annotations_score_minus_1(tmp_path, synthetic, scorer):
     assert set(evaluate.score([], synthetic).values()) == {0}
     path, _ = write_coco(tmp_path, {1: (20, 20)}, [])
     result = dict(image_id=1, category_id=3, bbox=[1, 1, 5, 5], score=0.5)
@@ -433,7 +504,7 @@ def test_no_results_score_0_and_no_annotations_score_minus_1(tmp_path, synthetic
     assert set(evaluate.score([result], path).values()) == {-1}
 
 
-def test_the_mean_over_classes_is_the_ap(synthetic):
+def test_the_mean_over_classes_is_the_ap(synthetic, scorer):
     results = noisy_results(json.loads(synthetic.read_text()))
     metrics = evaluate.score(results, synthetic, per_class=True)
     of_class = {name: value for name, value in metrics.items() if name.startswith("AP/")}
@@ -460,9 +531,10 @@ BAD_RESULTS = {
     "no score": ([{k: v for k, v in GOOD_RESULT.items() if k != "score"}], "score"),
     "bbox of three": ([GOOD_RESULT | dict(bbox=[1, 2, 3])], "bbox"),
     "bbox of none": ([GOOD_RESULT | dict(bbox=None)], "bbox"),
-    "bbox of words": ([GOOD_RESULT | dict(bbox=["1", "2", "3", "4"])], "bbox"),
+    "bbox of words": ([GOOD_RESULT | dict(bbox=["a", "2", "3", "4"])], "bbox"),
     "score of words": ([GOOD_RESULT | dict(score="high")], "score"),
-    "rows of numbers": ([1, 2], "row 0"),
+    "score of null": ([GOOD_RESULT | dict(score=None)], "score"),
+    "rows of numbers": ([1, 2], "bbox.* in 1 "),
     "bbox of NaN": ([GOOD_RESULT | dict(bbox=[1, 2, math.nan, 4])], "bbox"),  # matches anything
     "score of NaN": ([GOOD_RESULT | dict(score=math.nan)], "score"),
     "image_id a list": ([GOOD_RESULT | dict(image_id=[10])], "image_id"),
@@ -630,10 +702,19 @@ def test_categories_that_differ_from_the_models_are_named(tmp_path, mixed):
         other = tiny_model(len(classes), classes)
         with pytest.raises(UserError, match="seven.*eight|eight.*seven|None|'more'"):
             evaluate.check_classes(other, dataset)
-    unnamed = tiny_model(4)
-    unnamed.classes = None
+
+
+def test_a_model_without_class_names_needs_as_many_categories_in_the_order_of_ids(tmp_path, mixed):
+    model, path = tiny_model(), tmp_path / "sorted.json"
+    model.classes = None
+    path.write_text(mixed[0].read_text())
+    edit(path, categories=lambda rows: sorted(rows, key=lambda row: row["id"]))
+    evaluate.check_classes(model, evaluate.CocoDataset(path, mixed[1]))
+    with pytest.raises(UserError, match="categories are not in the order of their ids"):
+        evaluate.check_classes(model, evaluate.CocoDataset(*mixed))
+    model.num_classes = 4
     with pytest.raises(UserError, match="has 3 categories, the model 4"):
-        evaluate.check_classes(unnamed, dataset)
+        evaluate.check_classes(model, evaluate.CocoDataset(*mixed))
 
 
 # ---- drawing -----------------------------------------------------------------------------------

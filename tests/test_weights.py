@@ -1118,7 +1118,7 @@ def test_files_from_before_the_keywords_were_stored_still_load(name, overrides, 
     """Their content, as it was written: a row's name, and keywords that went by other names."""
     today = {{"iou": "box_loss"}.get(keyword, keyword): v for keyword, v in overrides.items()}
     torch.manual_seed(0)
-    model = fcos.build(name, 3, **{**today, **expected})
+    model = fcos.build(name, 3, **{**today, **expected, "test_size": (320, 533)})
     content = {
         "name": name, "num_classes": 3, "overrides": overrides, "classes": ["a", "b", "c"],
         "category_ids": [1, 2, 3], "test_size": (320, 533), "model": model.state_dict(),
