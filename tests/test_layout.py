@@ -65,7 +65,8 @@ def test_importing_loads_no_extra_and_wakes_no_gpu():
 import sys
 import fcos, evaluate, train
 import torch
-loaded = [name for name in ("cupy", "pycocotools", "hotcoco", "matplotlib", "notebook") if name in sys.modules]
+extras = "cupy", "pycocotools", "hotcoco", "matplotlib", "notebook"
+loaded = [name for name in extras if name in sys.modules]
 assert not loaded, loaded
 assert not torch.cuda.is_initialized()
 assert not torch.distributed.is_initialized()
