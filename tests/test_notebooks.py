@@ -24,26 +24,30 @@ PICTURES = {  # photographs, by the notebook and the expression that draws them
     "01_assignment": ("assignment.jpg", "plot_assignment(EXAMPLE)"),
     "02_centerness": ("centerness.jpg", "plot_maps()"),
 }
+PHOTOGRAPHS = {  # what they put in the place of a notebook's lines
+    r"(?m)^DATA, SPLIT = .*": 'DATA, SPLIT = "data/bccd", "val2017"',
+    r"(?m)^MODEL, DATA, SPLIT = .*":
+        'MODEL, DATA, SPLIT = "runs/bccd/model.pt", "data/bccd", "val2017"',
+}
 ALL_LEVELS = "for level in range(3, 8):\n    heat_map(plt.gca(), c, level)"  # of 03_predictions
-# On a fresh clone's notebooks: data and a model of this size take seconds, and find something.
-SMALL = {
-    "SHAPES_FLAGS": "--iters 60 --batch-size 8 --lr 0.02 --min-size 96 --max-size 136 --workers 0",
-    "STEPS": "4",
-    "OMP_NUM_THREADS": "1",  # many small operations: on a busy machine, threads only wait
+FLAGS = "--iters 60 --batch-size 8 --lr 0.02 --min-size 96 --max-size 136 --workers 0"
+SHORT = {  # what a test puts in the place of a notebook's lines
+    r"(?m)^STEPS = \d+$": "STEPS = 8",
+    r'parse_args\(\["shapes"\]\)': f"parse_args({['shapes', *FLAGS.split()]})",
 }
 
 
-def execute(path, folder, then=None, data="shapes"):
+def execute(path, folder, then=None, replace=None):
     """The notebook at `path`, run in a new kernel that starts in `folder`; `then` is one more cell
-    to run, which does not stay. `data` takes the place of the shapes and their model."""
+    to run, which does not stay. `replace`: {pattern: text} of lines to change before."""
     nbclient = pytest.importorskip("nbclient", reason="running notebooks needs nbclient")
     nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(path, as_version=4)
     if then:
         notebook.cells.append(nbformat.v4.new_code_cell(then))
     for cell in notebook.cells:
-        cell.source = re.sub(r"(?m)^(MODEL, )?DATA, SPLIT = .*",
-                             lambda line: line[0].replace("shapes", data), cell.source)
+        for pattern, text in (replace or {}).items():
+            cell.source = re.sub(pattern, text, cell.source)
     client = nbclient.NotebookClient(
         notebook, timeout=3600, record_timing=False, coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
@@ -121,15 +125,14 @@ def clone(tmp_path_factory):
         (root / name).symlink_to(ROOT / name)
     train.make_shapes(root / "data" / "shapes", train=64, val=24)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SMALL.items():
-            patch.setenv(name, value)
+        patch.setenv("OMP_NUM_THREADS", "1")  # on a busy machine, threads only wait
         yield root
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_top_to_bottom(path, clone):
     start = clone if path.stem.startswith("01") else clone / "notebooks"  # both must do
-    notebook = execute(path, start, ALL_LEVELS if path.stem.startswith("03") else None)
+    notebook = execute(path, start, ALL_LEVELS if path.stem.startswith("03") else None, SHORT)
     committed = json.loads(path.read_text())
     for cell, before in zip(code_cells(notebook), code_cells(committed), strict=True):
         printed = {"stdout"} if "train.main" in cell.source else set()  # if there was no model
@@ -183,7 +186,7 @@ def write():
             name, expression = PICTURES[path.stem]
             quality = dict(quality=75, subsampling=0)
             then = f"{expression}.savefig('notebooks/images/{name}', dpi=80, pil_kwargs={quality})"
-            execute(path, ROOT / "notebooks", then, "bccd")
+            execute(path, ROOT / "notebooks", then, PHOTOGRAPHS)
         notebook = execute(path, ROOT / "notebooks")
         notebook.metadata.language_info = {"name": "python"}
         stream = io.StringIO()
