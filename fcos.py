@@ -308,6 +308,7 @@ def freeze(stages, number):
 #     forward(images)      -> these three features
 #     freeze(stages)       stop learning in the first `stages` of what it calls stages
 #     initialize()         random weights; not called for a module that is passed to FCOS
+# and, if they are known, the pixels that it wants: see CONVENTION. The strides are not checked.
 #     names, files         optional: what other files call its tensors, see rename_key, families
 
 
@@ -506,6 +507,13 @@ class Tower(nn.Sequential):
         return x
 
 
+ACTIVATIONS = {  # of what the head predicts for the distances -> pixels
+    # exp(16) is beyond any image; inf would be NaN in the gradient of background locations
+    "exp": lambda x, stride: x.clamp(max=16).exp(),
+    "relu": lambda x, stride: x.relu() * stride,
+}
+
+
 class Head(nn.Module):
     """Two towers shared by all levels, a prediction each for class, box and centerness, and one
     learned scale of the distances for each level (section 3.2), unless `scales` is False."""
@@ -533,22 +541,20 @@ class Head(nn.Module):
         a further output, (B, C, h, w) or (B, h, w), become (B, P, C) or (B, P) alike. Under
         autocast cls, by far the largest, stays in 16 bits: its loss reads them as they are and
         computes in float32."""
-        levels = []
-        for x, scale, stride in zip(features, self.scale, self.strides):
-            cls_features, box_features = self.cls_tower(x), self.box_tower(x)
-            ctr_features = cls_features if self.ctr_on == "cls" else box_features
-            distance = scale * self.box(box_features)  # float32, as the scale is
-            if self.activation == "exp":  # in pixels; exp(16) is beyond any image, inf would be NaN
-                distance = distance.clamp(max=16).exp()  # in the gradient of background locations
-            else:
-                distance = distance.relu() * stride
-            levels.append({
-                "cls": self.cls(cls_features),
-                "ltrb": distance,
-                "ctr": self.ctr(ctr_features).squeeze(1).to(scale.dtype),
-            })
+        levels = [self.level(*each) for each in zip(features, self.scale, self.strides)]
         return {name: torch.cat([by_location(level[name]) for level in levels], 1)
                 for name in levels[0]}
+
+    def level(self, x, scale, stride):
+        """The maps of one level, by name, before they are flattened."""
+        cls_features, box_features = self.cls_tower(x), self.box_tower(x)
+        ctr_features = {"cls": cls_features, "box": box_features}[self.ctr_on]
+        distance = scale * self.box(box_features)  # float32, as the scale is
+        return {
+            "cls": self.cls(cls_features),
+            "ltrb": ACTIVATIONS[self.activation](distance, stride),
+            "ctr": self.ctr(ctr_features).squeeze(1).to(scale.dtype),
+        }
 
 
 def by_location(x):
@@ -559,6 +565,10 @@ def by_location(x):
 # ---- locations and targets ---------------------------------------------------------------------
 
 STRIDES = (8, 16, 32, 64, 128)  # of P3..P7
+GRIDS = {  # places of the cells of a row or column that is `side` pixels long
+    "centre": lambda cell, stride, side: cell * stride + stride // 2,
+    "corner": lambda cell, stride, side: cell * (side // len(cell)),
+}
 RANGES = (64, 128, 256, 512)  # pixels, where the largest distance passes from one level to the next
 
 
@@ -578,11 +588,8 @@ def make_points(hw, strides=STRIDES, ranges=RANGES, device=None, grid="centre") 
     """
     points, ends = [], (-1, *ranges, math.inf)
     for stride, lo, hi, (rows, columns) in zip(strides, ends, ends[1:], level_sizes(hw, strides)):
-        y, x = (torch.arange(n, device=device) for n in (rows, columns))
-        if grid == "centre":
-            y, x = y * stride + stride // 2, x * stride + stride // 2
-        else:
-            y, x = y * (hw[0] // rows), x * (hw[1] // columns)
+        y, x = (GRIDS[grid](torch.arange(n, device=device), stride, side)
+                for n, side in ((rows, hw[0]), (columns, hw[1])))
         level = torch.empty(rows, columns, 5, device=device)
         level[..., 0], level[..., 1] = x, y[:, None]
         level[..., 2], level[..., 3], level[..., 4] = stride, lo, hi
@@ -635,7 +642,8 @@ def fcos_loss(outputs: dict, targets: dict, normalizers: Tensor, box_loss: str =
               unit: str = "stride", quality: str = "centerness") -> dict[str, Tensor]:
     """Focal loss on the classes, IoU loss on the boxes, and cross entropy on the quality of the
     boxes (eq. 2 and section 3.3), as named scalars. train.py sums, logs and shows whatever names
-    there are, so that a further loss is one entry more.
+    there are, so that a further loss is one entry more. Divide a sum over locations by one of the
+    normalizers: a mean over the batch would depend on how a step is divided.
 
     outputs: of FCOS.forward; targets: of FCOS.targets; normalizers (2,): see loss_normalizers; the
     other arguments are the keywords of FCOS of the same names. With quality "centerness" the output
@@ -648,14 +656,15 @@ def fcos_loss(outputs: dict, targets: dict, normalizers: Tensor, box_loss: str =
     positives, centernesses = normalizers[0].clamp(min=1), normalizers[1].clamp(min=1e-6)
     labels, ltrb, target = targets["labels"], outputs["ltrb"], targets["ltrb"]
     positive, central = labels >= 0, centerness(target)
-    if unit == "stride":  # exact: strides are powers of two
-        stride = outputs["points"][:, 2:3]
-        ltrb, target = ltrb / stride, target / stride
+    stride = {"pixel": 1, "stride": outputs["points"][:, 2:3]}[unit]
+    ltrb, target = ltrb / stride, target / stride  # exact: strides are powers of two
     if quality == "centerness":
         learned, weight, normalizer = central, central, centernesses
-    else:
+    elif quality == "iou":
         learned = iou(ltrb.detach(), target).where(positive, 0)
         weight, normalizer = positive.float(), positives
+    else:
+        raise NotImplementedError(f"quality {quality!r} has no branch in fcos_loss")
     cls = sigmoid_focal_loss(outputs["cls"].flatten(0, 1), labels.flatten())
     box = iou_loss(ltrb.flatten(0, 1), target.flatten(0, 1), weight.flatten(), box_loss)
     ctr = F.binary_cross_entropy_with_logits(
@@ -667,9 +676,9 @@ def fcos_loss(outputs: dict, targets: dict, normalizers: Tensor, box_loss: str =
 # ---- the model ---------------------------------------------------------------------------------
 
 CHOICES = dict(
-    norm=NORMS, block=BLOCKS, activation=("exp", "relu"), ctr_on=("cls", "box"),
-    quality=("centerness", "iou"), box_loss=KINDS, unit=("pixel", "stride"),
-    grid=("centre", "corner"), score=SCORES, levels=((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)),
+    norm=NORMS, block=BLOCKS, activation=ACTIVATIONS, ctr_on=("cls", "box"),
+    quality=("centerness", "iou"), box_loss=KINDS, unit=("pixel", "stride"), grid=GRIDS,
+    score=SCORES, levels=((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)),
 )
 
 
@@ -687,13 +696,14 @@ def defaults(function):
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
+LOSS_KEYWORDS = list(defaults(fcos_loss))
 OWN = ("backbone", None)  # a module that was passed to FCOS
 
 
 def resolve(keywords: dict) -> dict:
     """All keywords of FCOS and of the backbone that `keywords` names, those not given at their
     defaults: with the number of classes, all it takes to build the same model again, whatever
-    becomes of MODELS. UserError for an unknown keyword or a value of another kind."""
+    becomes of MODELS. UserError for an unknown keyword or a value of another type."""
     known = defaults(FCOS)
     name = keywords.get("backbone", known["backbone"])
     if name is not None:
@@ -716,7 +726,8 @@ def resolve(keywords: dict) -> dict:
 
 
 class FCOS(nn.Module):
-    """Made by `build`, by `load`, or of a backbone of your own: FCOS(80, backbone=module).
+    """Made by `build`, by `load`, or from a backbone of your own, FCOS(80, backbone=module), whose
+    pixels are then taken to be those of torchvision and timm: see set_convention.
 
     `keywords` holds all that it was built with, but the number of classes; `loss` the keywords of
     fcos_loss, `classes` and `category_ids` the data set's, `test_size` (min_size, max_size) of
@@ -768,10 +779,10 @@ class FCOS(nn.Module):
             self.backbone.freeze(frozen_stages)
 
         self.num_classes, self.radius = num_classes, radius
-        self.loss = {name: self.keywords[name] for name in defaults(fcos_loss)}
+        self.loss = {name: self.keywords[name] for name in LOSS_KEYWORDS}
         self.classes = self.category_ids = None
         self.test_size = tuple(test_size)
-        self.set_convention(grid=grid)
+        self.set_convention(grid=grid, **(TORCH if passed else {}))
         self.to(memory_format=torch.channels_last)  # the layout convolutions are fastest in
 
     def set_convention(self, **changes):
@@ -1086,7 +1097,7 @@ def stored_keywords(content: dict) -> dict:
     """The keywords that the model of one of our checkpoints was built with. Files from before these
     were stored hold the name of a row and the keywords that overrode it."""
     if "keywords" in content:
-        return content["keywords"]
+        return resolve(dict(content["keywords"]))
     overrides = {{"iou": "box_loss"}.get(k, k): v for k, v in content["overrides"].items()}
     if "dcn" in overrides:
         overrides["tower_dcn"] = bool(overrides["dcn"])
@@ -1183,6 +1194,9 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
             raise UserError(f"{path}: is of a backbone with BatchNorm, and this one has GroupNorm")
         wrong = missing + [key for key, name in unknown.items() if name.startswith("backbone.")]
         spare += r"|(fpn|head)\..*|.*\.offset\..*|.*_momentum"
+    if family == "fcos" and classes:  # an output that the head has since got starts anew
+        layers = {name.rpartition(".")[0] for name in renamed}
+        wrong = [n for n in wrong if n[:5] != "head." or n.rpartition(".")[0] in layers]
     wrong = [name for name in wrong if not re.fullmatch(spare, name)]
     if wrong:
         refuse(f"{len(wrong)} keys are missing or unknown, among them {', '.join(wrong[:5])}")

@@ -150,6 +150,11 @@ def resolve(args):
     if args.recipe not in RECIPES:
         raise UserError(f"recipe {args.recipe!r}: expected one of {', '.join(RECIPES)}")
     recipe = RECIPES[args.recipe]
+    needed = {"model", "weights"} | X1.keys()
+    unknown, lacks = recipe.keys() - needed - {"data", "decays"}, needed - recipe.keys()
+    if unknown or lacks:
+        raise UserError(f"recipe {args.recipe}: lacks {lacks or 'nothing'}; has no use for "
+                        f"{unknown or 'nothing'}")
     settings = {"recipe": args.recipe, "decays": DECAYS} | recipe
     for name in ("weights", "iters", "lr", "min_size", "max_size", "batch_size"):
         given = getattr(args, name)
@@ -184,13 +189,16 @@ def resolve(args):
     keywords = fcos.MODELS[settings["model"]] | dict(args.set)
     if "test_size" not in keywords:  # as it is trained
         keywords["test_size"] = max(settings["min_size"]), settings["max_size"]
-    settings["keywords"] = fcos.resolve(keywords)
-    return settings
+    keywords = fcos.resolve(keywords)
+    if keywords.keys() & settings.keys():
+        raise UserError(f"{keywords.keys() & settings.keys()}: names of settings and of keywords")
+    return settings | {"keywords": keywords}
 
 
 # ---- batches -----------------------------------------------------------------------------------
 
-STREAMS = {"group": 0, "order": 2, "sizes": 1, "augment": 2}  # of random numbers; see `rng`
+# Streams of random numbers: see TrainBatches.rng. Add at the end, the place is part of the seed.
+STREAMS = {"group": 0, "order": 2, "sizes": 1, "augment": 2}
 
 
 class Plan(NamedTuple):
@@ -219,6 +227,7 @@ class TrainBatches(Dataset):
         self.micro_batches, self.skip_bad_images = micro_batches, skip_bad_images
         self.seed, self.batch_size = settings["seed"], settings["batch_size"]
         self.min_size, self.max_size = settings["min_size"], settings["max_size"]
+        self.classes = len(dataset.classes)
         usable = np.flatnonzero(dataset.trainable)
         upright = dataset.hw[usable, 0] >= dataset.hw[usable, 1]
         self.groups = usable[~upright], usable[upright]
@@ -231,8 +240,8 @@ class TrainBatches(Dataset):
         """An independent random stream for each purpose and position of this seed. STREAMS says how
         many numbers a purpose has in its position, always: NumPy fills a short key with zeros, so
         that (2, 5) and (2, 5, 0) would be one stream."""
-        if len(position) != STREAMS[purpose]:
-            raise ValueError(f"stream {purpose!r} has {STREAMS[purpose]} numbers, not {position}")
+        if len(position) != STREAMS.get(purpose):
+            raise ValueError(f"stream {purpose!r} at {position}: expected one of {STREAMS}")
         key = list(STREAMS).index(purpose)
         return np.random.Generator(np.random.PCG64([self.seed, key, *position]))
 
@@ -273,7 +282,12 @@ class TrainBatches(Dataset):
                 bad.append(str(error))
                 grey = torch.full((3, *hw), 128, dtype=torch.uint8)
                 sample = grey, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-            samples.append(augment(*sample, self.rng("augment", step, slot)))
+            image, box, label = augment(*sample, self.rng("augment", step, slot))
+            good = (box[:, 2:] > box[:, :2]).all() and ((0 <= label) & (label < self.classes)).all()
+            if image.dtype != torch.uint8 or len(box) != len(label) or not good:
+                made = f"{image.dtype} pixels, boxes {box.tolist()} and labels {label.tolist()}"
+                return UserError(f"{self.dataset.path(row)}: augment made {made:.300}")
+            samples.append((image, box, label))
         images, boxes, labels = zip(*samples)
         counts = [len(label) for label in labels]
         batch = fcos.pad_batch(images, plan.padded_hw)
@@ -538,6 +552,13 @@ def main(args):
                     values = torch.stack(list(losses.values()))
                     (values.sum() * world_size).backward()  # DDP averages what is to be added
                 step_losses = step_losses + values.detach()
+            if step == start:
+                idle = [name for name, p in model.named_parameters()
+                        if p.requires_grad and p.grad is None]
+                if idle:
+                    raise UserError(f"no loss depends on {', '.join(idle)}")
+                if losses.keys() & {"step", "loss", "lr", "AP"}:
+                    raise UserError(f"losses {', '.join(losses)}: one has a name of the log's")
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             finite = step_losses.sum().isfinite() & norm.isfinite()
@@ -640,7 +661,9 @@ class RunFiles:
         content = {
             "settings": settings, "step": step, "best": best, "made_with": self.made_with,
             "model": fcos.checkpoint(model),
-        } | {name: thing.state_dict() for name, thing in saved.items()}
+        }
+        assert not saved.keys() & content.keys(), f"{list(saved)}: other names than {list(content)}"
+        content |= {name: thing.state_dict() for name, thing in saved.items()}
         keep = None if self.replaces else self.out / "previous.pt"
         try:
             with fcos.atomic_write(self.out / "last.pt", keep=keep) as file:
@@ -685,12 +708,13 @@ def resume(out, settings, model, saved, say, launch=None):
     if launch and (content.get("made_with") or {}).get("launch") != launch:
         return 0, None
     try:
-        old = content["settings"] | fcos.stored_keywords(content["model"])
+        since = {"decays": DECAYS, "ema": None}  # settings that older files do not have
+        old = since | content["settings"] | fcos.stored_keywords(content["model"])
         old["classes"] = content["model"]["classes"]
         new = settings | {"classes": model.classes}
         changed = [
             f"{key} {old[key]} there, {new[key]} here"
-            for key in new if key in old and key != "model" and new[key] != old[key]
+            for key in new if key != "model" and new[key] != old[key]
         ]
         if changed:
             raise UserError(
@@ -703,7 +727,7 @@ def resume(out, settings, model, saved, say, launch=None):
     except UserError:
         raise
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        what = str(error).splitlines()[0]
+        what = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise UserError(f"{path}: cannot be resumed ({what}); --fresh starts over") from None
     for problem in problems:
         say(f"{problem}; {path} takes its place")

@@ -214,7 +214,7 @@ class Fake:
     """A data set of given (height, width) with a box an image; pixels tell their row and column."""
 
     def __init__(self, hw, trainable=None):
-        self.hw = np.array(hw)
+        self.hw, self.classes = np.array(hw), range(len(hw))
         self.trainable = np.ones(len(hw), bool) if trainable is None else np.array(trainable)
 
     def __len__(self):
@@ -871,6 +871,51 @@ def mistake(capsys, argv):
     return stop.value.code, [line for line in err.splitlines() if line.strip() and "%|" not in line]
 
 
+def test_a_recipe_of_ones_own_says_all_that_is_needed_and_nothing_that_is_not(monkeypatch, capsys):
+    whole = train.RECIPES["shapes"]
+    for recipe, named in [(whole | {"iter": 7, "radius": 9}, ("'iter'", "'radius'")),
+                          ({k: v for k, v in whole.items() if k != "lr"}, ("'lr'",))]:
+        monkeypatch.setitem(train.RECIPES, "mine", recipe)
+        code, (line,) = mistake(capsys, ["mine"])
+        assert code == 2 and "recipe mine" in line and all(name in line for name in named)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda image, boxes, labels, rng: (image.float() / 255, boxes, labels),
+    lambda image, boxes, labels, rng: (image, boxes.flip(1), labels),
+    lambda image, boxes, labels, rng: (image, boxes * torch.nan, labels),
+    lambda image, boxes, labels, rng: (image, boxes, labels + 6),
+    lambda image, boxes, labels, rng: (image, boxes[1:], labels),
+], ids=["floats", "inverted", "NaN", "labels", "fewer boxes"])
+def test_augment_that_spoils_a_sample_is_named(spoil, shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "augment", spoil)
+    code, lines = mistake(capsys, flags(shapes, tmp_path))
+    assert code == 2 and len(lines) == 1 and "augment made" in lines[0]
+
+
+def test_an_output_that_no_loss_uses_and_a_loss_with_a_name_of_the_log_are_named(
+    shapes, tmp_path, monkeypatch, capsys
+):
+    loss = fcos.fcos_loss
+    for patch, named in [(lambda losses: {"cls": losses["cls"]}, "no loss depends on head.box_t"),
+                         (lambda losses: losses | {"lr": losses["cls"]}, "name of the log")]:
+        monkeypatch.setattr(fcos, "fcos_loss", lambda *a, p=patch, **k: p(loss(*a, **k)))
+        code, (line,) = mistake(capsys, flags(shapes, tmp_path / "run"))
+        assert code == 2 and named in line
+
+
+def test_a_keyword_that_came_later_counts_as_its_default(shapes, tmp_path, capsys):
+    argv = flags(shapes, tmp_path, "--checkpoint-every", 2)
+    call_until(3, argv)
+    content = load(tmp_path / "last.pt")
+    for keywords in (content["settings"], content["model"]["keywords"]):
+        del keywords["quality"]  # as if it had not been there
+    torch.save(content, tmp_path / "last.pt")
+    code, (line,) = mistake(capsys, [*argv, "--set", "quality=iou"])
+    assert code == 2 and "quality centerness there, iou here" in line
+    call(argv)
+
+
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory, shapes):
     """Data sets and weights with one mistake each."""
@@ -1112,7 +1157,11 @@ def fork(argv, told, prepare=lambda: None):
     says goes to the file `told`. `prepare` is called in the child, whose patches die with it."""
 
     def child():
-        tqdm.set_lock(threading.RLock())  # its own is shared by forks, and lost if one is killed
+        # What other threads of the parent have locked stays locked in a fork. tqdm: its lock, which
+        # forks share, and its monitor. hotcoco: its pool of threads, without which it waits.
+        tqdm.set_lock(threading.RLock())
+        tqdm.monitor, tqdm.monitor_interval = None, 0
+        sys.modules["hotcoco"] = None  # pycocotools scores
         sys.stdout = sys.stderr = open(told, "w", buffering=1)  # noqa: SIM115
         prepare()
         evaluate.run(train.main, train.parse_args(argv))
