@@ -26,6 +26,7 @@ import pickle
 import re
 from collections import namedtuple
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -1169,15 +1170,18 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
         elif family == "mmdetection" and name.startswith("head.scale.") and name in renamed:
             renamed[name] = renamed[name].reshape(1)
         elif family == "torchvision" and name.startswith("head.cls.") and name in renamed:
-            if len(renamed[name]) == 91 != model.num_classes:  # its rows are category ids
+            if len(renamed[name]) == 91 and (classes or model.num_classes != 91):  # category ids
                 renamed[name] = renamed[name][list(COCO)]
 
     # ---- the classifier, class by class
     known, new_classes = content.get("classes") or [], []
     if classes and "head.cls.bias" in renamed and family in DETECTORS:
+        rows = len(renamed["head.cls.bias"])
+        if len(classes) != model.num_classes or len(known or range(rows)) != rows:
+            refuse(f"{len(classes)} classes for {model.num_classes} rows, {len(known)} for {rows}")
         if not known:  # the file names none
             by_rows = {len(classes): classes, 80: list(COCO.values())}
-            known = by_rows.get(len(renamed["head.cls.bias"]), [])
+            known = by_rows.get(rows, [])
         new_classes = [name for name in classes if name not in known]
         for name in ("head.cls.weight", "head.cls.bias"):
             theirs, renamed[name] = renamed[name], own[name].clone()
@@ -1225,7 +1229,7 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
     convention = families()[family][1] | input_convention(model, weights)
     if family == "fcos":
         convention = content.get("convention", {})
-    elif family in DETECTORS and model.num_classes == 80 and model.classes is None:
+    elif family in DETECTORS and model.num_classes == 80 and not (classes or model.classes):
         model.classes, model.category_ids = list(COCO.values()), list(COCO)
     model.set_convention(**convention)
     return {"family": family, "convention": model.convention, "loaded": list(renamed),
@@ -1234,7 +1238,7 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
 
 def hub_file(name: str, classifier: str | None = None) -> Path:
     """Where torch's hub folder keeps weights of torchvision: "coco", its FCOS (box AP 39.2), or
-    "imagenet", a classifier by its name there. Downloads what is missing, and checks its hash."""
+    "imagenet", a classifier by its name there. A download checks the hash of the file."""
     if name == "coco":
         weights = detection.FCOS_ResNet50_FPN_Weights.COCO_V1
     elif classifier:
@@ -1248,7 +1252,7 @@ def hub_file(name: str, classifier: str | None = None) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             digest = path.stem.split("-")[-1]  # the start of the sha256
             torch.hub.download_url_to_file(weights.url, str(path), digest)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, HTTPException) as error:
             raise UserError(f"{name}: download {weights.url} and put it into {path.parent}, since "
                             f"this process cannot ({error})") from None
     return path

@@ -608,6 +608,9 @@ def test_torchvision_rows_follow_the_category_ids():
     report = fcos.load_weights(model, state, ["unicorn", "cat"])
     assert model.head.cls.bias.tolist() == [prior, 17] and report["new_classes"] == ["unicorn"]
     whole = small("fcos_torchvision_R_50_FPN", 91)
+    names = [f"c{n}" for n in range(90)] + ["cat"]
+    assert fcos.load_weights(whole, state, names)["new_classes"] == names[:90]
+    assert whole.head.cls.bias[90] == 17 and whole.classes is None
     fcos.load_weights(whole, state)
     assert whole.head.cls.bias.tolist() == list(range(91)) and whole.classes is None
     old = {re.sub(r"(blocks\.\d)\.0\.", r"\1.", key): value for key, value in state.items()}
@@ -720,6 +723,10 @@ def test_classes_of_the_same_name_keep_their_rows(rule):
                                   (detector.head.cls.weight, detector.head.cls.bias)):
         assert now[[0, 2]].equal(theirs[rows]) and now[1].equal(start[1])
     assert model.head.box.weight.equal(state[box])
+    assert_refused(lambda: fcos.load_weights(model, state, ["zebra"]), "1 classes for 3 rows")
+    turned, names = thin(80), list(fcos.COCO.values())[::-1]
+    fcos.load_weights(turned, state, names)
+    assert turned.head.cls.bias.equal(detector.head.cls.bias.flip(0)) and turned.classes is None
     state[box] = torch.zeros(5, 32, 3, 3)  # only classes may differ
     assert_refused(lambda: fcos.load_weights(model, state, ["a", "b", "c"]), "head.box.weight")
 
