@@ -698,7 +698,6 @@ def defaults(function):
 
 
 LOSS_KEYWORDS = list(defaults(fcos_loss))
-OWN = ("backbone", None)  # a module that was passed to FCOS
 
 
 def resolve(keywords: dict) -> dict:
@@ -719,7 +718,8 @@ def resolve(keywords: dict) -> dict:
         fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
         if isinstance(value, (int, float)):
             fits &= value >= 0  # and not NaN
-        if default is not None and not fits and (keyword, value) != OWN:
+        own = keyword == "backbone" and value is None  # a module that was passed to FCOS
+        if default is not None and not fits and not own:
             raise UserError(f"{keyword} {value!r}: expected a value like {default!r}")
         known[keyword] = value
     check_choices(**known)
@@ -763,7 +763,7 @@ class FCOS(nn.Module):
         super().__init__()
         given = {name: keywords[name] for name in defaults(FCOS)} | backbone_keywords
         passed = isinstance(backbone, nn.Module)
-        self.keywords = resolve(given | dict([OWN] if passed else []))
+        self.keywords = resolve(given | {"backbone": None if passed else backbone})
         if num_classes < 1:
             raise UserError(f"num_classes {num_classes}: expected 1 or more")
         if len(ranges) != len(levels) - 1:

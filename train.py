@@ -419,7 +419,8 @@ def main(args):
         )
     train_set, val_set = load_data(settings, rank, world_size, say)
     model = make_model(settings, train_set, say).to(device)
-    settings |= settings.pop("keywords") | model.keywords
+    del settings["keywords"]  # the model has settled them
+    settings |= model.keywords
     for name, value in settings.items():
         if isinstance(value, list) and len(value) > 8:
             value = f"{value[0]} to {value[-1]}"
@@ -448,7 +449,7 @@ def main(args):
     if start == 0 and not args.fresh and (out / "model.pt").exists():
         raise UserError(f"{out}: holds a model.pt and no checkpoint; choose another --out, or "
                         "--fresh to replace it")
-    if start == 0 and weights.exists() and weights.resolve().parent == out.resolve():
+    if args.fresh and start == 0 and weights.exists() and weights.resolve().parent == out.resolve():
         raise UserError(f"--fresh would delete {weights}; choose another --out")
     if world_size > 1:
         starts = [None] * world_size

@@ -639,6 +639,12 @@ def test_fresh_removes_the_older_run_once_it_has_a_checkpoint_of_its_own(copied,
     assert load(copied / "last.pt")["settings"]["seed"] == 1 and metrics(copied)["step"] == 4
 
 
+def test_a_first_start_may_find_its_weights_in_its_own_folder(finished, shapes, tmp_path):
+    (tmp_path / "start.pt").write_bytes((finished.out / "model.pt").read_bytes())
+    call(flags(shapes, tmp_path, "--weights", tmp_path / "start.pt", "--iters", 1))
+    assert (tmp_path / "model.pt").exists() and (tmp_path / "start.pt").exists()
+
+
 def test_fresh_resumes_from_a_checkpoint_of_its_own_launch_only(copied, shapes, monkeypatch):
     """As torchrun's restarts do: the first start may have ended before it removed the old run."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this")
