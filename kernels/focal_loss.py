@@ -143,19 +143,22 @@ THREADS = 256
 
 @torch.compiler.disable
 @functools.cache
-def _load(device):
-    """The kernels compiled for GPU number `device`, or the exception that says why not."""
+def _load(device, choice):
+    """The kernels compiled for GPU number `device`; if that fails, None after a warning, or with
+    FCOS_KERNELS=cupy an ImportError."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
 
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
-    except Exception as error:
-        if torch.cuda.is_current_stream_capturing():  # what is raised is not cached
+    except Exception as error:  # what is raised is not cached
+        advice = "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
+        if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"run {__name__} once before a CUDA graph is captured") from error
+        if choice == "cupy":
+            raise ImportError(f"FCOS_KERNELS=cupy, but {error!r}. {advice}") from error
         warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
-        return error
 
 
 def _use_kernel(like):
@@ -163,13 +166,7 @@ def _use_kernel(like):
     choice = os.environ.get("FCOS_KERNELS", "")
     if choice not in ("", "cupy", "torch"):
         raise ValueError(f"FCOS_KERNELS is {choice!r}; choose cupy or torch, or unset it")
-    if choice == "torch" or not like.is_cuda:
-        return False
-    kernels = _load(like.device.index)
-    if choice == "cupy" and isinstance(kernels, Exception):
-        advice = "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
-        raise ImportError(f"FCOS_KERNELS=cupy, but {kernels!r}. {advice}") from kernels
-    return not isinstance(kernels, Exception)
+    return like.is_cuda and choice != "torch" and _load(like.device.index, choice) is not None
 
 
 def _aligned(tensor):
@@ -187,7 +184,7 @@ def _launch(name, grid, threads, *args):
     values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
     with torch.cuda.device(device):
         with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
-            _load(device.index)[name](grid, (threads,), values)
+            _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name](grid, (threads,), values)
 
 
 # ---- operator
@@ -236,15 +233,11 @@ def sigmoid_focal_loss(
     Raises ValueError for another shape, type or device.
     """
     if logits.ndim != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
-        raise ValueError(
-            f"logits is {tuple(logits.shape)} {logits.dtype}; it must be (N, K) floating point "
-            "with K > 0: flatten the leading dimensions"
-        )
+        raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; it must be (N, K) "
+                         "floating point with K > 0: flatten the leading dimensions")
     if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels is {tuple(labels.shape)} {labels.dtype}; it must be {(len(logits),)} int64, "
-            "a class index per row of logits, -1 for background"
-        )
+        raise ValueError(f"labels is {tuple(labels.shape)} {labels.dtype}; it must be "
+                         f"{(len(logits),)} int64, a class of each row, -1 for background")
     if labels.device != logits.device:
         raise ValueError(f"logits is on {logits.device}; move labels there as well")
     if len(logits) and logits.dtype != torch.float64 and _use_kernel(logits):
@@ -256,31 +249,17 @@ def sigmoid_focal_loss(
 # ---- compare, then time
 
 if __name__ == "__main__":
+    from torch.utils.benchmark import Timer
+
+    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU no fallback may pass for the kernels
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU no fallback may pass for the kernel
-
-    def value_and_grad(loss, logits, labels):
-        value = loss(logits, labels)
-        return value.detach(), *torch.autograd.grad(value, logits)
-
+    calls = sigmoid_focal_loss, sigmoid_focal_loss_ref
     for dtype, rtol in (torch.float32, 2e-5), (torch.bfloat16, 1e-2):
-        for n, k in (0, 1), (1, 1), (33, 3), (257, 91), (10_001, 80):
-            logits = (4 * torch.randn(n, k, device=device)).to(dtype).requires_grad_()
-            labels = torch.randint(-1, k, (n,), device=device)
-            mine = value_and_grad(sigmoid_focal_loss, logits, labels)
-            expected = value_and_grad(sigmoid_focal_loss_ref, logits, labels)
-            torch.testing.assert_close(mine, expected, rtol=rtol, atol=1e-6)
-    print("OK" if device == "cuda" else "OK for the reference. No GPU: the kernel did not run.")
-    if device == "cuda":
-        from torch.utils.benchmark import Timer
-
-        logits = torch.randn(16 * 22_400, 80, device=device).bfloat16().requires_grad_()
-        labels = torch.where(torch.rand(len(logits), device=device) < 0.02, 7, -1)
-        losses = {"kernel": sigmoid_focal_loss, "eager": sigmoid_focal_loss_ref}
-        losses["torch.compile"] = torch.compile(sigmoid_focal_loss_ref)
-        for name, loss in losses.items():
-            args = loss, logits, labels
-            timer = Timer("f(*args)", globals={"f": value_and_grad, "args": args})
-            ms = 1e3 * timer.timeit(20).mean
-            rate = 3e-9 * logits.nbytes / ms
-            print(f"{tuple(logits.shape)} bf16, both passes, {name}: {ms:.3f} ms, {rate:.2f} TB/s")
+        logits = (4 * torch.randn(22_401, 91, device=device)).to(dtype).requires_grad_()
+        args = logits, torch.randint(-1, 91, (len(logits),), device=device)
+        grads = [torch.autograd.grad(call(*args), logits) for call in calls]
+        torch.testing.assert_close(*(call(*args) for call in calls), rtol=rtol, atol=1e-6)
+        torch.testing.assert_close(*grads, rtol=rtol, atol=1e-6)
+    for call in calls:
+        ms = 1e3 * Timer("call(*args)", globals=globals()).timeit(10).mean
+        print(f"{call.__name__} on the {device}: {ms:.3f} ms")

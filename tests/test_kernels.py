@@ -754,7 +754,7 @@ def test_a_failure_during_a_capture_is_not_kept(file, without_cupy, monkeypatch)
     cupy = types.SimpleNamespace(RawModule=lambda code, options: module)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    assert file._use_kernel(ON_GPU) and list(file._load(0)) == list(file.KERNELS)
+    assert file._use_kernel(ON_GPU) and list(file._load(0, "")) == list(file.KERNELS)
 
 
 CALLS = {
@@ -807,7 +807,7 @@ def test_the_launcher_follows_pytorch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: Within("device", device))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: now)
     kernels = {"nms": lambda *args: log.append(args)}
-    monkeypatch.setattr(nms_file, "_load", lambda device: kernels)
+    monkeypatch.setattr(nms_file, "_load", lambda device, choice: kernels)
     tensor, number = torch.zeros(4), np.int32(7)
     nms_file._launch("nms", (3,), 64, tensor, number)
     device, stream, call, *left = log
