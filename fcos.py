@@ -20,13 +20,16 @@ losses and the suppression are the other `*_ref` functions there, in plain PyTor
 
 import contextlib
 import inspect
+import json
 import math
 import os
 import pickle
 import re
+import zipfile
 from collections import namedtuple
 from functools import partial
 from http.client import HTTPException
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +53,6 @@ R_50 = dict(blocks=(3, 4, 6, 3)) | FROZEN
 R_101 = dict(blocks=(3, 4, 23, 3)) | FROZEN
 IN_3x3 = dict(stride_in_1x1=False)  # the stride, as in torchvision's ImageNet weights
 V_50 = R_50 | IN_3x3 | dict(imagenet="resnet50")
-V_18 = V_50 | dict(block="basic", blocks=(2, 2, 2, 2), imagenet="resnet18")
-V_34 = V_50 | dict(block="basic", blocks=(3, 4, 6, 3), imagenet="resnet34")
 X_101_32x8d = R_101 | IN_3x3 | dict(groups=32, width=8, imagenet="resnext101_32x8d")
 X_101_64x4d = R_101 | IN_3x3 | dict(groups=64, width=4, imagenet="resnext101_64x4d")
 MNV2 = dict(backbone="mobilenet", norm="bn", imagenet="mobilenet_v2")
@@ -62,7 +63,8 @@ DCN_345, DCN_45 = (IMPRV | dict(dcn=dcn, tower_dcn=True) for dcn in ((3, 4, 5), 
 IOU = dict(quality="iou")  # AdelaiDet's, as is the real-time model
 RT = dict(levels=(3, 4, 5), ranges=(64, 128), test_size=(512, 736))
 VISION = IMPRV | dict(scales=False, grid="corner")
-TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=32, channels=64, norm="gn")
+TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=16, channels=64, norm="gn")
+HALVED = dict(ranges=(32, 64, 128, 256))  # so that small pictures use several levels
 MODELS = {
     "fcos_R_50_FPN":                    R_50        | PLAIN,
     "fcos_R_101_FPN":                   R_101       | PLAIN,
@@ -82,9 +84,7 @@ MODELS = {
     "fcos_imprv_iou_R_50_FPN":          R_50        | IMPRV | IOU,
     "fcos_rt_R_50_FPN":                 R_50        | IMPRV | SYNCBN | RT,
     "fcos_torchvision_R_50_FPN":        V_50        | VISION,
-    "fcos_imprv_R_18_FPN":              V_18        | IMPRV,
-    "fcos_imprv_R_34_FPN":              V_34        | IMPRV,
-    "shapes":                           TINY        | IMPRV,
+    "shapes":                           TINY        | IMPRV | HALVED,
 }
 
 # How pixels enter a network and boxes leave it. This travels with weights, not with architecture.
@@ -118,25 +118,32 @@ class UserError(ValueError):
 # ---- images ------------------------------------------------------------------------------------
 
 
+def regular(path):
+    """The path, unless it is of a pipe, device or folder: they would hang or be lost. OSError"""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("Is a directory" if os.path.isdir(path) else "is no regular file")
+    return path
+
+
 def read_image(source, hw=None):
     """Decode an image file or PIL image to RGB: uint8 (3, H, W). Grey, palette, CMYK, transparent
-    and 16-bit images become 8-bit RGB.
+    and 16-bit images become 8-bit RGB, the latter by the highest bit that they use.
 
     EXIF orientation is applied, as a viewer would. With `hw`, the (height, width) that annotations
     were drawn on, it is applied only if the file as stored does not have that size but the turned
     image does: COCO's boxes refer to the stored pixels. UserError names an unreadable file.
     """
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = source if isinstance(source, Image.Image) else Image.open(regular(source))
         stored = image.size[::-1]
         if stored != hw and image.getexif().get(0x0112, 1) != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode == "F":
             raise ValueError("its pixels are floating point; save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would saturate at 255
-            pixels = np.asarray(image)
-            pixels = pixels >> 8 if pixels.max() > 255 else pixels
-            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            pixels = np.asarray(image).clip(min=0)
+            bits = int(pixels.max()).bit_length()  # a camera's 10, 12 or 14 bits come in 16
+            image = Image.fromarray((pixels >> max(bits - 8, 0)).astype(np.uint8))
         pixels = np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise UserError(f"{source}: no such image") from None
@@ -153,8 +160,8 @@ def resized_hw(h, w, min_size, max_size):
     """(height, width) after scaling the short side to `min_size` pixels, or less if the long side
     would pass `max_size`. Rounds as the official code does: the long side is truncated, and an
     image whose short side already fits stays as it is."""
-    if min_size < 1 or max_size < 1:
-        raise UserError(f"sizes {min_size} and {max_size}: expected numbers of pixels")
+    if not 1 <= min_size <= max_size:
+        raise UserError(f"min_size {min_size}: expected 1 or more, and at most max_size {max_size}")
     short, long = min(h, w), max(h, w)
     if long / short * min_size > max_size:
         min_size = max(round(max_size * short / long), 1)
@@ -169,7 +176,9 @@ def resize(image, hw):
     Pillow's, which the official code uses (0.03 % of the pixels differ), at a sixth of its time."""
     if image.shape[-2:] == tuple(hw):
         return image
-    return F.interpolate(image[None], tuple(hw), mode="bilinear", antialias=True)[0]
+    # The channels of a pixel lie together, as in a decoded image: PyTorch has a fast way for that.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return F.interpolate(batch, tuple(hw), mode="bilinear", antialias=True)[0]
 
 
 def padded_hw(sizes):
@@ -233,7 +242,7 @@ class ConvNorm(nn.Module):
         if not isinstance(norm, FrozenBatchNorm2d):
             return norm(self.conv(x))
         # A frozen norm is folded into the weights on every call: one product per weight instead of
-        # a pass over the activations, and no activation saved for backward.
+        # passes over the activations (cuDNN needs one for the shift), and none saved for backward.
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weight = self.conv.weight * scale[:, None, None, None]
         return self.conv._conv_forward(x, weight, norm.bias - norm.running_mean * scale)
@@ -697,9 +706,6 @@ def defaults(function):
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-LOSS_KEYWORDS = list(defaults(fcos_loss))
-
-
 def resolve(keywords: dict) -> dict:
     """All keywords of FCOS and of the backbone that `keywords` names, those not given at their
     defaults: with the number of classes, all it takes to build the same model again, whatever
@@ -780,7 +786,7 @@ class FCOS(nn.Module):
             self.backbone.freeze(frozen_stages)
 
         self.num_classes, self.radius = num_classes, radius
-        self.loss = {name: self.keywords[name] for name in LOSS_KEYWORDS}
+        self.loss = {name: self.keywords[name] for name in defaults(fcos_loss)}
         self.classes = self.category_ids = None
         self.test_size = tuple(test_size)
         self.set_convention(grid=grid, **(TORCH if passed else {}))
@@ -881,7 +887,7 @@ class FCOS(nn.Module):
         scores = scores.where(candidate, -math.inf)
 
         # ---- the best boxes of the image, without those that repeat a better one
-        keep = batched_nms(boxes, scores, labels, nms_threshold, max_detections)
+        keep = nms(boxes, scores, labels, nms_threshold, max_detections)
         found, keep = keep >= 0, keep.clamp(min=0)
         boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)).where(found[..., None], 0)
         scores = final_score(scores.gather(1, keep).clamp(min=0)).where(found, -math.inf)
@@ -909,32 +915,47 @@ class FCOS(nn.Module):
 
     @torch.no_grad()
     def predict(self, images, min_size: int | None = None, max_size: int | None = None,
-                score_threshold: float = 0.0, **thresholds) -> list[dict]:
+                score_threshold: float = 0.0, batch_size: int = 1, **thresholds) -> list[dict]:
         """Detections in pixels of the given images.
 
-        images: one or a list of paths, PIL images, RGB uint8 arrays (H, W, 3) or RGB uint8 tensors
-        (3, H, W). min_size, max_size: pixels to resize to, by default `test_size`.
+        images: one or an iterable of paths, PIL images, RGB uint8 arrays (H, W, 3) or RGB uint8
+        tensors (3, H, W). min_size, max_size: pixels to resize to, by default `test_size`.
         score_threshold: leaves out what scores less; thresholds: keywords of `decode`.
+        batch_size: images that follow one another go together if they are padded to one size.
         -> a list of {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)} on the CPU, always a list
         """
-        if not isinstance(images, (list, tuple)):
+        if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
             images = [images]
         min_size, max_size = min_size or self.test_size[0], max_size or self.test_size[1]
-        device, training = self.pixel_mean.device, self.training
+        device, results, training = self.pixel_mean.device, [], self.training
         self.eval()
-        results = []
         try:
-            for image in map(as_image, images):
-                hw = image.shape[-2:]
-                size = resized_hw(*hw, min_size, max_size)
-                batch, sizes = pad_batch([resize(image, size)])
-                outputs = self(batch.to(device), sizes.to(device))
-                found = self.detect(outputs, sizes, score_threshold, **thresholds)[0]
-                found = {name: value.cpu() for name, value in found.items()}
-                results.append(found | {"boxes": self.rescale(found["boxes"], size, hw)})
+            images = ((image, resized_hw(*image.shape[-2:], min_size, max_size))
+                      for image in map(as_image, images))
+            for _, alike in groupby(images, lambda image: padded_hw([image[1]])):
+                while chunk := list(islice(alike, max(batch_size, 1))):
+                    batch, sizes = pad_batch([resize(image, size) for image, size in chunk])
+                    outputs = self(batch.to(device), sizes.to(device))
+                    detections = self.detect(outputs, sizes, score_threshold, **thresholds)
+                    for (image, size), found in zip(chunk, detections):
+                        found = {name: value.cpu() for name, value in found.items()}
+                        found["boxes"] = self.rescale(found["boxes"], size, image.shape[-2:])
+                        results.append(found)
         finally:
             self.train(training)
         return results
+
+
+@torch.library.custom_op("fcos::nms", mutates_args=())
+def nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float,
+        max_detections: int) -> Tensor:
+    """batched_nms as one operator, which an exported graph can hold."""
+    return batched_nms(boxes, scores, labels, iou_threshold, max_detections)
+
+
+@nms.register_fake
+def _(boxes, scores, labels, iou_threshold, max_detections):
+    return labels.new_empty(labels.shape[0], max_detections)
 
 
 def as_image(source):
@@ -947,10 +968,8 @@ def as_image(source):
         if len(source) == 3 and source.numel():
             return source.cpu()
     what = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else repr(source)
-    raise ValueError(
-        f"image {what}: expected a path, a PIL image, an RGB uint8 array (H, W, 3) or an RGB uint8 "
-        "tensor (3, H, W)"
-    )
+    raise ValueError(f"image {what}: expected a path, a PIL image, an RGB uint8 array (H, W, 3) or "
+                     "an RGB uint8 tensor (3, H, W)")
 
 
 def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
@@ -964,6 +983,58 @@ def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
     model = FCOS(num_classes, **resolve(MODELS[name] | overrides))
     model.name = name
     return model
+
+
+# ---- export ------------------------------------------------------------------------------------
+
+
+class Deployed(nn.Module):
+    """What is exported: images uint8 (B, 3, H, W) RGB, padded at the bottom and right, and their
+    sizes int64 (B, 2) before that -> boxes, scores, labels of `FCOS.decode`."""
+
+    def __init__(self, model: "FCOS"):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, sizes: Tensor):
+        return self.model.decode(self.model(images, sizes), sizes)
+
+
+def export_onnx(model: "FCOS", path, height: int, width: int):
+    """Write `Deployed` to an ONNX file, for any number of images of height x width pixels, padding
+    included: multiples of 32. The metadata hold the names of the classes and the test size."""
+    try:
+        from onnxscript import opset18 as op
+    except ImportError as error:
+        raise UserError(f"{path}: pip install onnx onnxscript ({error})") from None
+    if height % 32 or width % 32 or min(height, width) < 32:
+        raise UserError(f"height {height} and width {width}: expected multiples of 32")
+
+    def onnx_nms(boxes, scores, labels, iou_threshold, max_detections):
+        one = op.Constant(value_int=1)
+        classes = op.Range(op.Constant(value_int=0), op.ReduceMax(labels, keepdims=0) + one, one)
+        of_class = op.Equal(op.Unsqueeze(labels, [1]), op.Unsqueeze(classes, [0, 2]))  # (B, K, N)
+        nothing = op.Constant(value_float=-1.0)
+        per_class = op.Where(of_class, op.Unsqueeze(scores, [1]), nothing)
+        kept = op.NonMaxSuppression(boxes, per_class, [max_detections], [iou_threshold], [0.0])
+        place = op.Gather(kept, [0, 2], axis=1)  # image and candidate
+        kept = op.ScatterND(op.Expand(nothing, op.Shape(scores)), place, op.GatherND(scores, place))
+        best, index = op.TopK(kept, [max_detections])
+        return op.Where(op.Greater(best, 0.0), index, -1)
+
+    device, B = model.pixel_mean.device, torch.export.Dim("B", min=1)
+    example = (torch.zeros(2, 3, height, width, dtype=torch.uint8, device=device),
+               torch.tensor([[height, width]] * 2, device=device))
+    program = torch.onnx.export(
+        Deployed(model).eval(), example, input_names=["images", "sizes"],
+        output_names=["boxes", "scores", "labels"], dynamo=True, verbose=False,
+        dynamic_shapes={"images": {0: B}, "sizes": {0: B}},
+        custom_translation_table={torch.ops.fcos.nms.default: onnx_nms},
+    )
+    for name in ("classes", "category_ids", "test_size"):
+        program.model.metadata_props[name] = json.dumps(getattr(model, name))
+    with atomic_write(path) as file:
+        file.write(program.model_proto.SerializeToString())
 
 
 # ---- weights -----------------------------------------------------------------------------------
@@ -1050,9 +1121,12 @@ def read_checkpoint(path):
     """The content of a .pth, .pt or .pkl file, without running code from it. UserError if the file
     is missing, torn, or holds anything but tensors, arrays and plain values."""
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             if str(path).endswith(".pkl"):
                 return ArrayUnpickler(file, encoding="latin1").load()
+            if zipfile.is_zipfile(file) and (name := zipfile.ZipFile(file).testzip()):
+                raise ValueError(f"the checksum of {name} is wrong")  # torch.load checks none
+            file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
@@ -1074,9 +1148,9 @@ def open_weights(source) -> Weights:
     path = source if isinstance(source, (str, os.PathLike)) else "weights"
     content = read_checkpoint(source) if path is source else source
     state = content
-    while isinstance(state, dict):  # last.pt of train.py holds a checkpoint that holds the weights
-        inner = [state.get(wrapper) for wrapper in ("model", "state_dict", "blobs")]
-        inner = [value for value in inner if isinstance(value, dict)]
+    for _ in range(4):  # last.pt of train.py holds a checkpoint that holds the weights
+        held = state if isinstance(state, dict) else {}
+        inner = [held[k] for k in ("model", "state_dict", "blobs") if isinstance(held.get(k), dict)]
         if not inner:
             break
         content, state = state, inner[0]
@@ -1145,7 +1219,9 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
     path, content, state, family, _ = weights
 
     def refuse(why):
-        raise UserError(f"{path}: does not fit {model.name}: {why}")
+        row = "fcos_torchvision_R_50_FPN" if family == "torchvision" else content.get("name")
+        hint = f"; it is a {row}" if row not in (None, model.name) else ""
+        raise UserError(f"{path}: does not fit {model.name}: {why}{hint}")
 
     # ---- their names become ours
     names = getattr(model.backbone, "names", []) + NAMES
@@ -1158,10 +1234,14 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
             value = torch.from_numpy(value.astype(np.float32))
         if name not in own or name in renamed:
             unknown[key] = name
-        elif isinstance(value, Tensor):
-            renamed[name] = value
-        else:
-            raise UserError(f"{path}: {key} is no tensor but {type(value).__name__}")
+            continue
+        plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        if not plain or value.is_floating_point() != own[name].is_floating_point():
+            what = f"{type(value).__name__} {getattr(value, 'dtype', '')}"
+            raise UserError(f"{path}: {key} is no plain tensor of floating point but {what}")
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {key} holds NaN or infinity")
+        renamed[name] = value
     for name, value in own.items():
         if family == "caffe2" and re.match(r"backbone\..*\.running_(mean|var)$", name):
             renamed[name] = torch.full_like(value, name.endswith("var"))  # its norm is affine
@@ -1194,14 +1274,26 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
     if family in DETECTORS:
         wrong, spare = missing + list(unknown), spare + r"|pixel_(mean|std)"
     else:  # the rest of the file is its classifier; Caffe2's also keep the optimizer's momentum
-        if isinstance(model.backbone, ResNet) and "backbone.stem.norm.running_var" not in own:
-            raise UserError(f"{path}: is of a backbone with BatchNorm, and this one has GroupNorm")
         wrong = missing + [key for key, name in unknown.items() if name.startswith("backbone.")]
         spare += r"|(fpn|head)\..*|.*\.offset\..*|.*_momentum"
     if family == "fcos" and classes:  # an output that the head has since got starts anew
         layers = {name.rpartition(".")[0] for name in renamed}
         wrong = [n for n in wrong if n[:5] != "head." or n.rpartition(".")[0] in layers]
     wrong = [name for name in wrong if not re.fullmatch(spare, name)]
+    told = {}  # what shapes do not tell
+    if family == "fcos" and "name" in content:
+        stored = stored_keywords(content)
+        told = {keyword: stored.get(keyword) for keyword in
+                ("activation", "ctr_on", "quality", "levels", "scales", "stride_in_1x1")}
+    elif family not in DETECTORS and isinstance(model.backbone, ResNet):
+        if "res3.0.conv3.conv.weight" in model.backbone.state_dict():
+            in_1x1 = family in ("caffe2", "detectron2") and model.keywords["groups"] == 1
+            told["stride_in_1x1"] = in_1x1
+        if family == "caffe2" or model.keywords["norm"] == "gn":
+            told["norm"] = "frozen"  # with statistics, which GroupNorm has not; Caffe2's are 0, 1
+    for keyword, there in told.items():
+        if there != model.keywords.get(keyword):
+            refuse(f"{keyword} is {there} in the file, {model.keywords.get(keyword)} in the model")
     if wrong:
         refuse(f"{len(wrong)} keys are missing or unknown, among them {', '.join(wrong[:5])}")
     for name, value in renamed.items():
@@ -1209,21 +1301,6 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
             hint = "; `classes` says whose rows to take" if name.startswith("head.cls.") else ""
             refuse(f"{name} is {tuple(value.shape)} in the file and {tuple(own[name].shape)} in "
                    f"the model{hint}")
-    if family == "fcos" and "name" in content:  # what shapes do not tell
-        stored = stored_keywords(content)
-        for keyword in ("activation", "ctr_on", "quality", "levels", "scales", "stride_in_1x1"):
-            there, here = stored.get(keyword), model.keywords.get(keyword)
-            if there != here:
-                refuse(f"it is a {content['name']}, whose {keyword} is {there} and not {here}")
-    if family not in DETECTORS:
-        norm, here = model.keywords.get("norm"), model.keywords.get("stride_in_1x1")
-        there = family in ("caffe2", "detectron2") and model.keywords.get("groups") == 1
-        if "backbone.res2.0.conv3.conv.weight" in own and there != here:
-            there, here = ("1x1" if first else "3x3" for first in (there, here))
-            refuse(f"its blocks have the stride in the {there} convolution, the model's in the "
-                   f"{here}")
-        if family == "caffe2" and norm != "frozen":
-            refuse("its norms have no statistics, so that they can only be norm='frozen'")
 
     model.load_state_dict(renamed, strict=False)
     convention = families()[family][1] | input_convention(model, weights)
@@ -1239,13 +1316,11 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
 def hub_file(name: str, classifier: str | None = None) -> Path:
     """Where torch's hub folder keeps weights of torchvision: "coco", its FCOS (box AP 39.2), or
     "imagenet", a classifier by its name there. A download checks the hash of the file."""
-    if name == "coco":
-        weights = detection.FCOS_ResNet50_FPN_Weights.COCO_V1
-    elif classifier:
-        weights = get_model_weights(classifier).IMAGENET1K_V1
-    else:
+    if not (classifier or name == "coco"):
         raise UserError("imagenet: torchvision has no weights for this model; its ResNets have "
                         "the stride in the 3x3 convolution, the Caffe-style rows in the 1x1")
+    choices = get_model_weights("fcos_resnet50_fpn" if name == "coco" else classifier)
+    weights = choices.COCO_V1 if name == "coco" else choices.IMAGENET1K_V1
     path = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
     if not path.exists():
         try:
@@ -1263,8 +1338,6 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
     those of other families do not say which architecture they are of: `name` is a row of MODELS.
     "coco" is torchvision's own file: see hub_file. A model whose backbone was a module of your own
     needs one, to be filled, as `backbone`."""
-    if name not in (None, *MODELS):
-        raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
     path = hub_file("coco") if path == "coco" else path
     _, content, state, family, mark = weights = open_weights(path)
     if family not in DETECTORS:
@@ -1273,8 +1346,8 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
         if family == "torchvision":
             name = name or "fcos_torchvision_R_50_FPN"
         if name is None:
-            rows = ", ".join(MODELS)
-            raise UserError(f"{path}: does not say which model it is; name one of {rows}")
+            raise UserError(f"{path}: does not say which model it is; name one of "
+                            f"{', '.join(MODELS)}")
         num_classes = 80 if family == "torchvision" and len(state[mark]) == 91 else len(state[mark])
         model = build(name, num_classes)
         load_weights(model, weights)
@@ -1291,9 +1364,9 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
         model.name = content["name"]
         model.classes, model.category_ids = content["classes"], content["category_ids"]
         model.test_size = tuple(content["test_size"])
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:  # made by hand, or damaged
-        raise UserError(f"{path}: {error}") from None
-    load_weights(model, weights)
+        load_weights(model, weights)
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
+        raise UserError(f"{path}: made by hand, or damaged ({error})") from None
     return model.eval()
 
 
@@ -1310,13 +1383,13 @@ def atomic_write(path, mode="wb", keep=None):
     What was there moves to `keep`, if given. UserError if it cannot be written."""
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, mode) as file:
+        with open(regular(temporary), mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if keep and os.path.exists(path):
             os.replace(path, keep)
-        os.replace(temporary, path)
+        os.replace(temporary, regular(path))
     except (OSError, RuntimeError) as error:  # torch.save hides the former in the latter
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(f"{path}: cannot be written ({cause})") from None

@@ -329,7 +329,7 @@ def test_targets_are_the_official_ones(golden, tag, radius):
     """Identical, but where the official area (w + 1)(h + 1) and ours rank two boxes differently."""
     facts, arrays = golden("targets")
     facts = facts.get("cases", facts)
-    model = fcos.build("shapes", radius=radius)
+    model = fcos.build("shapes", radius=radius, ranges=fcos.RANGES)
     rows, ranked_differently = 0, 0
     for case, fact in facts.items():
         if tag == "r15" and case.startswith("quirk_first_center_x0"):
@@ -425,7 +425,7 @@ def test_losses_and_gradients_are_the_official_ones(golden):
         scaled = [x * stride for x, stride in zip(reg, fcos.STRIDES)] if norm else reg
         outputs = {"cls": rows_of(cls), "ltrb": rows_of(scaled), "ctr": rows_of(ctr).squeeze(2),
                    "points": fcos.make_points(hw)}
-        model = fcos.build("shapes", radius=fact["center_sampling_radius"])
+        model = fcos.build("shapes", radius=fact["center_sampling_radius"], ranges=fcos.RANGES)
         targets = model.targets(hw, *golden_boxes(case, fact, arrays))
         normalizers = fcos.loss_normalizers(targets)
         assert normalizers[0] == fact["num_pos"], case
@@ -502,7 +502,7 @@ def test_quality_is_what_ctr_learns_and_how_boxes_weigh(quality, unit):
     assert not ltrb.grad[background].any() and ltrb.grad[~background].any()
     assert not ctr.grad[background].any()
     learned = torch.where(background, 0, ctr.detach().sigmoid() - 8 * ctr.grad)
-    assert len(positives) > 10 and learned[~background].max() > 0.5
+    assert len(positives) > 10 and learned[~background].max() > 0.4
     box_loss = 0.0
     for image, row in positives:
         stride = outputs["points"][row, 2].item() if unit == "stride" else 1
@@ -1266,3 +1266,100 @@ def test_stride_sits_where_the_keyword_says():
         with torch.device("meta"):
             block = fcos.build("fcos_R_50_FPN", stride_in_1x1=in_1x1).backbone.res3[0]
         assert block.conv1.conv.stride == first and block.conv2.conv.stride == second
+
+
+# ---- export ------------------------------------------------------------------------------------
+
+
+def small_detector(name):
+    """A detector of three classes that finds a hundred things in noise."""
+    torch.manual_seed(0)
+    small = dict(fcos_imprv_R_50_FPN=dict(blocks=(1, 1, 1, 1), norm="gn", frozen_stages=0),
+                 fcos_bn_MNV2_FPN=dict(blocks=(1,) * 7), shapes={})[name]
+    model = fcos.build(name, 3, **small).eval()
+    torch.nn.init.normal_(model.head.cls.weight, std=0.1)
+    torch.nn.init.normal_(model.head.box.weight, std=0.05)
+    torch.nn.init.constant_(model.head.box.bias, 2)
+    model.classes, model.category_ids = ["a", "b", "c"], [1, 2, 4]
+    return model
+
+
+def noise_and_sizes(B):
+    images = torch.randint(256, (B, 3, 96, 128), dtype=torch.uint8)
+    return images, torch.tensor([[96, 128], [80, 128], [96, 100]][:B])
+
+
+def assert_same_detections(got, expected, pixels=0.05, score=1e-3):
+    """All that one side finds, the other finds too, but for the last: they may be exchanged."""
+    for boxes, scores, labels, *others in zip(*got, *expected):
+        sure = scores > others[1][others[2] >= 0].min() + score
+        assert sure.sum() > 50
+        for b, s, label in zip(boxes[sure], scores[sure], labels[sure]):
+            near = ((others[0] - b).abs() < pixels).all(1) & ((others[1] - s).abs() < score)
+            assert (near & (others[2] == label)).any(), (b, s, label)
+
+
+def test_the_deployed_model_is_one_graph_of_any_number_of_images():
+    model = fcos.Deployed(small_detector("shapes")).eval()
+    B = torch.export.Dim("B", min=1)
+    program = torch.export.export(model, noise_and_sizes(2), dynamic_shapes=({0: B}, {0: B}))
+    for count in (1, 3):
+        inputs = noise_and_sizes(count)
+        with torch.no_grad():
+            for got, expected in zip(program.module()(*inputs), model(*inputs)):
+                torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["fcos_imprv_R_50_FPN", "fcos_bn_MNV2_FPN", "shapes"])
+def test_onnxruntime_finds_what_the_model_finds(name, tmp_path):
+    for module in ("onnx", "onnxscript"):
+        pytest.importorskip(module)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = small_detector(name)
+    fcos.export_onnx(model, tmp_path / "model.onnx", 96, 128)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["classes"]) == ["a", "b", "c"]
+    assert json.loads(facts["category_ids"]) == [1, 2, 4]
+    assert json.loads(facts["test_size"]) == list(model.test_size)
+    for count in (1, 3):
+        images, sizes = noise_and_sizes(count)
+        got = session.run(["boxes", "scores", "labels"],
+                          {"images": images.numpy(), "sizes": sizes.numpy()})
+        got = [torch.from_numpy(x) for x in got]
+        with torch.no_grad():
+            expected = fcos.Deployed(model)(images, sizes)
+        assert [x.dtype for x in got] == [x.dtype for x in expected]
+        assert_same_detections(got, expected)
+        assert_same_detections(expected, got)
+
+
+def test_an_export_of_odd_size_is_refused(tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match="100.*multiples of 32"):
+        fcos.export_onnx(fcos.build("shapes", 2), tmp_path / "model.onnx", 100, 128)
+
+
+def test_a_list_is_predicted_in_batches_as_one_by_one():
+    model = small_detector("shapes")
+    model.test_size = 64, 96
+    images = [torch.randint(256, (3, *hw), dtype=torch.uint8)
+              for hw in ((64, 96), (60, 90), (64, 90), (96, 64), (64, 96), (64, 95))]
+    shapes = []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    alone, batched = model.predict(images), model.predict(iter(images), batch_size=2)
+    assert shapes[6:] == [(2, 3, 64, 96), (1, 3, 64, 96), (1, 3, 96, 64), (2, 3, 64, 96)]
+    for one, other in zip(alone, batched, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+
+def test_autocast_to_bf16_finds_nearly_the_same():
+    model = small_detector("shapes")
+    inputs = noise_and_sizes(2)
+    with torch.no_grad():
+        expected = model(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(*inputs)
+    assert outputs["cls"].dtype == torch.bfloat16
+    difference = (outputs["cls"].float().sigmoid() - expected["cls"].sigmoid()).abs()
+    assert 0 < difference.max() < 0.05
