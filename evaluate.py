@@ -2,6 +2,7 @@
 
     python evaluate.py runs/shapes/model.pt --data data/shapes
     python evaluate.py coco --images photo.jpg folder/ --out drawn/
+    python evaluate.py runs/shapes/model.pt --export model.onnx
     python evaluate.py --results results.json --annotations instances_val2017.json
     torchrun --nproc_per_node=8 evaluate.py runs/coco/model.pt --data data/coco
 
@@ -12,7 +13,9 @@ command line. train.py uses most of it: the data set, the scores, and how a proc
 import argparse
 import contextlib
 import datetime
+import functools
 import gc
+import glob
 import io
 import itertools
 import json
@@ -21,6 +24,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -28,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageColor, ImageDraw, ImageFont
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import fcos
@@ -38,23 +42,30 @@ from fcos import UserError
 
 
 def coco_paths(data, split):
-    """(annotation file, image folder) of a split such as "val2017" in COCO's own layout."""
-    return Path(data) / "annotations" / f"instances_{split}.json", Path(data) / split
+    """(annotation file, image folder) of a split such as "val2017" in COCO's layout, Roboflow's, or
+    annotations.json and images/ for any split; COCO's where there is nothing. UserError tells how
+    to convert what YOLO and CVAT export."""
+    data, part = Path(data), {"train2017": "train", "val2017": "valid"}.get(split, split)
+    layouts = [
+        (data / "annotations" / f"instances_{split}.json", data / split),
+        (data / part / "_annotations.coco.json", data / part),
+        (data / "annotations.json", data / "images"),
+    ]
+    there = [paths for paths in layouts if paths[0].exists()]
+    convert = "coco convert --to coco --output"  # of hotcoco
+    labels, images = f"{data}/{part}/labels", f"{data}/{part}/images"
+    if (data / "labels").is_dir():  # Ultralytics
+        labels, images = (f"{data}/{what}/{split[:-4]}" for what in ("labels", "images"))
+    for mark, command in (
+        ("data.yaml", f"cp {data}/data.yaml {labels}; {convert} {part}.json --from yolo --input "
+                      f"{labels} --images-dir {images}"),
+        ("annotations.xml", f"{convert} {part}.json --from cvat --input {data}/annotations.xml"),
+    ):
+        if not there and (data / mark).exists():
+            raise UserError(f"{data}: no COCO JSON, but {mark}; make one of each split: {command}")
+    return (there or layouts)[0]
 
 
-@contextlib.contextmanager
-def no_garbage_collection():
-    """For code that makes a million objects and no garbage: looking for it doubles the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@no_garbage_collection()
 def read_json(path):
     """The content of a JSON file, without the polygons that are most of COCO's and of no use here.
     UserError if it is missing or not JSON."""
@@ -64,7 +75,7 @@ def read_json(path):
         return entry
 
     try:
-        with open(path, encoding="utf-8-sig") as file:  # some exporters write a byte order mark
+        with open(fcos.regular(path), encoding="utf-8-sig") as file:  # some write a byte order mark
             return json.load(file, object_hook=drop)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {what_is_there(path)}") from None
@@ -75,23 +86,28 @@ def read_json(path):
 def what_is_there(path):
     """What a user may have meant by a path that does not exist."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
-    with contextlib.suppress(OSError):
-        names = sorted(name for name in os.listdir(folder) if name[0] != ".")[:5]
-        return f"{folder} holds {', '.join(names) or 'nothing'}"
-    return f"{folder} cannot be read"
+    names = sorted(name for name in os.listdir(folder) if name[0] != ".")[:5]
+    return f"{folder} holds {', '.join(names) or 'nothing'}"
 
 
-@no_garbage_collection()
 def read_coco(path):
     """A COCO instances JSON, checked -> its content, {image id: row}, {category id: label}, and its
     annotations as plain_boxes. Rows and labels count from 0 in rising order of the ids."""
-    coco = read_json(path)
+    gc.disable()  # a million objects and no garbage: to look for it takes as long as all the rest
+    try:
+        coco = read_json(path)
+    finally:
+        gc.enable()
     for part in ("images", "annotations", "categories"):
         if not isinstance(coco, dict) or not isinstance(coco.get(part), list):
             raise UserError(f"{path}: not COCO instances: it has no list {part!r}")
     rows = numbered(coco["images"], "file_name", f"{path}: images")
     labels = numbered(coco["categories"], "name", f"{path}: categories")
-    return coco, rows, labels, plain_boxes(coco["annotations"], rows, labels, path)
+    boxes = plain_boxes(coco["annotations"], rows, labels, path)
+    if boxes and all(box["image_id"] < 0 for box in boxes):
+        raise UserError(f"{path}: no annotation is of an image of the file; the first image_id is "
+                        f"{coco['annotations'][0]['image_id']!r}, an id {next(iter(rows))!r}")
+    return coco, rows, labels, boxes
 
 
 def numbered(entries, name, where):
@@ -117,7 +133,7 @@ def plain_boxes(entries, rows, labels, where):
             x, y, w, h = map(float, entry["bbox"])
             row, label = rows.get(entry["image_id"], -1), labels.get(entry["category_id"])
             area, crowd = entry.get("area"), float(entry.get("iscrowd") or 0)
-            area = w * h if area is None else float(area)
+            area = w * h if area is None or not float(area) >= 0 else float(area)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{where}: expected image_id, category_id and bbox [x, y, w, h] in "
                             f"{entry!r:.300} ({error!r})") from None
@@ -146,23 +162,34 @@ class CocoDataset:
         self.annotations, self.image_dir = Path(annotations), Path(image_dir)
         coco, rows, labels, boxes = read_coco(annotations)
         categories = sorted(coco["categories"], key=lambda category: category["id"])
-        self.classes = [category["name"] for category in categories]
-        self.category_ids = list(labels)
         self.sorted = categories == coco["categories"]  # the official code keeps the file's order
+        used = {box["category_id"] for box in boxes}
+        named = [(category["name"], category.get("supercategory")) for category in categories]
+        parents = [parent for name, parent in named if parent != name]
+        kept = [k for k, (name, _) in enumerate(named) if k in used or name not in parents]
+        self.classes = [categories[k]["name"] for k in kept]
+        self.category_ids = [categories[k]["id"] for k in kept]
+        self.notes = [f"category {name!r} is no class: no box has it, and others name it as their "
+                      "supercategory" for k, (name, _) in enumerate(named) if k not in kept]
         self.image_ids = np.array(list(rows))
         self._set_images(sorted(coco["images"], key=lambda image: image["id"]))
-        self._set_boxes(boxes, coco["annotations"])
+        self._set_boxes(boxes, coco["annotations"], kept)
 
     def _set_images(self, images):
         folder, names = self.image_dir, [str(image["file_name"]) for image in images]
         if not folder.is_dir():
             raise UserError(f"{folder}: no such image folder; {what_is_there(folder)}")
-        present = set(os.listdir(folder))  # one call is faster than one for each image
-        missing = [n for n in names if n not in present and not os.path.isfile(folder / n)]
+        listed = os.listdir(folder)  # one call is faster than one for each image
+        present = {Path(name).stem: name for name in listed}  # YOLO's names have no suffix
+        present |= {name: name for name in listed}
+        places = [present.get(name) or next((way for way in (name, f"../{name}")  # CVAT's folders
+                                             if os.path.isfile(folder / way)), None)
+                  for name in names]
+        missing = [name for name, place in zip(names, places) if place is None]
         if missing:
             raise UserError(f"{folder}: lacks {len(missing)} of {len(names)} images of "
                             f"{self.annotations}, the first being {missing[0]}")
-        self._names = np.array(names)
+        self._names = np.array(places)
         self.hw = np.array([self._size(image) for image in images])
 
     def _size(self, image):
@@ -174,9 +201,9 @@ class CocoDataset:
                             f"{width!r}, not whole numbers over 0")
         return height, width
 
-    def _set_boxes(self, boxes, annotations):
+    def _set_boxes(self, boxes, annotations, kept):
         image = np.array([box["image_id"] for box in boxes], dtype=np.int64)
-        label = np.array([box["category_id"] for box in boxes], dtype=np.int64)
+        label = np.searchsorted(kept, [box["category_id"] for box in boxes])
         crowd = np.array([box["iscrowd"] for box in boxes], dtype=bool)
         xywh = np.array([box["bbox"] for box in boxes]).reshape(-1, 4)
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
@@ -185,7 +212,6 @@ class CocoDataset:
         homeless = image < 0
         full = (inside[:, 2:] > inside[:, :2]).all(1) & np.isfinite(xyxy).all(1)
         clipped = (np.abs(inside - xyxy) > 1).any(1)  # up to a pixel is rounding in the JSON
-        self.notes = []
         for what, which in (
             ("belong to no image of the file and are left out", homeless),
             ("have no area inside their image and are left out", ~full & ~homeless),
@@ -193,10 +219,8 @@ class CocoDataset:
         ):
             if which.any():
                 first = annotations[which.argmax()]
-                self.notes.append(
-                    f"{which.sum()} of {len(annotations)} boxes {what}; the first is annotation "
-                    f"{first.get('id')} of image {first['image_id']}, {first['bbox']}"
-                )
+                first = {key: first.get(key) for key in ("id", "image_id", "bbox")}
+                self.notes.append(f"{which.sum()} of {len(which)} boxes {what}, first {first}")
 
         visible = (xywh[:, 2:] > 1).all(1) & ~homeless
         self.trainable = np.bincount(image[visible], minlength=len(self)) > 0
@@ -228,31 +252,6 @@ class CocoDataset:
 
 
 # ---- prediction --------------------------------------------------------------------------------
-
-
-class EvalBatches(Dataset):
-    """The images of a data set, resized, in batches of one padded size: the prediction for an image
-    depends neither on the images beside it nor on the number of processes."""
-
-    def __init__(self, dataset, min_size, max_size, batch_size):
-        self.dataset, self.batches = dataset, []
-        self.sizes = [fcos.resized_hw(h, w, min_size, max_size) for h, w in dataset.hw.tolist()]
-        groups = {}
-        for i, size in enumerate(self.sizes):
-            groups.setdefault(fcos.padded_hw([size]), []).append(i)
-        for group in groups.values():
-            self.batches += [group[k : k + batch_size] for k in range(0, len(group), batch_size)]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, b):
-        members = self.batches[b]
-        try:
-            images = [fcos.resize(self.dataset.image(i), self.sizes[i]) for i in members]
-        except UserError as error:  # raised here it would come wrapped in a worker's traceback
-            return error
-        return *fcos.pad_batch(images), members
 
 
 def start_worker(_):
@@ -297,39 +296,54 @@ def check_classes(model, dataset):
                         f"model was trained on; the first difference is {first}")
 
 
-@torch.inference_mode()
+def attempt(read, item):
+    """read(item), or its UserError: raised in a worker, it would come wrapped in a traceback."""
+    try:
+        return read(item)
+    except UserError as error:
+        return error
+
+
+def read_ahead(read, items, workers):
+    """read(item) of all items in turn, or its UserError; worker processes are ahead."""
+    return DataLoader(items, batch_size=None, collate_fn=functools.partial(attempt, read),
+                      num_workers=workers, worker_init_fn=start_worker,
+                      timeout=600 if workers else 0)
+
+
 def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=None, **thresholds):
     """Detections on every image of a CocoDataset, in COCO's results format, in the order of the
     images: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}, ...].
 
-    Every process of torch.distributed takes its share of the batches, none twice and none padded;
-    the list is complete on rank 0 and None elsewhere. Sizes default to model.test_size.
+    Images of one padded size go together, so that the prediction for an image does not depend on
+    those beside it. Every process of torch.distributed takes its share, none twice; the list is
+    complete on rank 0 and None elsewhere. Sizes default to model.test_size.
     """
     rank, world_size = rank_and_world_size()
-    device, training = next(model.parameters()).device, model.training
     min_size, max_size = min_size or model.test_size[0], max_size or model.test_size[1]
-    batches = EvalBatches(dataset, min_size, max_size, batch_size)
-    loader = DataLoader(
-        Subset(batches, range(rank, len(batches), world_size)), batch_size=None,
-        num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=start_worker,
-        timeout=600 if workers else 0,
-    )
+    batches, alike = [], {}
+    for i, hw in enumerate(dataset.hw.tolist()):
+        padded_hw = fcos.padded_hw([fcos.resized_hw(*hw, min_size, max_size)])
+        alike.setdefault(padded_hw, []).append(i)
+    for images in alike.values():
+        batches += [images[k : k + batch_size] for k in range(0, len(images), batch_size)]
+    mine = [i for batch in batches[rank::world_size] for i in batch]
     # in position 0 the bar replaces a bar of training; below it, Jupyter draws every update
-    bar = tqdm(loader, "predict", unit="batch", position=0, leave=False, dynamic_ncols=True,
-               disable=rank != 0)
-    model.eval()
-    results = {}
+    bar = tqdm(read_ahead(dataset.image, mine, workers), "predict", unit="image", position=0,
+               leave=False, dynamic_ncols=True, disable=rank != 0)
+
+    def read():
+        for image in bar:
+            if isinstance(image, UserError):
+                raise image
+            yield image
+
+    results, sizes = {}, (min_size, max_size)
     with no_worker_left():
-        for batch in bar:
-            if isinstance(batch, UserError):
-                raise batch
-            images, sizes, members = batch
-            outputs = model(*(x.to(device, non_blocking=True) for x in (images, sizes)))
-            for i, size, found in zip(members, sizes, model.detect(outputs, sizes, **thresholds)):
-                found["boxes"] = model.rescale(found["boxes"].cpu(), size, dataset.hw[i])
-                rows, image_id = result_rows(found, dataset.category_ids), dataset.image_ids[i]
-                results[i] = [{"image_id": image_id.item(), **row} for row in rows]
-    model.train(training)
+        detections = model.predict(read(), *sizes, batch_size=batch_size, **thresholds)
+        for i, found in zip(mine, detections, strict=True):
+            rows, image_id = result_rows(found, dataset.category_ids), dataset.image_ids[i].item()
+            results[i] = [{"image_id": image_id, **row} for row in rows]
     if world_size > 1:
         shares = [None] * world_size if rank == 0 else None
         dist.gather_object(results, shares)
@@ -358,7 +372,9 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl",
 
 def score(results, annotations, per_class=False):
     """COCO's twelve box metrics of a list of results: {"AP": ..., "AP50": ...}, from 0 to 1, or -1
-    where there is nothing to find. With per_class also {"AP/<class>": ...}."""
+    where there is nothing to find. With per_class also {"AP/<class>": ...}, and for all ("F1",
+    "threshold") and each class ("F1/<class>", ...) the best F1 at an IoU of 0.5, over thresholds of
+    the score, and this threshold."""
     try:  # the numbers of pycocotools to the last bit, many times faster
         from hotcoco import COCO, COCOeval
     except ImportError:
@@ -377,12 +393,15 @@ def score(results, annotations, per_class=False):
             raise UserError(f"results: expected finite numbers as bbox and score in {result}")
         box.update(score=numbers[4], area=box["bbox"][2] * box["bbox"][3])
 
+    names = {category["id"]: f"{category['name']}" for category in coco["categories"]}
+
     def indexed(boxes):  # by rows and labels, because hotcoco takes no text and no -1 as an id
         index = COCO()
         index.dataset = {
             "images": [{"id": row} for row in rows.values()],
-            "categories": [{"id": label, "name": f"{id}"} for id, label in labels.items()],
-            "annotations": [box for box in boxes if box["image_id"] >= 0],
+            "categories": [{"id": label, "name": names[id]} for id, label in labels.items()],
+            "annotations": [box for box in boxes if box["image_id"] >= 0
+                            and all(map(math.isfinite, box["bbox"]))],
         }
         index.createIndex()
         return index
@@ -393,21 +412,34 @@ def score(results, annotations, per_class=False):
         scorer.accumulate()
         scorer.summarize()
     metrics = dict(zip(METRICS, map(float, scorer.stats)))
-    if per_class:
-        names = {category["id"]: category["name"] for category in coco["categories"]}
-        precision = scorer.eval["precision"][:, :, :, 0, -1]  # of all areas, 100 detections
-        of_class = precision.mean(axis=(0, 1)).tolist()  # over overlaps and recalls
-        metrics |= {f"AP/{names[id]}": of_class[label] for id, label in labels.items()}
+    if not per_class:
+        return metrics
+
+    names = [f"/{names[id]}" for id in labels]
+    judged, objects = [], np.zeros(len(names), int)  # (-score, label, whether it is right)
+    for entry in scorer.evalImgs:
+        if entry and entry["aRng"] == scorer.params.areaRng[0]:  # of all sizes
+            label, scores, ignored = (entry[key] for key in ("category_id", "dtScores", "gtIgnore"))
+            objects[label] += len(ignored) - sum(ignored)
+            judged += [(-score, label, match > 0) for score, match, crowd
+                       in zip(scores, entry["dtMatches"][0], entry["dtIgnore"][0]) if not crowd]
+    scores, labels, right = np.array(sorted(judged)).reshape(-1, 3).T
+    AP = scorer.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1)).tolist()
+    for k, name in ((None, ""), *enumerate(names)):
+        chosen = labels >= 0 if k is None else labels == k
+        hits, total = right[chosen].cumsum(), objects.sum() if k is None else objects[k]
+        F1 = 2 * hits / (np.arange(1, len(hits) + 1) + total)
+        best = (F1.max(), -scores[chosen][F1.argmax()]) if len(hits) and total else (-1, -1)
+        metrics |= {} if k is None else {f"AP{name}": AP[k]}
+        metrics |= {f"F1{name}": float(best[0]), f"threshold{name}": float(best[1])}
     return metrics
 
 
 def table(metrics):
     """The metrics as people expect to read them."""
     width = max(map(len, metrics))
-    return "\n".join(
-        f"{name:{width}s} {value:6.3f}" if value >= 0 else f"{name:{width}s}      -"
-        for name, value in metrics.items()
-    )
+    rows = ((name, f"{x:6.3f}" if x >= 0 else "     -") for name, x in metrics.items())
+    return "\n".join(f"{name:{width}s} {number}" for name, number in rows)
 
 
 # ---- drawing -----------------------------------------------------------------------------------
@@ -422,83 +454,87 @@ def draw(image, detections, classes=None, score_threshold=0.5, min_side=480, col
     """A PIL image with one entry of model.predict drawn on it: boxes, class names and scores;
     without "scores" they are ground truth. `colors`: one for each box instead of one a class.
     An image whose short side has less than `min_side` pixels is enlarged, so that its text, of
-    `font_size` pixels, can be read. A label that would cover another moves, if it can."""
-    from matplotlib import get_data_path  # for its font; slow to import
+    `font_size` pixels, can be read."""
+    from matplotlib import get_data_path  # its font has most alphabets; slow to import
 
     picture = Image.fromarray(fcos.as_image(image).permute(1, 2, 0).numpy())
-    scale = min(math.ceil(min_side / min(picture.size)), 4000 // max(picture.size))
-    scale = max(1, scale)  # nothing is made smaller, or enlarged beyond 4000 pixels
+    scale = min(math.ceil(min_side / min(picture.size)), 4000 // max(picture.size)) or 1
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.BICUBIC)
-    pen = ImageDraw.Draw(picture)
-    size = font_size or max(12, min(picture.size) // 40)
-    # Pillow's own font has no accented letters; DejaVu has most alphabets but the East Asian
+    pen, size = ImageDraw.Draw(picture), font_size or max(12, min(picture.size) // 40)
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
-    line, height = max(2, size // 6), size * 1.3
-    boxes = (detections["boxes"] * scale).tolist()
-    labels = detections["labels"].tolist()
-    scores = detections["scores"].tolist() if "scores" in detections else [None] * len(boxes)
+    boxes, labels = (detections["boxes"] * scale).tolist(), detections["labels"].tolist()
     colors = colors or [COLORS[label % len(COLORS)] for label in labels]
-    rows = zip(boxes, scores, labels, colors)
-    rows = [row for row in rows if row[1] is None or row[1] >= score_threshold]
-    for (x1, y1, x2, y2), _, _, color in reversed(rows):
-        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=line)
-    taken = []  # left, right and top of the labels so far
-    for (x1, y1, _, y2), score, label, color in rows:  # the best first: it may choose its place
-        text = f"{classes[label] if classes else label}"
-        text += "" if score is None else f" {score:.2f}"
-        width = pen.textlength(text, font=font) + size // 2
+    texts = [f"{classes[label] if classes else label}" for label in labels]
+    shown = range(len(boxes))
+    if "scores" in detections:
+        scores = detections["scores"].tolist()
+        texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores)]
+        shown = [i for i in shown if scores[i] >= score_threshold]
+    for i in reversed(shown):  # the best last, above the others
+        (x1, y1, x2, y2), color, height = boxes[i], colors[i], 1.3 * size
+        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=max(2, size // 6))
+        width = pen.textlength(texts[i], font) + size // 2
         x = max(min(x1, picture.width - width), 0)
-        places = [y1 - height, y1, y2, y2 - height]
-        places = [y for y in places if 0 <= y <= picture.height - height]
-        near = [top for left, right, top in taken if x < right and left < x + width]
-        free = [y for y in places if all(abs(y - top) >= height for top in near)]
-        y = (free or places or [0])[0]
-        taken.append((x, x + width, y))
+        y = y1 - height if y1 >= height else y1  # inside the box if there is no room above it
         pen.rectangle((x, y, x + width, y + height), fill=color)
-        red, green, blue = ImageColor.getrgb(color)[:3]
-        ink = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 100 else "black"
-        pen.text((x + size // 4, y + height / 2), text, ink, font, "lm")
+        bright = np.dot(ImageColor.getrgb(color)[:3], (0.3, 0.6, 0.1)) > 100
+        ink = "black" if bright else "white"
+        pen.text((x + size // 4, y + height / 2), texts[i], ink, font, "lm")
     return picture
 
 
-def draw_folder(model, sources, out, score_threshold=0.5, min_size=None, max_size=None):
-    """Draw detections on image files and folders of them into `out`, and write detections.json
-    there. Files that cannot be read are named, left out and returned."""
-    paths, extensions = [], (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-    for source in map(Path, sources):
-        if not source.exists():
-            raise UserError(f"{source}: no such image or folder; {what_is_there(source)}")
-        found = [source]
-        if source.is_dir():
-            found = sorted(p for p in source.iterdir() if p.suffix.lower() in extensions)
+def find_pictures(sources):
+    """The files that paths, folders (with all that is below them) and patterns such as *.jpg mean;
+    UserError for one that means none."""
+    kinds, paths = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"), []
+    for source in map(str, sources):
+        found = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+        if os.path.isdir(source):
+            found = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in kinds)
         if not found:
-            raise UserError(f"{source}: holds no images")
-        paths += found
-    out = make_folder(out)
-    if any(path.parent.resolve() == out.resolve() for path in paths):
+            raise UserError(f"{source}: no such image, or no image in it; {what_is_there(source)}")
+        paths += map(Path, found)
+    return paths
+
+
+def draw_folder(model, sources, out, score_threshold=0.5, min_size=None, max_size=None, workers=0):
+    """Draw detections on images (see find_pictures) into `out`, and write them to detections.json
+    there: [{"file", "drawn", "height", "width", "detections": [{"category_id", "class", "bbox":
+    [x, y, w, h] in pixels, "score"}, ...]}, ...]. Files that cannot be read are named, left out and
+    returned. `workers` processes read ahead."""
+    paths, out = find_pictures(sources), make_folder(out)
+    paths = [p for p in paths if Path(os.path.realpath(p)).parent != Path(os.path.realpath(out))]
+    if not paths:
         raise UserError(f"{out}: is where the pictures come from; drawing there would replace them")
-    report, unreadable, taken = [], [], set()
-    for path in tqdm(paths, "draw", unit="image", leave=False, dynamic_ncols=True):
-        try:
-            image = fcos.read_image(path)
-        except UserError as error:
-            tqdm.write(f"{error}; left out", file=sys.stderr)
+    report, unreadable, taken, clocks = [], [], set(), []
+    bar = tqdm(paths, "draw", unit="image", leave=False, dynamic_ncols=True)
+    for path, image in zip(bar, read_ahead(fcos.read_image, paths, workers)):
+        if isinstance(image, UserError):
+            tqdm.write(f"{image}; left out", file=sys.stderr)
             unreadable.append(path)
             continue
+        clocks.append(time.perf_counter())
         found = model.predict(image, min_size, max_size, score_threshold)[0]
+        clocks.append(time.perf_counter())
         name, count = f"{path.stem}.jpg", 1
         while name in taken:  # photos of one name in several folders
             count += 1
             name = f"{path.stem}_{count}.jpg"
         taken.add(name)
-        draw(image, found, model.classes, score_threshold).save(out / name, quality=92)
+        with fcos.atomic_write(out / name) as file:  # never through a link
+            draw(image, found, model.classes, score_threshold).save(file, "JPEG", quality=92)
         rows = result_rows(found, model.category_ids or range(model.num_classes))
         for row, label in zip(rows, found["labels"].tolist()):
             row["class"] = model.classes[label] if model.classes else label
         report.append({"file": str(path), "drawn": name, "height": image.shape[1],
                        "width": image.shape[2], "detections": rows})
+        clocks.append(time.perf_counter())
     with fcos.atomic_write(out / "detections.json", "w") as file:
         json.dump(report, file, indent=1)
+    network, drawing, read = (sum(np.diff(clocks)[stage::3]) for stage in range(3))
+    boxes = sum(len(entry["detections"]) for entry in report)
+    print(f"{len(report)} images, {boxes} boxes drawn, {len(unreadable)} left out; {read:.1f} s "
+          f"waiting for images, {network:.1f} s network, {drawing:.1f} s drawing", file=sys.stderr)
     return unreadable
 
 
@@ -516,18 +552,28 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def positive_int(text):
-    """argparse type: a whole number of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)
+def number(kind, low, high):
+    """argparse type: an int or a float from low to high."""
+
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # for argparse's own message
+    return parse
 
 
-def not_negative(text):
-    """argparse type: a whole number from 0 to what a seed may be."""
-    if not 0 <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 2**63 - 1")
-    return int(text)
+positive_int, not_negative = number(int, 1, 2**63 - 1), number(int, 0, 2**63 - 1)
+
+
+def check_target(path, inputs):
+    """UserError unless a file can be written at `path` that is none of the inputs."""
+    target = Path(path)
+    if (target.exists() and not target.is_file()) or not target.absolute().parent.is_dir():
+        raise UserError(f"{path}: not a file in a folder that exists")
+    if target.resolve() in [Path(name).resolve() for name in inputs]:
+        raise UserError(f"{path}: would be written over, and is an input of this run")
 
 
 def make_folder(path):
@@ -541,13 +587,16 @@ def make_folder(path):
 def start_process(device, make_store=None):
     """Join torch.distributed if torchrun started this process. -> rank, world size, torch.device.
     make_store(rank, world_size, timeout): makes the store of a process that may be restarted."""
+    if os.environ.get("FCOS_KERNELS") not in (None, "", "cupy", "torch"):
+        raise UserError(f"FCOS_KERNELS is {os.environ['FCOS_KERNELS']}: choose cupy or torch")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        torch.backends.cuda.matmul.allow_tf32 = True  # deformable convolutions, as cuDNN's others
+    if dist.is_torchelastic_launched() and "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo: detections
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         timeout, store = datetime.timedelta(hours=2), None  # long enough for rank 0 to score
@@ -567,8 +616,8 @@ def run(main, args):
     that fails ends at once: destroy_process_group would wait for the others."""
     try:
         main(args)
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as error:
+        print(" ".join(f"{Path(sys.argv[0]).name}: {error}".split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -581,58 +630,75 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("model", nargs="?", help='model.pt of a run, "coco", or a file of another FCOS family')
     add("--model", dest="name", help="row of fcos.MODELS, for files that do not say")
-    add("--data", help="folder in COCO's layout")
+    add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
+    add("--min-size", type=positive_int, help="pixels of the short side (the model's own)")
+    add("--max-size", type=positive_int, help="most pixels of the long side (the model's own)")
+    add("--workers", type=not_negative, default=2, help="loader processes, a process (%(default)s)")
+    add("--export", metavar="F.onnx", help="write it as ONNX, --min-size high and --max-size wide")
+    add = parser.add_argument_group("score it on a data set").add_argument
+    add("--data", help="folder in COCO's layout, Roboflow's, or with annotations.json and images/")
     add("--split", default="val2017", help="which part of --data (%(default)s)")
     add("--annotations", help="COCO JSON, instead of --data")
     add("--image-dir", help="the folder of its images")
-    add("--save-json", metavar="F", help="write the detections in COCO's results format")
-    add("--per-class", action="store_true", help="also the AP of every class")
-    add("--results", metavar="R", help="score this results file; needs --annotations")
-    add("--images", nargs="+", metavar="FILE|DIR", help="draw detections on pictures; needs --out")
-    add("--out", help="folder for the drawn pictures")
-    add("--score-threshold", type=float, default=0.5, help="of drawn boxes (%(default)s)")
-    add("--min-size", type=positive_int, help="pixels of the short side (the model's own)")
-    add("--max-size", type=positive_int, help="most pixels of the long side (the model's own)")
     add("--batch-size", type=positive_int, help="images at a time (8 on a GPU, 1 elsewhere)")
-    add("--workers", type=not_negative, default=2, help="loader processes, a process (%(default)s)")
-    add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
+    add("--save-json", metavar="F", help="write the detections in COCO's results format")
+    add("--per-class", action="store_true", help="also of each class: AP, best F1 and its score")
+    add("--results", metavar="R", help="score this results file instead; needs --annotations")
+    add = parser.add_argument_group("draw what it finds").add_argument
+    add("--images", nargs="+", metavar="FILE|DIR", help="pictures; needs --out")
+    add("--out", metavar="DIR", help="for the drawn ones, and detections.json")
+    add("--score-threshold", type=number(float, 0, 1), default=0.5,
+        help="of drawn boxes (%(default)s)")
     return parser.parse_args(argv)
 
 
 def main(args):
-    if args.results:
-        if not args.annotations:
-            raise UserError("--results needs --annotations")
+    # ---- everything that can be wrong, before anything is computed
+    given = [name for name in ("data", "annotations", "images", "export") if getattr(args, name)]
+    for flag, needs in (("results", "annotations"), ("images", "out"), ("out", "images"),
+                        ("image_dir", "annotations")):
+        if getattr(args, flag) and not getattr(args, needs):
+            raise UserError(f"--{flag} needs --{needs}".replace("_", "-"))
+    if args.results and given == ["annotations"] and not (args.image_dir or args.save_json):
         print(table(score(read_json(args.results), args.annotations, args.per_class)))
         return
     if args.model is None:
         raise UserError("name a model: a file such as runs/shapes/model.pt, or coco")
-    if not (args.images or args.data or (args.annotations and args.image_dir)):
-        raise UserError("say what to look at: --data, --annotations with --image-dir, or --images")
-    if args.images and not args.out:
-        raise UserError("--images needs --out, the folder for the drawn pictures")
-
+    if len(given) != 1 or args.results or (args.annotations and not args.image_dir):
+        raise UserError("say one thing to do: --data, or --annotations with --image-dir or with "
+                        "--results, --images with --out, or --export")
+    if not (args.data or args.annotations) and (args.save_json or args.per_class):
+        raise UserError("--save-json and --per-class are of a data set: --data")
     rank, _, device = start_process(args.device)
     model = fcos.load(args.model, args.name).to(device)
     if args.name and rank == 0:
         convention = ", ".join(f"{name} {value}" for name, value in model.convention.items())
         print(f"{args.model}: {model.name} with {convention}", file=sys.stderr)
-    if args.images:
-        unreadable = draw_folder(model, args.images, args.out, args.score_threshold,
-                                 args.min_size, args.max_size)
-        if unreadable:
-            raise UserError(f"{len(unreadable)} files could not be read")
+    min_size, max_size = args.min_size or model.test_size[0], args.max_size or model.test_size[1]
+    if args.export:
+        check_target(args.export, [args.model])
+        height, width = fcos.padded_hw([(min_size, max_size)])
+        fcos.export_onnx(model, args.export, height, width)
+        print(f"{args.export}: for padded images of {height}x{width} pixels, in fp32")
         return
-
-    if args.save_json:
-        target = Path(args.save_json)
-        if target.is_dir() or not target.absolute().parent.is_dir():
-            raise UserError(f"--save-json {target}: not a file in a folder that exists")
-    annotations, image_dir = coco_paths(args.data or ".", args.split)
-    dataset = CocoDataset(args.annotations or annotations, args.image_dir or image_dir)
-    check_classes(model, dataset)
-    batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
-    results = predict(model, dataset, batch_size, args.workers, args.min_size, args.max_size)
+    with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
+        if args.images:
+            unreadable = draw_folder(model, args.images, args.out, args.score_threshold, min_size,
+                                     max_size, args.workers)
+            if unreadable:
+                raise UserError(f"{len(unreadable)} files could not be read")
+            return
+        annotations, image_dir = coco_paths(args.data or ".", args.split)
+        dataset = CocoDataset(args.annotations or annotations, args.image_dir or image_dir)
+        check_classes(model, dataset)
+        if args.save_json:
+            images = map(dataset.path, range(len(dataset)))
+            check_target(args.save_json, [args.model, dataset.annotations, *images])
+        for note in dataset.notes if rank == 0 else ():
+            print(f"{dataset.annotations}: {note}", file=sys.stderr)
+        batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
+        results = predict(model, dataset, batch_size, args.workers, min_size, max_size)
     if rank == 0:
         if args.save_json:
             with fcos.atomic_write(args.save_json, "w") as file:
