@@ -16,10 +16,8 @@ import contextlib
 import copy
 import functools
 import json
-import math
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +33,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as vision
 from tqdm import tqdm
 
 import evaluate
@@ -82,15 +81,13 @@ RECIPES = {
     "fcos_syncbn_bs32_c128_MNV2_FPN_1x":    MNV2  | X1 | row("fcos_syncbn_c128_MNV2_FPN") | B32,
     "fcos_syncbn_bs32_c128_ms_MNV2_FPN_1x": MNV2  | X1_MS | row("fcos_syncbn_c128_MNV2_FPN") | B32,
     "fcos_syncbn_bs64_c128_ms_MNV2_FPN_1x": MNV2  | X1_MS | row("fcos_syncbn_c128_MNV2_FPN") | B64,
-    # not official: AdelaiDet's, torchvision's, and smaller ones
+    # not official: AdelaiDet's, torchvision's, and a small one
     "fcos_imprv_R_50_FPN_2x":               R_50  | X2 | row("fcos_imprv_R_50_FPN"),
     "fcos_imprv_iou_R_50_FPN_1x":           R_50  | X1 | row("fcos_imprv_iou_R_50_FPN"),
     "fcos_rt_R_50_FPN_4x":                  MSRA_R_50 | X4 | row("fcos_rt_R_50_FPN"),
     "fcos_torchvision_R_50_FPN_1x":         IMAGENET | X1 | row("fcos_torchvision_R_50_FPN"),
-    "fcos_imprv_R_18_FPN_1x":               IMAGENET | X1 | row("fcos_imprv_R_18_FPN"),
-    "fcos_imprv_R_34_FPN_1x":               IMAGENET | X1 | row("fcos_imprv_R_34_FPN"),
-    "shapes": dict(model="shapes", weights="none", data="data/shapes", iters=1000, batch_size=16,
-                   lr=0.02, warmup=50, min_size=[160], max_size=224),
+    "shapes": dict(model="shapes", weights="none", data="data/shapes", iters=1500, batch_size=8,
+                   lr=0.02, warmup=50, min_size=[128], max_size=160),
 }
 
 # ---- settings ----------------------------------------------------------------------------------
@@ -108,16 +105,20 @@ def keyword_value(text):
 
 def parse_args(argv=None):
     parser, positive_int = evaluate.ArgumentParser(__doc__), evaluate.positive_int
-    add, not_negative = parser.add_argument, evaluate.not_negative
-    add("recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="of RECIPES (%(default)s)")
-    # data
-    add("--data", help="folder in COCO's layout (data/coco, or data/shapes for shapes)")
+    not_negative, group = evaluate.not_negative, parser.add_argument_group
+    parser.add_argument("recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x",
+                        help="of RECIPES (%(default)s)")
+    add = group("data").add_argument
+    add("--data", help="folder in COCO's layout, Roboflow's, or with annotations.json and images/ "
+        "(data/coco; data/shapes for shapes)")
     add("--train-images", metavar="DIR", help="own data, instead of --data: all four")
     add("--train-annotations", metavar="JSON")
     add("--val-images", metavar="DIR")
     add("--val-annotations", metavar="JSON")
+    add("--negatives", action="store_true", help="train on images without objects, too")
+    add("--augment", action="store_true", help="vary colours and crop, for small data sets")
     add("--workers", type=not_negative, help="loaders for each rank (4 on a GPU, 1 elsewhere)")
-    # what is trained, instead of the recipe's
+    add = group("what is trained, instead of the recipe's").add_argument
     add("--weights", metavar="PATH|coco|imagenet|none",
         help="start from a detector or ImageNet classifier, torchvision's, or nothing")
     add("--set", type=keyword_value, nargs="+", action="extend", metavar="KEYWORD=VALUE",
@@ -127,18 +128,16 @@ def parse_args(argv=None):
     add("--lr", type=float, help="by default in proportion to --batch-size")
     add("--min-size", type=positive_int, nargs="+", help="choices for the short side, in pixels")
     add("--max-size", type=positive_int, help="most pixels of the long side")
-    add("--clip-norm", type=float, help="clip the norm of the gradient (not clipped)")
     add("--ema", type=float, metavar="DECAY",
         help="evaluate and keep the moving average of the weights, 0.999 for example (none)")
-    add("--seed", type=not_negative, default=0)
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
-    # how it runs
+    add("--seed", type=not_negative, default=0, help="(%(default)s)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
+    add = group("how it runs").add_argument
     add("--out", help="folder of the run (runs/RECIPE)")
     add("--accumulate", type=positive_int, default=1, metavar="N",
         help="compute a step in N micro-batches, one after the other")
     add("--eval-every", type=positive_int, help="steps between evaluations (only at the end)")
     add("--checkpoint-every", type=positive_int, default=2500, help="steps (%(default)s)")
-    add("--skip-bad-images", action="store_true", help="replace unreadable training images")
     add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--fresh", action="store_true", help="start over, whatever --out holds")
@@ -163,18 +162,16 @@ def resolve(args):
     if args.lr is None:
         settings["lr"] *= settings["batch_size"] / recipe["batch_size"]
     settings["warmup"] = min(settings["warmup"], settings["iters"] // 10)  # of a short run
-    for flag, value, most in (("--lr", settings["lr"], math.inf),
-                              ("--clip-norm", args.clip_norm, math.inf), ("--ema", args.ema, 1)):
+    for flag, value, most in ("--lr", settings["lr"], 1e38), ("--ema", args.ema, 1):
         if value is not None and not 0 < value < most:
             raise UserError(f"{flag} {value}: must be a number over 0 and below {most}")
+    fcos.resized_hw(1, 1, max(settings["min_size"]), settings["max_size"])  # do they fit?
     own = [args.train_images, args.train_annotations, args.val_images, args.val_annotations]
     if args.data and any(own):
         raise UserError("--data and own images and annotations exclude each other")
     if any(own) and not all(own):
-        raise UserError(
-            "own data needs all of --train-images, --train-annotations, --val-images and "
-            "--val-annotations"
-        )
+        raise UserError("own data needs all of --train-images, --train-annotations, --val-images "
+                        "and --val-annotations")
     data = settings.pop("data", "data/coco")
     if not any(own):
         data = args.data or data
@@ -182,7 +179,8 @@ def resolve(args):
         own = [train[1], train[0], val[1], val[0]]
     names = ("train_images", "train_annotations", "val_images", "val_annotations")
     settings |= {name: str(path) for name, path in zip(names, own)}
-    settings |= {name: getattr(args, name) for name in ("clip_norm", "ema", "seed", "precision")}
+    for name in ("ema", "seed", "precision", "negatives", "augment"):
+        settings[name] = getattr(args, name)
     if settings["model"] not in fcos.MODELS:
         raise UserError(f"recipe {args.recipe}: its model {settings['model']!r} is no row of "
                         "fcos.MODELS")
@@ -221,14 +219,13 @@ class TrainBatches(Dataset):
     GroupNorms, so it must not depend on how a step is divided.
     """
 
-    def __init__(self, dataset, settings, rank=0, world_size=1, micro_batches=1,
-                 skip_bad_images=False):
+    def __init__(self, dataset, settings, rank=0, world_size=1, micro_batches=1):
         self.dataset, self.rank, self.world_size = dataset, rank, world_size
-        self.micro_batches, self.skip_bad_images = micro_batches, skip_bad_images
-        self.seed, self.batch_size = settings["seed"], settings["batch_size"]
+        self.micro_batches, self.batch_size = micro_batches, settings["batch_size"]
+        self.seed, self.more = settings["seed"], settings["augment"]
         self.min_size, self.max_size = settings["min_size"], settings["max_size"]
         self.classes = len(dataset.classes)
-        usable = np.flatnonzero(dataset.trainable)
+        usable = np.flatnonzero(dataset.trainable | settings["negatives"])
         upright = dataset.hw[usable, 0] >= dataset.hw[usable, 1]
         self.groups = usable[~upright], usable[upright]
         draws = self.rng("group").random(settings["iters"])
@@ -267,22 +264,19 @@ class TrainBatches(Dataset):
 
     def __getitem__(self, item):
         """-> images uint8 (b, 3, H, W), sizes (b, 2), boxes (sum of G, 4) xyxy pixels, labels (sum
-        of G,), the list of the b numbers of boxes G, and a list of errors of images replaced. Or a
-        UserError, returned because raising it would wrap it in a worker's traceback."""
+        of G,) and the list of the b numbers of boxes G. Or a UserError, returned because raising it
+        would wrap it in a worker's traceback."""
         step, m = divmod(item, self.micro_batches)
-        plan, samples, bad = self.plan(step), [], []
+        plan, samples = self.plan(step), []
         first, every = m * self.world_size + self.rank, self.world_size * self.micro_batches
         for slot in range(first, self.batch_size, every):
             row, hw = plan.rows[slot], plan.sizes[slot]
             try:
                 sample = self.dataset.sample(row, hw)
             except UserError as error:
-                if not self.skip_bad_images:
-                    return error
-                bad.append(str(error))
-                grey = torch.full((3, *hw), 128, dtype=torch.uint8)
-                sample = grey, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-            image, box, label = augment(*sample, self.rng("augment", step, slot))
+                return error
+            change = augment_more if self.more else augment
+            image, box, label = change(*sample, self.rng("augment", step, slot))
             good = (box[:, 2:] > box[:, :2]).all() and ((0 <= label) & (label < self.classes)).all()
             if image.dtype != torch.uint8 or len(box) != len(label) or not good:
                 made = f"{image.dtype} pixels, boxes {box.tolist()} and labels {label.tolist()}"
@@ -291,7 +285,7 @@ class TrainBatches(Dataset):
         images, boxes, labels = zip(*samples)
         counts = [len(label) for label in labels]
         batch = fcos.pad_batch(images, plan.padded_hw)
-        return *batch, torch.cat(boxes), torch.cat(labels), counts, bad
+        return *batch, torch.cat(boxes), torch.cat(labels), counts
 
 
 def augment(image, boxes, labels, rng):
@@ -303,6 +297,23 @@ def augment(image, boxes, labels, rng):
         image = image.flip(2)
         boxes = torch.stack([W - boxes[:, 2], boxes[:, 1], W - boxes[:, 0], boxes[:, 3]], 1)
     return image, boxes, labels
+
+
+def augment_more(image, boxes, labels, rng):
+    """`augment` of --augment: brightness, contrast and saturation vary by a third, and half of the
+    images are enlarged up to twice, cut to their size. Objects whose centre is cut off go."""
+    for what in ("brightness", "contrast", "saturation"):
+        image = getattr(vision, f"adjust_{what}")(image, rng.uniform(0.7, 1.3))
+    if rng.random() < 0.5:
+        H, W = image.shape[1:]
+        h, w = (round(side / rng.uniform(1, 2)) for side in (H, W))
+        y, x = rng.integers(H - h + 1), rng.integers(W - w + 1)
+        image = fcos.resize(image[:, y : y + h, x : x + w], (H, W))
+        boxes = (boxes - torch.tensor([x, y, x, y])) * torch.tensor([W / w, H / h, W / w, H / h])
+        centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+        kept = ((centre > 0) & (centre < torch.tensor([W, H]))).all(1)
+        boxes, labels = boxes[kept].clamp(min=0).minimum(torch.tensor([W, H, W, H])), labels[kept]
+    return augment(image, boxes, labels, rng)
 
 
 # ---- the model ---------------------------------------------------------------------------------
@@ -318,10 +329,8 @@ def find_weights(name, keywords):
     path, cached = Path(name), Path.home() / ".torch" / "models" / name
     if path.exists() or (path.name == name and cached.exists()):
         return path if path.exists() else cached
-    raise UserError(
-        f"{name}: no such weights, neither here nor in {cached.parent}; the README says where the "
-        "recipes' ImageNet weights are to be had; --weights none starts at random"
-    )
+    raise UserError(f"{name}: no such weights, neither here nor in {cached.parent}; the README has "
+                    "where to get a recipe's; coco is torchvision's detector, none a random start")
 
 
 def make_model(settings, dataset, say):
@@ -392,16 +401,18 @@ def load_data(settings, rank, world_size, say):
         path = settings[f"{split}_annotations"]
         if not Path(path).exists():
             raise UserError(f"{path}: no such file; {evaluate.what_is_there(path)}; the README has "
-                            "how to prepare COCO 2017; python train.py shapes needs no data")
+                            "--data's layouts, and --train-images and its siblings for any other")
         datasets.append(evaluate.CocoDataset(path, settings[f"{split}_images"]))
         for note in datasets[-1].notes:
             say(f"{path}: {note}")
+    if not len(datasets[1].boxes) or settings["train_images"] == settings["val_images"]:
+        say(f"{path}: has no boxes, or trains and validates the same images: its AP says nothing")
     path, trainable = settings["train_annotations"], datasets[0].trainable
     if not trainable.any():
         raise UserError(f"{path}: has no image with a box to learn")
     if not trainable.all():
         say(f"{path}: {(~trainable).sum()} of {len(trainable)} images have no boxes to learn and "
-            "are left out")
+            f"are {'negatives' if settings['negatives'] else 'left out; --negatives takes them'}")
     return datasets
 
 
@@ -413,10 +424,8 @@ def main(args):
     recipe, out = RECIPES[args.recipe], Path(args.out or f"runs/{args.recipe}")
     iters, batch_size, micro_batches = settings["iters"], settings["batch_size"], args.accumulate
     if batch_size < world_size * micro_batches:
-        raise UserError(
-            f"--batch-size {batch_size}: less than an image for each of {world_size} processes and "
-            f"{micro_batches} micro-batches"
-        )
+        raise UserError(f"--batch-size {batch_size}: less than an image for each of {world_size} "
+                        f"processes and {micro_batches} micro-batches")
     train_set, val_set = load_data(settings, rank, world_size, say)
     model = make_model(settings, train_set, say).to(device)
     del settings["keywords"]  # the model has settled them
@@ -458,13 +467,12 @@ def main(args):
             raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
 
     # ---- from here on the run is under way
+    began = time.perf_counter()
     files = RunFiles(out, start, launch) if rank == 0 else None
     workers = args.workers
     if workers is None:
         workers = 4 if device.type == "cuda" else 1
-    batches = TrainBatches(
-        train_set, settings, rank, world_size, micro_batches, args.skip_bad_images
-    )
+    batches = TrainBatches(train_set, settings, rank, world_size, micro_batches)
     loader = iter(DataLoader(
         batches, batch_size=None, sampler=range(start * micro_batches, iters * micro_batches),
         num_workers=workers, pin_memory=device.type == "cuda",
@@ -482,8 +490,9 @@ def main(args):
         maps = [x for x in outputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
         sum(x.sum() for x in maps).backward()
         optimizer.zero_grad()
-    if args.compile:
-        model.compile()
+    torch.backends.cudnn.benchmark = True  # of few padded sizes: each is worth a search
+    if args.compile:  # many sizes would be compiled beyond the limit of eight
+        model.compile(dynamic=False if len(settings["min_size"]) == 1 else None)
     network.train()
 
     def validate(step):
@@ -501,14 +510,16 @@ def main(args):
         if rank == 0:
             metrics = evaluate.score(results, val_set.annotations)
             files.log(step, **metrics)
-            bar.write(f"step {step}: AP {metrics['AP']:.3f}", file=sys.stderr)
+            peak = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
+            bar.write(f"step {step}: AP {metrics['AP']:.3f}"
+                      + f", at most {peak:.1f} GiB of GPU memory" * (peak > 0), file=sys.stderr)
             if best is None or metrics["AP"] > best["AP"]:
                 found = metrics | {"step": step}
                 best = found if files.best(scored, found) else best
 
     log_every = max(1, min(20, iters // 100))
     diverged = torch.tensor(iters, device=device)  # the first step whose loss was not finite
-    clock, clock_step, replaced = time.perf_counter(), start, torch.zeros(1, device=device)
+    clock, clock_step = time.perf_counter(), start
     bar = tqdm(range(start, iters), args.recipe, iters, initial=start, disable=rank != 0,
                unit="step", dynamic_ncols=True)
     with evaluate.no_worker_left(), stop_signals() as signals, bar:
@@ -524,15 +535,12 @@ def main(args):
                 item = next(loader)
                 if isinstance(item, UserError):
                     raise item
-                *tensors, counts, bad = item
+                *tensors, counts = item
                 images, sizes, boxes, labels = (x.to(device, non_blocking=True) for x in tensors)
                 inputs.append((images, sizes))
                 targets.append(
                     model.targets(images.shape[2:], boxes.split(counts), labels.split(counts))
                 )
-                replaced += len(bad)
-                for error in bad:
-                    tqdm.write(f"{error}; a grey image takes its place", file=sys.stderr)
 
             # ---- gradients. Targets do not depend on predictions, so what normalises the loss of
             # the whole step, over all micro-batches and ranks, is summed while the first forward
@@ -569,10 +577,6 @@ def main(args):
             rate = lr_at(step, *(settings[name] for name in ("lr", "iters", "warmup", "decays")))
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
-            if settings["clip_norm"]:
-                torch.nn.utils.clip_grads_with_norm_(
-                    model.parameters(), settings["clip_norm"], norm
-                )
             optimizer.step()
             optimizer.zero_grad()
             if settings["ema"]:  # at first of a short past, so that the random start is forgotten
@@ -587,12 +591,10 @@ def main(args):
             logging = saving or done % log_every == 0
             stopping = (logging or device.type == "cpu") and sums[-1].item() > 0
             if logging or stopping:
-                numbers = torch.cat([step_losses, replaced])
                 if world_size > 1:
-                    dist.all_reduce(numbers)
+                    dist.all_reduce(step_losses)
                     dist.all_reduce(diverged, dist.ReduceOp.MIN)
-                *values, grey = numbers.tolist()
-                losses = dict(zip(losses, values))
+                losses = dict(zip(losses, step_losses.tolist()))
                 text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
                 if diverged.item() < iters:
                     ids = train_set.image_ids[batches.plan(diverged.item()).rows].tolist()
@@ -603,10 +605,9 @@ def main(args):
                     )
                 speed = (done - clock_step) * batch_size / (time.perf_counter() - clock)
                 clock, clock_step = time.perf_counter(), done
-                replaced.zero_()
                 if rank == 0:
-                    files.log(done, loss=sum(values), **losses, lr=rate,
-                              images_per_second=round(speed, 2), skipped_images=int(grey))
+                    files.log(done, loss=sum(losses.values()), **losses, lr=rate,
+                              images_per_second=round(speed, 2))
                 bar.set_postfix_str(f"{text} lr {rate:.2g} {speed:.1f} img/s")
             if rank == 0 and (saving or stopping):
                 files.checkpoint(done, settings, model, saved, best)
@@ -621,6 +622,9 @@ def main(args):
     if rank == 0 and best is None:
         raise UserError(f"{out / 'model.pt'}: cannot be written; last.pt holds the model")
     if rank == 0:
+        print(f"AP {best['AP']:.3f} after step {best['step']}, the best, is of {out / 'model.pt'}; "
+              f"{time.perf_counter() - began:.0f} s. To see what it finds:\n"
+              f"python evaluate.py {out / 'model.pt'} --images PHOTO.jpg --out drawn/")
         print(json.dumps(best))
     if world_size > 1:  # torchrun restarts all ranks if one fails before it is here
         dist.barrier()
@@ -636,14 +640,9 @@ class RunFiles:
     def __init__(self, out, start, launch):
         self.out, rows = evaluate.make_folder(out), []
         self.replaces = ["previous.pt", "model.pt", "metrics.json"] if start == 0 else []
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        commit = ""  # there need not be one, nor git
-        with contextlib.suppress(OSError):
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        versions = {"torch": str(torch.__version__), "numpy": np.__version__}
-        self.made_with = {"commit": commit, "launch": launch} | versions
-        if start and (out / "log.jsonl").exists():  # without the rows that will be written again
-            for line in (out / "log.jsonl").read_text().splitlines():
+        self.made_with = {"launch": launch, "torch": str(torch.__version__)}
+        if start and (out / "log.jsonl").is_file():  # without the rows that will be written again
+            for line in (out / "log.jsonl").read_text(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a row that is torn
                     entry = json.loads(line)
                     if entry["step"] < start or (entry["step"] == start and "AP" not in entry):
@@ -659,10 +658,8 @@ class RunFiles:
             tqdm.write(f"{self.out / 'log.jsonl'}: {error.strerror}", file=sys.stderr)
 
     def checkpoint(self, step, settings, model, saved, best):
-        content = {
-            "settings": settings, "step": step, "best": best, "made_with": self.made_with,
-            "model": fcos.checkpoint(model),
-        }
+        content = {"settings": settings, "step": step, "best": best, "made_with": self.made_with,
+                   "model": fcos.checkpoint(model)}
         assert not saved.keys() & content.keys(), f"{list(saved)}: other names than {list(content)}"
         content |= {name: thing.state_dict() for name, thing in saved.items()}
         keep = None if self.replaces else self.out / "previous.pt"
@@ -709,7 +706,7 @@ def resume(out, settings, model, saved, say, launch=None):
     if launch and (content.get("made_with") or {}).get("launch") != launch:
         return 0, None
     try:
-        since = {"decays": DECAYS, "ema": None}  # settings that older files do not have
+        since = {"decays": DECAYS, "ema": None, "negatives": False, "augment": False}
         old = since | content["settings"] | fcos.stored_keywords(content["model"])
         old["classes"] = content["model"]["classes"]
         new = settings | {"classes": model.classes}
@@ -718,10 +715,11 @@ def resume(out, settings, model, saved, say, launch=None):
             for key in new if key != "model" and new[key] != old[key]
         ]
         if changed:
-            raise UserError(
-                f"{out}: holds a run of other settings ({'; '.join(changed)}); repeat them, choose "
-                "another --out, or start over with --fresh"
-            )
+            raise UserError(f"{out}: holds a run of other settings ({'; '.join(changed)}); repeat "
+                            "them, start over with --fresh, or choose another --out (and --weights "
+                            f"{path}, to train on with a schedule of its own)")
+        if content["step"] not in range(settings["iters"] + 1):
+            raise ValueError(f"step {content['step']!r}")
         model.load_state_dict(content["model"]["model"])
         for name, thing in saved.items():
             thing.load_state_dict(content[name])
@@ -792,74 +790,52 @@ def fresh_store(rank, world_size, timeout):
 
 # ---- the shapes data set ------------------------------------------------------------------------
 
-SHAPES = {  # category id (with gaps, as in COCO): name, distances of the corners at equal angles
-    1: ("ellipse", [1] * 72), 3: ("rectangle", [1] * 4), 4: ("triangle", [1] * 3),
-    7: ("star", [1, 0.48] * 5), 9: ("ring", [1] * 72), 10: ("cross", [1, 1, 0.366] * 4)}
-SIZES = (224, 160), (208, 156), (200, 150), (192, 168), (160, 224), (156, 208), (168, 192)
-INKS, PAPERS = (np.array([list(bytes.fromhex(c)) for c in row.split()], np.float32) for row in (
-    "e63946 f3722c ffca3a 52b788 1b998b 3a86ff 8338ec ff70a6 1d3557 fff8e7 7f4f24 8ecae6",
-    "e9dcc3 bcd7e6 b7c9a8 d9dde0 f2e3e3 c9bfd9 22303f 39463b 43374d 5a4a42 2f5061 4f5d75"))
+SHAPES = {  # category id (with gaps, as in COCO): name, distances of corners at equal angles, hole
+    1: ("ellipse", [1] * 72, 0), 3: ("rectangle", [0.71, 1] * 4, 0), 4: ("triangle", [1] * 3, 0),
+    7: ("star", [1, 0.45] * 5, 0), 9: ("ring", [1] * 72, 0.55), 10: ("cross", [0.37, 1, 1] * 4, 0)}
+PAPERS, INKS = (np.array([list(bytes.fromhex(c)) for c in row.split()], np.float32) for row in (
+    "22303f 39463b 43374d 5a4a42 2f5061 1d3557 24404a 4a3038 333a56 3c4a3a",
+    "ff6b6b ff9f43 ffd166 6ee7a8 4dd0c4 7cb8ff b79cff ff8fc2 fff8e7 c7f06a"))
 
 
 def _background(rng, w, h):
-    """Two related papers mixed by a gradient, clouds and stripes or checks, (h,w,3) in 0..255,
-    and the inks that stand out on both, at least ten in random order, (N,3)."""
-    a = PAPERS[rng.integers(len(PAPERS))]
-    b = PAPERS[np.abs(PAPERS - a).sum(1).argsort(kind="stable")[rng.integers(1, 6)]]
-    ramp = a + (b - a) * np.linspace(0, 1, 5, dtype=np.float32)[:, None]
-    inks = INKS[np.linalg.norm(INKS[:, None] - ramp, axis=2).min(1) > 80]
-    y, x = np.mgrid[:h, :w].astype(np.float32)
-    turn, wave = rng.uniform(0, 2 * np.pi), 2 * np.pi / rng.uniform(12, 48)
-    u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
-    pattern = (0, np.sin(u * wave), np.sin(u * wave) * np.sin(v * wave))[rng.integers(3)]
-    mix = (u - u.min()) / np.ptp(u) + rng.uniform(0.15, 0.45) * pattern
-    for cell in (48, 20, 8):
-        noise = Image.fromarray(rng.standard_normal((h // cell + 2, w // cell + 2), np.float32))
-        mix += cell / 200 * np.asarray(noise.resize((w, h), Image.BICUBIC))
-    return a + (b - a) * np.clip(mix, 0, 1)[..., None], rng.permutation(inks)
+    """Two papers mixed by a gradient, stripes or checks, and clouds: (h, w, 3) in 0..255."""
+    a, b = rng.permutation(PAPERS)[:2]
+    y, x = np.mgrid[:h, :w]
+    z = (x - w / 2 + 1j * (y - h / 2)) * np.exp(2j * np.pi * rng.uniform())
+    u, v = np.sin(2 * np.pi * np.stack([z.real, z.imag]) / rng.uniform(12, 48))
+    clouds = Image.fromarray(rng.standard_normal((9, 9), np.float32)).resize((w, h), Image.BICUBIC)
+    mix = 0.5 + z.real / w + 0.2 * np.asarray(clouds) + 0.3 * (0, u, u * v)[rng.integers(3)]
+    return a + (b - a) * np.clip(mix, 0, 1)[..., None]
 
 
 def _scene(rng):
-    """One picture, uint8 (h,w,3), and its objects as COCO annotations without ids. A box is tight
-    around the object's part inside the picture, covered or not; at most 40 % of it is covered."""
-    w, h = SIZES[rng.integers(len(SIZES))]
-    image, inks = _background(rng, w, h)
-    light = rng.uniform(0, 2 * np.pi)
-    objects, sizes, top = [], [], np.zeros((h, w), np.uint8)    # top: number of the object seen
-    for ink in inks[:rng.integers(2, 9)]:                       # no two objects of one colour
-        category, centre = int(rng.choice(list(SHAPES))), rng.uniform(0, (w, h))
-        name, radii = SHAPES[category]
-        radius = 7 * 8 ** rng.uniform() ** 0.8
-        z = np.exp(2j * np.pi * (np.arange(len(radii)) - 0.5) / len(radii)) * radii * radius
-        z = (z.real + 1j * z.imag * rng.uniform(0.65, 1)) * np.exp(2j * np.pi * rng.uniform())
-        corners = np.stack([z.real, z.imag], 1)
-        low, high = centre + corners.min(0), centre + corners.max(0)
-        x0, y0 = np.maximum(low - 4, 0).astype(int).tolist()    # a window with room for the shadow
-        x1, y1 = np.minimum(high + 8, (w, h)).astype(int).tolist()
-        mask = Image.new("L", (8 * (x1 - x0), 8 * (y1 - y0)))   # drawn 8 times as large
-        for fill, scale in ((255, 1), (0, 0.55))[:2 if name == "ring" else 1]:
-            points = 8 * (centre - (x0, y0) + corners * scale)
-            ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=fill)
-        x, y, right, lower = (edge / 8 for edge in mask.getbbox())
-        if min(right - x, lower - y) < 8 or (right - x) * (lower - y) < 0.6 * np.prod(high - low):
-            continue                                            # too little inside the picture
-        mask = mask.reduce(8)
-        shadow = mask.transform(mask.size, Image.AFFINE, (1, 0, -1, 0, 1, -2))  # right 1, down 2
-        shadow = shadow.filter(ImageFilter.GaussianBlur(2))
-        mask, shadow = (np.asarray(m, np.float32)[..., None] / 255 for m in (mask, shadow))
-        seen = top.copy()
-        seen[y0:y1, x0:x1][mask[..., 0] > 0.5] = len(objects) + 1
-        pixels = np.bincount(seen.ravel(), minlength=len(objects) + 2)[1:]
-        if (pixels[:-1] < 0.6 * np.array(sizes)).any():
-            continue                                            # would hide an earlier object
-        top, sizes = seen, [*sizes, pixels[-1]]
-        dy, dx = np.mgrid[y0:y1, x0:x1] - centre[::-1, None, None]
-        shade = 1 + 0.15 * (dx * np.cos(light) + dy * np.sin(light)) / radius
-        patch = image[y0:y1, x0:x1]
-        patch *= 1 - 0.4 * shadow
-        patch += mask * (ink * shade[..., None] - patch)
-        objects.append(dict(category_id=category, area=round(float(mask.sum()), 2), iscrowd=0,
-                            bbox=[x0 + x, y0 + y, right - x, lower - y]))
+    """One picture, uint8 (h, w, 3), and its objects as COCO annotations without ids. A box is tight
+    around the object's part inside the picture, covered or not. Two share at most 30 % of the
+    smaller one."""
+    w, h = rng.permutation([128, rng.choice([144, 152, 160])]).tolist()
+    image, objects, masks = _background(rng, w, h), [], []
+    sizes = np.sort(10 * 5.5 ** rng.uniform(size=rng.integers(6, 11)))
+    for size, ink in zip(sizes[::-1], rng.permutation(INKS)):  # the small cover the large
+        category, centre = int(rng.choice(list(SHAPES))), complex(*rng.uniform(0, (w, h)))
+        _, distances, hole = SHAPES[category]
+        z = np.exp(2j * np.pi * (np.arange(len(distances)) / len(distances) - 0.25)) * distances
+        z = (z.real + 1j * z.imag * rng.uniform(0.75, 1)) * np.exp(1j * rng.uniform(-0.25, 0.25))
+        drawn = Image.new("L", (4 * w, 4 * h))  # four times as large
+        for scale, fill in [(size, 255), (size * hole, 0)]:  # a hole of 0 is too small to see
+            corners = 4 * (z * scale + centre)
+            ImageDraw.Draw(drawn).polygon(corners.view(float).tolist(), fill)
+        x0, y0, x1, y1 = (edge / 4 for edge in drawn.getbbox())
+        mask = np.asarray(drawn.reduce(4), np.float32) / 255
+        if ((x1 - x0) * (y1 - y0) < 0.7 * size**2 * np.ptp(z.real) * np.ptp(z.imag)
+                or any((mask * m).sum() > 0.3 * min(mask.sum(), m.sum()) for m in masks)):
+            continue  # too little of it is inside the picture, or too much on another
+        shadow = drawn.transform((w, h), Image.AFFINE, (4, 0, -4, 0, 4, -8))  # right 1, down 2
+        image *= 1 - np.asarray(shadow.filter(ImageFilter.GaussianBlur(2)))[..., None] / 640
+        image += (ink - image) * mask[..., None]
+        masks.append(mask)
+        objects.append(dict(category_id=category, bbox=[x0, y0, x1 - x0, y1 - y0],
+                            area=round(float(mask.sum()), 2), iscrowd=0))
     image += rng.uniform(1, 4) * rng.standard_normal((h, w, 1), np.float32)
     return np.clip(image, 0, 255).astype(np.uint8), objects
 
@@ -869,23 +845,23 @@ def make_shapes(root, seed=0, train=1400, val=200):
     split, i). The folder appears when complete; OSError if it is already there and not empty."""
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
-    categories = [dict(id=k, name=name, supercategory="shape") for k, (name, _) in SHAPES.items()]
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
-        part = Path(temporary) / root.name
-        (part / "annotations").mkdir(parents=True)
-        for split, (folder, count) in enumerate({"train2017": train, "val2017": val}.items()):
-            (part / folder).mkdir()
-            images, annotations = [], []
+        part = Path(temporary, root.name)
+        for split, (name, count) in enumerate([("train2017", train), ("val2017", val)]):
+            path, folder = evaluate.coco_paths(part, name)
+            folder.mkdir(parents=True)
+            path.parent.mkdir(exist_ok=True)
+            coco = dict(images=[], annotations=[], categories=[
+                dict(id=id, name=name) for id, (name, *_) in SHAPES.items()])
             for i in range(count):
                 picture, objects = _scene(np.random.Generator(np.random.PCG64([seed, split, i])))
                 number, (h, w, _) = 1_000_000 * split + i + 1, picture.shape
-                images.append(dict(id=number, file_name=f"{number:012d}.jpg", width=w, height=h))
-                annotations += [dict(id=len(annotations) + n, image_id=number, **o)
-                                for n, o in enumerate(objects, 1)]
-                Image.fromarray(picture).save(part / folder / images[-1]["file_name"], quality=90)
-            (part / f"annotations/instances_{folder}.json").write_text(json.dumps(dict(
-                info=dict(description=f"shapes, seed {seed}"), licenses=[], images=images,
-                annotations=annotations, categories=categories)))
+                name, first = f"{number:012d}.jpg", len(coco["annotations"]) + 1
+                Image.fromarray(picture).save(folder / name, quality=90)
+                coco["images"].append(dict(id=number, file_name=name, width=w, height=h))
+                coco["annotations"] += [
+                    dict(id=n, image_id=number) | o for n, o in enumerate(objects, first)]
+            path.write_text(json.dumps(coco))
         os.replace(part, root)
 
 

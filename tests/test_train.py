@@ -35,7 +35,7 @@ from fcos import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_THREAD = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-RATE = train.RECIPES["shapes"]["lr"]  # for 16 images a step; a quarter of it for 4
+RATE = train.RECIPES["shapes"]["lr"]  # for 8 images a step; half of it for 4
 PATIENCE = 240  # seconds after which a process hangs, on however slow a machine
 SMALL = ["--set", "stem=16", "channels=64"]  # what is made of the row `shapes` here, for speed
 
@@ -123,7 +123,7 @@ def assert_same_run(a, b):
     assert metrics(a) == metrics(b)
 
 
-def assert_close_run(a, b, tolerance=1e-5):
+def assert_close_run(a, b, tolerance=3e-5):
     """The same training but for the rounding of sums."""
     for file in ("last.pt", "model.pt"):
         torch.testing.assert_close(weights(a, file), weights(b, file), rtol=tolerance,
@@ -181,12 +181,10 @@ def test_shapes_are_a_coco_data_set(shapes, capsys):
 def test_the_box_of_a_shape_is_tight_around_what_is_seen_of_it(monkeypatch):
     """One bright object on black: what is not black is the object (and JPEG is not involved)."""
 
-    def black(rng, w, h):
-        return np.zeros((h, w, 3), np.float32), np.full((1, 3), 230, np.float32)
-
-    monkeypatch.setattr(train, "_background", black)
+    monkeypatch.setattr(train, "_background", lambda rng, w, h: np.zeros((h, w, 3), np.float32))
+    monkeypatch.setattr(train, "INKS", np.full((1, 3), 230, np.float32))
     seen, distances = set(), []
-    for seed in range(60):
+    for seed in range(80):
         picture, objects = train._scene(np.random.default_rng(seed))
         if objects:
             ys, xs = np.nonzero(picture.min(2) > 40)
@@ -237,14 +235,14 @@ MIXED = Fake([(40, 60), (60, 40), (50, 50), (30, 60), (45, 61), (64, 32), (33, 6
 
 
 def batches(dataset=MIXED, rank=0, world_size=1, micro_batches=1, **settings):
-    defaults = dict(seed=0, batch_size=4, min_size=[32, 48, 64], max_size=96, iters=30)
+    defaults = dict(seed=0, batch_size=4, min_size=[32, 48, 64], max_size=96, iters=30,
+                    negatives=False, augment=False)
     return train.TrainBatches(dataset, defaults | settings, rank, world_size, micro_batches)
 
 
 def shown(item):
     """The multiset of (row, size, flipped, stamp) of an item, from its pixels."""
-    images, sizes, _, labels, counts, bad = item
-    assert bad == []
+    images, sizes, _, labels, counts = item
     assert len(images) == len(sizes) == len(counts) and sum(counts) == len(labels)
     rows = [label[0].item() for label in labels.split(counts)]
     seen = []
@@ -354,7 +352,7 @@ def test_all_sizes_and_both_flips_are_drawn_and_boxes_follow_their_pixels():
     made, sides, flips = batches(iters=50), set(), []
     for step in range(50):
         rows, sizes, _ = made.plan(step)
-        images, _, boxes, labels, counts, _ = made[step]
+        images, _, boxes, labels, counts = made[step]
         assert counts == [1] * 4 and labels.tolist() == rows
         for image, box, row, (h, w) in zip(images, boxes, rows, sizes):
             old_h, old_w = MIXED.hw[row]
@@ -392,7 +390,7 @@ def test_a_cropping_augmentation_trains_alike_with_any_workers_and_micro_batches
 
     monkeypatch.setattr(train, "augment", crop)
     dataset = evaluate.CocoDataset(*evaluate.coco_paths(shapes, "train2017"))
-    _, sizes, _, _, counts, _ = batches(dataset)[0]
+    _, sizes, _, _, counts = batches(dataset)[0]
     assert (sizes < torch.tensor(batches(dataset).plan(0).sizes)).any() and sum(counts) > 0
     for n in (1, 2):
         call(flags(shapes, tmp_path / f"{n}", "--iters", 3, "--workers", n - 1, "--accumulate", n))
@@ -521,15 +519,15 @@ def test_a_run_leaves_four_files_and_its_metrics_as_the_last_line(finished, shap
     for row in rows:
         if "loss" in row:
             assert row["loss"] == pytest.approx(row["cls"] + row["box"] + row["ctr"])
-            assert row["lr"] == pytest.approx(RATE / 4 * 0.1 ** max(row["step"] - 4, 0))
+            assert row["lr"] == pytest.approx(RATE / 2 * 0.1 ** max(row["step"] - 4, 0))
             assert row["images_per_second"] > 0
     assert max((row for row in rows if "AP" in row), key=lambda row: row["AP"]) == found
 
     last, previous = (load(finished.out / name) for name in ("last.pt", "previous.pt"))
-    assert (last["step"], previous["step"]) == (6, 3) and last["settings"]["lr"] == RATE / 4
+    assert (last["step"], previous["step"]) == (6, 3) and last["settings"]["lr"] == RATE / 2
     rates = [group["lr"] for group in last["optimizer"]["param_groups"]]
-    assert rates == pytest.approx([RATE / 400, RATE / 200])  # of weights, of biases
-    assert last["made_with"].keys() == {"commit", "launch", "torch", "numpy"}
+    assert rates == pytest.approx([RATE / 200, RATE / 100])  # of weights, of biases
+    assert last["made_with"].keys() == {"launch", "torch"}
     model = fcos.load(finished.out / "model.pt")
     dataset = evaluate.CocoDataset(*evaluate.coco_paths(shapes, "val2017"))
     assert (model.classes, model.category_ids) == (dataset.classes, dataset.category_ids)
@@ -540,9 +538,9 @@ def test_a_run_leaves_four_files_and_its_metrics_as_the_last_line(finished, shap
 
 def test_the_settings_are_printed_with_the_rate_before_and_after_scaling(finished):
     text = "\n".join(finished.stdout)
-    for line in ("iters              6", "batch_size         4", f"lr                 {RATE / 4}"):
+    for line in ("iters              6", "batch_size         4", f"lr                 {RATE / 2}"):
         assert line in text
-    assert any(f"{RATE:g}" in line and f"{RATE / 4:g}" in line for line in finished.stdout)
+    assert any(f"{RATE:g}" in line and f"{RATE / 2:g}" in line for line in finished.stdout)
 
 
 def test_training_learns_something(shapes, tmp_path):
@@ -560,11 +558,67 @@ def test_bf16_is_for_the_network_and_the_weights_stay_float32(shapes, tmp_path):
     assert all(np.isfinite(row["loss"]) for row in logged_losses(tmp_path))
 
 
-def test_the_gradient_is_clipped_only_on_demand(shapes, tmp_path):
-    for norm in (), ("--clip-norm", 1e9), ("--clip-norm", 1e-9):
-        call(flags(shapes, tmp_path / f"{norm[1] if norm else 0}", "--iters", 1, *norm))
-    free, wide, tight = (weights(tmp_path / f"{n}")["head.ctr.bias"] for n in (0, 1e9, 1e-9))
-    assert free == wide and abs(free) > 1e-5 and abs(tight) < 1e-12  # from a start of 0
+def test_strong_augmentation_is_a_function_of_its_stream_and_keeps_boxes_on_their_objects():
+    """A bright square on dark ground: wherever it goes, its box goes, in every colour."""
+    torch.manual_seed(0)
+    crops = gone = 0
+    for seed in range(60):
+        image = torch.full((3, 64, 80), 20, dtype=torch.uint8)
+        x, y = np.random.default_rng(seed).integers(4, 40, 2).tolist()
+        image[:, y : y + 16, x : x + 20] = 220
+        boxes, labels = torch.tensor([[x, y, x + 20, y + 16]]).float(), torch.tensor([3])
+        made = [train.augment_more(image, boxes, labels, np.random.default_rng(seed))
+                for _ in range(2)]
+        for one, other in zip(*made):
+            assert one.equal(other)
+        picture, moved, kept = made[0]
+        assert picture.shape == image.shape and picture.dtype == torch.uint8
+        assert len(moved) == len(kept) and not picture.equal(image)
+        bright = picture.float().mean(0)
+        bright = bright > (bright.min() + bright.max()) / 2
+        gone += len(kept) == 0
+        if len(kept):
+            ys, xs = bright.nonzero().T
+            seen = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
+            assert (seen - moved[0]).abs().max() <= 2
+            crops += (moved[0, 2:] - moved[0, :2] - torch.tensor([20, 16])).abs().max() > 1
+    assert crops > 10 and gone > 0
+
+
+def test_images_without_objects_are_trained_on_when_asked_for(shapes, tmp_path, capsys):
+    path, _ = evaluate.coco_paths(shapes, "train2017")
+    content = json.loads(path.read_text())
+    bare = content["images"][0]["id"]
+    content["annotations"] = [row for row in content["annotations"] if row["image_id"] != bare]
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / f"{split}2017").symlink_to(shapes / f"{split}2017")
+    (tmp_path / "annotations" / path.name).write_text(json.dumps(content))
+    val, _ = evaluate.coco_paths(shapes, "val2017")
+    shutil.copy(val, tmp_path / "annotations")
+    dataset = evaluate.CocoDataset(*evaluate.coco_paths(tmp_path, "train2017"))
+    row = dataset.image_ids.tolist().index(bare)
+    for negatives in (False, True):
+        plans = batches(dataset, batch_size=len(dataset), negatives=negatives)
+        drawn = {row for step in range(6) for row in plans.plan(step).rows}
+        assert (row in drawn) == negatives
+    call(flags(tmp_path, tmp_path / "run", "--negatives", "--augment", "--iters", 2))
+    assert "1 of" in (said := capsys.readouterr().out) and "are negatives" in said
+    assert load(tmp_path / "run" / "last.pt")["settings"]["negatives"] is True
+    with pytest.raises(UserError, match="augment True there, False here"):
+        call(flags(tmp_path, tmp_path / "run", "--negatives", "--iters", 2))
+
+
+def test_a_run_ends_with_what_to_do_next_and_its_metrics_last(finished, shapes, tmp_path, capsys):
+    call(flags(shapes, tmp_path / "run", "--iters", 2))
+    *_, next_command, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == metrics(tmp_path / "run")
+    script, model, *_ = next_command.removeprefix("python ").split()
+    assert (ROOT / script).exists() and Path(model) == tmp_path / "run" / "model.pt"
+    with pytest.raises(UserError, match="iters 2 there, 4 here.*--weights .*last.pt, to train on"):
+        call(flags(shapes, tmp_path / "run", "--iters", 4))
+    on = flags(shapes, tmp_path / "on", "--iters", 4, "--weights", tmp_path / "run" / "last.pt")
+    call(on)
 
 
 class Killed(BaseException):
@@ -727,7 +781,7 @@ def test_model_pt_is_of_the_best_evaluation_however_the_run_went(
 
 @pytest.mark.parametrize("recipe, row, more, differences", [
     ("shapes", {}, ("--lr", "0.5", "--iters", "8"),
-     [f"lr {RATE / 4} there, 0.5 here", "iters 6 there, 8 here"]),
+     [f"lr {RATE / 2} there, 0.5 here", "iters 6 there, 8 here"]),
     ("shapes", dict(radius=2.5, box_loss="iou"), (),
      ["radius 1.5 there, 2.5 here", "box_loss giou there, iou here"]),
     ("another", {}, (), ["recipe shapes there, another here"]),
@@ -759,7 +813,7 @@ def test_a_run_from_before_keywords_were_stored_resumes_if_nothing_changed(
 ):
     names = ("recipe", "weights", "iters", "batch_size", "lr", "warmup", "min_size", "max_size",
              "model", "train_images", "train_annotations", "val_images", "val_annotations",
-             "clip_norm", "seed", "precision")
+             "seed", "precision")
     content = load(half / "previous.pt")
     content["settings"] = {name: content["settings"][name] for name in names}
     del content["best"], content["model"]["keywords"]
@@ -963,6 +1017,7 @@ MISTAKES = {
     "a program for weights": ("shapes --data {data} --weights {tmp}/namespace.pt",
                               "SimpleNamespace"),
     "unknown keyword": ("shapes --data {data} --set radiu=1", "'radiu': expected one of backbone,"),
+    "a short side over the long": ("shapes --data {data} --min-size 500", "--max-size 96"),
     "keyword of another backbone": ("shapes --data {data} --set backbone=mobilenet", "'block'"),
     "value of no choice": ("shapes --data {data} --set radius=0 quality=best",
                            "quality 'best': expected one of centerness, iou"),
@@ -1087,26 +1142,6 @@ def test_an_image_that_turns_out_broken_is_one_line_that_names_it(
     assert code == 2 and len(lines) == 1, lines
     assert "train2017/0000000000" in lines[0]
     assert "cannot be read" in lines[0] or "is 9x9 pixels, but its annotations say" in lines[0]
-
-
-def test_broken_images_can_be_replaced_and_are_counted(shapes, tmp_path, capsys):
-    data = shutil.copytree(shapes, tmp_path / "data")
-    broken = sorted((data / "train2017").iterdir())[::3]
-    for path, spoil in zip(broken, itertools.cycle(BROKEN.values())):
-        spoil(path)
-    runs = {"a": (), "b": ("--workers", 1)}
-    for name, more in runs.items():
-        call(flags(data, tmp_path / name, "--skip-bad-images", *more))
-    assert_same_run(tmp_path / "a", tmp_path / "b")
-    dataset = evaluate.CocoDataset(*evaluate.coco_paths(data, "train2017"))
-    made, paths = batches(dataset, min_size=[64], iters=6), {str(path) for path in broken}
-    drawn = [[str(dataset.path(row)) for row in made.plan(step).rows] for step in range(6)]
-    expected = [sum(path in paths for path in rows) for rows in drawn]
-    assert sum(expected) > 3
-    for name in runs:
-        assert [row["skipped_images"] for row in logged_losses(tmp_path / name)] == expected
-    told = capsys.readouterr().err
-    assert all(path in told for path in paths & set(itertools.chain(*drawn)))
 
 
 def test_images_of_one_pixel_and_of_ten_thousand_are_ordinary(shapes, tmp_path):
@@ -1382,7 +1417,7 @@ def test_between_log_rows_no_number_is_read_from_the_device(shapes, tmp_path, mo
     monkeypatch.setattr(train, "lr_at", lambda *now: steps.append(now[0]) or lr_at(*now))
     monkeypatch.setattr(evaluate, "start_process", lambda *_: (0, 1, torch.device("meta")))
     monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())  # knows no meta
-    for more in ("--accumulate", 2, "--clip-norm", 1, "--workers", 1), ("--set", "quality=iou"):
+    for more in ("--accumulate", 2, "--ema", 0.9, "--workers", 1), ("--set", "quality=iou"):
         steps.clear()
         with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):
             call(flags(shapes, tmp_path, "--iters", 300, *more))
@@ -1405,7 +1440,7 @@ def test_between_log_rows_nothing_waits_for_the_gpu(shapes, tmp_path, monkeypatc
     try:
         with pytest.raises(Killed):
             call(flags(shapes, tmp_path, "--device", "cuda", "--iters", 400, "--accumulate", 2,
-                       "--clip-norm", 1, "--ema", 0.9))
+                       "--ema", 0.9))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [row["step"] for row in log(tmp_path)] == [4, 8, 12]
@@ -1692,3 +1727,18 @@ def test_help_works_and_tells_every_recipe_flag():
     for flag in ("--data", "--weights", "--accumulate", "--eval-every", "--precision", "--fresh",
                  "--set", "--ema"):
         assert flag in said
+
+
+LEARNS = {40: [0.547, 0.497, 0.687], 60: [0.480, 0.433, 0.666]}  # step: cls, box, ctr
+
+
+def test_sixty_steps_learn_as_they_did(tmp_path):
+    """Against losses of 2026-11-27: whoever changes how FCOS learns, by mistake or not, meets it
+    here. Another number of threads, which rounds otherwise, moves them by up to 2 %."""
+    train.make_shapes(tmp_path / "data", train=64, val=1)
+    call(["shapes", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--iters",
+          "60", "--device", "cpu", "--workers", "0"])
+    rows = {row["step"]: row for row in logged_losses(tmp_path / "run")}
+    for step, expected in LEARNS.items():
+        found = [rows[step][name] for name in ("cls", "box", "ctr")]
+        assert found == pytest.approx(expected, rel=0.05), f"{step}: {found}"
