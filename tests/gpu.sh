@@ -1,28 +1,45 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run of less than nine minutes:
 #
-#     [OUT=folder] [PYTHON=python3] bash tests/gpu.sh
+#     [OUT=folder] [PYTHON=python3] [PARTS="tests model kernels ..."] bash tests/gpu.sh
 #
 # Each part has its own time limit, and one that fails does not stop the others; all of them end 530
-# seconds after the start. Results in JSON go to $OUT, or else to tests/benchmarks/results.
-# FCOS_KERNELS=cupy: no fallback can pass for a kernel.
+# seconds after the start. What a benchmark has measured until then is in its JSON file, in $OUT or
+# else in tests/benchmarks/results: kernels, model, growth_cuda, loader and scoring. PARTS chooses
+# some, in another order if need be.
+#
+#     FCOS_TEST_DEVICE=cpu bash tests/gpu.sh
+#
+# runs every part in small on the CPU, kernels included, to find mistakes before a GPU does (see
+# tests/device.py); its files go to a temporary folder. FCOS_KERNELS=cupy: on a GPU no fallback can
+# pass for a kernel.
 cd "$(dirname "$0")/.." || exit 2
-export FCOS_KERNELS=cupy
+export FCOS_KERNELS=cupy PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-out=${OUT:-tests/benchmarks/results}
+limit=530 small=()
+if [ "${FCOS_TEST_DEVICE:-cuda}" = cpu ]; then
+    limit=3000 small=(--small) out=$(mktemp -d)
+else
+    unset FCOS_TEST_DEVICE
+    out=${OUT:-tests/benchmarks/results}
+    "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
+        echo "gpu.sh: $python sees no CUDA device"
+        exit 2
+    }
+fi
 mkdir -p "$out"
-"$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
-    echo "gpu.sh: $python sees no CUDA device"
-    exit 2
-}
+touch "$out/.started"
 names=() states=() seconds=()
 
 part() {  # part NAME LIMIT COMMAND...
-    local name=$1 limit=$2 start=$SECONDS state left=$((530 - SECONDS))
+    local name=$1 most=$2 start=$SECONDS state left=$((limit - SECONDS))
     shift 2
+    [ ${#small[@]} -eq 0 ] || most=900
     printf '\n==== %s\n' "$name"
-    if [ "$left" -ge 20 ]; then
-        timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" 2>&1 | tail -n 60
+    if [ "$left" -ge 15 ]; then
+        # an interrupt lets pytest tell what has failed until then
+        timeout --signal=INT --kill-after=8 "$((most < left ? most : left))" "$@" 2>&1 |
+            tail -n 60 | cut -c -600
         state=${PIPESTATUS[0]}
     else
         echo "no time left"
@@ -31,22 +48,48 @@ part() {  # part NAME LIMIT COMMAND...
     names+=("$name") states+=("$state") seconds+=($((SECONDS - start)))
 }
 
-# Only files with such tests, each by itself: a package that one lacks here must not stop another.
-for file in $(grep -l 'pytest\.mark\.gpu' tests/test_*.py); do
-    part "${file#tests/}" 120 "$python" -m pytest -m gpu -q --durations=5 "$file"
+bench() {  # bench NAME LIMIT ARGUMENTS...
+    local name=$1 most=$2
+    shift 2
+    part "bench_$name $*" "$most" "$python" "tests/benchmarks/bench_$name.py" "$out" "${small[@]}" "$@"
+}
+
+tests() {  # one file by itself: a package that one lacks here must not stop another
+    part "$1" "$2" "$python" -m pytest -m gpu -q --tb=short --durations=5 -p no:cacheprovider \
+        "tests/$1"
+}
+
+sanitize() {
+    # Without PyTorch's cache every tensor is an allocation, whose ends are then guarded. PyTorch
+    # asks for what may fail, such as peer access, and handles it: no error of a kernel.
+    part "compute-sanitizer $1" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 1 \
+        "$python" -m pytest -q -p no:cacheprovider tests/test_kernels_gpu.py -k same_bits
+}
+
+for name in ${PARTS:-tests model kernels sanitizer growth loader scoring}; do
+    case $name in
+    tests)
+        tests test_kernels_gpu.py 80
+        tests test_gpu.py 150
+        tests test_train.py 40
+        ;;
+    model) bench model 180 ;;
+    kernels) bench kernels 100 ;;
+    sanitizer)
+        if command -v compute-sanitizer >/dev/null && [ ${#small[@]} -eq 0 ]; then
+            sanitize memcheck
+            sanitize racecheck
+        else
+            echo "no compute-sanitizer here, or no GPU"
+        fi
+        ;;
+    growth) bench growth 60 --seconds 0.2 ;;
+    loader) bench loader 30 ;;
+    scoring) bench scoring 60 --rounds 1 ;;
+    *) echo "gpu.sh: no part $name" ;;
+    esac
 done
-part "benchmark of the kernels" 170 "$python" tests/benchmarks/bench_kernels.py "$out"
-if [ -e tests/benchmarks/bench_model.py ]; then
-    part "benchmark of the model" 160 "$python" tests/benchmarks/bench_model.py "$out"
-fi
-if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-        # Without PyTorch's cache every tensor is an allocation, whose ends are then guarded.
-        part "compute-sanitizer $tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            "$python" -m pytest -q tests/test_kernels_gpu.py -k same_bits
-    done
-fi
 
 printf '\n==== summary (exit status 0 is success, 124 the time limit)\n'
 failures=0
@@ -57,15 +100,15 @@ done
 "$python" - "$out" <<'PYTHON'
 import json, pathlib, sys
 
-for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
-    try:
-        record = dict(json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
-        print(f"{path.name}: {error}")
-        continue
-    print(f"{path.name}: {record.get('date')} {record.get('gpu')}")
+out = pathlib.Path(sys.argv[1])
+for path in sorted(out.glob("*.json")):
+    if path.stat().st_mtime < (out / ".started").stat().st_mtime:
+        continue  # of another run
+    record = json.loads(path.read_text())
+    print(f"{path.name}: {record.get('date')} {record.get('gpu') or record.get('cpu')}")
     for row in record.get("results", []):
-        numbers = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-        print("  " + "  ".join(f"{k} {v}" for k, v in numbers.items() if v is not None))
+        numbers = {k: f"{v:.4g}" if isinstance(v, float) else f"{v}"[:160] for k, v in row.items()}
+        print("  " + "  ".join(f"{k} {v}" for k, v in numbers.items() if v != "None"))
 PYTHON
+rm -f "$out/.started"
 exit "$failures"

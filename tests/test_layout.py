@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import evaluate
 import fcos
@@ -214,3 +215,33 @@ def test_the_python_of_the_readme_names_what_exists():
                     assert hasattr(modules[node.value.id], node.attr), ast.unparse(node)
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "kernels":
                 assert (ROOT / (node.module.replace(".", "/") + ".py")).exists(), node.module
+
+
+PYTHON = [text for language, text in code_blocks() if language == "python" and "cuda" not in text]
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.split("\n")[0][:60])
+def test_the_python_of_the_readme_runs(code, tmp_path, monkeypatch):
+    """Beside a data set, a model, a log, drawn pictures and, where they are needed and can be made,
+    an ONNX file: what the commands of the README leave."""
+    for module in {name.split(".")[0] for node in ast.walk(ast.parse(code))
+                   if isinstance(node, (ast.Import, ast.ImportFrom))
+                   for name in ([node.module] if isinstance(node, ast.ImportFrom)
+                                else [alias.name for alias in node.names])}:
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    train.make_shapes("data/shapes", train=1, val=1)
+    torch.manual_seed(0)
+    model = fcos.build("shapes", 6, test_size=(64, 96))
+    model.classes = [name for name, *_ in train.SHAPES.values()]
+    model.category_ids = list(train.SHAPES)
+    torch.nn.init.zeros_(model.head.cls.bias)  # finds something
+    Path("runs/shapes").mkdir(parents=True)
+    fcos.save(model, "runs/shapes/model.pt")
+    Path("runs/shapes/log.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n')
+    evaluate.draw_folder(model, ["data/shapes/val2017"], "drawn", 0.3)
+    if "model.onnx" in code:
+        pytest.importorskip("onnxscript")
+        fcos.export_onnx(model, "model.onnx", 64, 96)
+    exec(code, {})

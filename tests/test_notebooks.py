@@ -142,37 +142,27 @@ def test_runs_from_top_to_bottom(path, clone):
 # ---- writing -----------------------------------------------------------------------------------
 
 
-def draw_detections(count=4, height=300):
-    """A row of detections for the top of the README: of the wide pictures in which the model finds
-    all objects and nothing else, those with the most, and where it is the surest."""
-    from PIL import Image
-    from torchvision.ops import box_iou
+def draw_detections(rows=2, columns=6, height=210):
+    """The first twelve validation pictures, unchosen, with what the model finds, for the top of the
+    README: all that scores at least the threshold of the best F1 over the 200 pictures."""
+    from PIL import Image, ImageOps
 
     import evaluate
     import fcos
 
     model = fcos.load("runs/shapes/model.pt")
     dataset = evaluate.CocoDataset(*evaluate.coco_paths("data/shapes", "val2017"))
-    complete = []
-    for i, (h, w) in enumerate(dataset.hw):
-        boxes, labels = dataset.target(i)
-        if h > w:
-            continue
-        found = model.predict(dataset.image(i))[0]
-        found = {name: value[found["scores"] >= 0.5] for name, value in found.items()}
-        hits = box_iou(boxes, found["boxes"]) * (labels[:, None] == found["labels"]) > 0.6
-        if len(found["boxes"]) == len(boxes) and hits.any(1).all():
-            complete.append(((len(boxes), found["scores"].amin().item()), i, found))
-    drawn = []
-    for _, i, found in sorted(complete, key=lambda row: row[0], reverse=True)[:count]:
-        picture = evaluate.draw(dataset.image(i), found, model.classes, min_side=300)
-        drawn.append(picture.resize((picture.width * height // picture.height, height)))
-    row = Image.new("RGB", (sum(picture.width + 8 for picture in drawn) - 8, height), "white")
-    x = 0
-    for picture in drawn:
-        row.paste(picture, (x, 0))
-        x += picture.width + 8
-    return row
+    results = evaluate.predict(model, dataset)
+    metrics = evaluate.score(results, dataset.annotations, per_class=True)
+    print({name: round(metrics[name], 3) for name in ("AP", "AP50", "AP75", "F1", "threshold")})
+    sheet = Image.new("RGB", (columns * (height + 8) - 8, rows * (height + 8) - 8), "white")
+    for i in range(rows * columns):
+        image = dataset.image(i)
+        found = model.predict(image, score_threshold=metrics["threshold"])[0]
+        picture = evaluate.draw(image, found, model.classes, 0, min_side=400, font_size=20)
+        picture = ImageOps.pad(picture, (height, height), color="white")
+        sheet.paste(picture, (i % columns * (height + 8), i // columns * (height + 8)))
+    return sheet
 
 
 def write():

@@ -1,0 +1,47 @@
+"""The benchmarks' records, and the README's table of them."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a module of tests/benchmarks, where they find each other by name."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tests/benchmarks"), *sys.path])
+    monkeypatch.setenv("FCOS_TEST_DEVICE", "cpu")
+    monkeypatch.setenv("FCOS_KERNELS", "torch")
+    yield importlib.import_module
+    for name in ("record", "readme_table"):
+        sys.modules.pop(name, None)
+
+
+def test_the_table_of_the_readme_is_what_was_measured(benchmark):
+    text = (ROOT / "README.md").read_text()
+    assert text == benchmark("readme_table").replaced(text), (
+        "run python tests/benchmarks/readme_table.py")
+
+
+def test_a_row_is_on_disk_as_it_comes_and_an_error_costs_no_other_row(benchmark, tmp_path):
+    path = tmp_path / "results" / "some.json"
+    log = benchmark("record").Record(path)
+    seen = []
+
+    def look():
+        seen.append([row["side"] for row in json.loads(path.read_text())["results"]])
+
+    def broken():
+        raise RuntimeError("no such road")
+
+    sides = {"torchvision": lambda: look, "broken": broken, "ours": lambda: (look, {"note": 1})}
+    log.compare("nothing", sides, rounds=3)
+    assert seen[0] == ["torchvision"] and len(seen) == 8
+    theirs, failed, ours = json.loads(path.read_text())["results"]
+    assert log.failed and "no such road" in failed["error"] and "median" not in failed
+    assert theirs["rounds"] == ours["rounds"] == 3 and ours["note"] == 1
+    assert ours["low"] <= ours["median"] <= ours["high"] and ours["of_torchvision"] > 0
