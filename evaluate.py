@@ -219,8 +219,7 @@ class CocoDataset:
         ):
             if which.any():
                 first = annotations[which.argmax()]
-                first = {key: first.get(key) for key in ("id", "image_id", "bbox")}
-                self.notes.append(f"{which.sum()} of {len(which)} boxes {what}, first {first}")
+                self.notes.append(f"{which.sum()} of {len(which)} boxes {what}, as {first!r:.150}")
 
         visible = (xywh[:, 2:] > 1).all(1) & ~homeless
         self.trainable = np.bincount(image[visible], minlength=len(self)) > 0

@@ -510,9 +510,8 @@ def main(args):
         if rank == 0:
             metrics = evaluate.score(results, val_set.annotations)
             files.log(step, **metrics)
-            peak = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
-            bar.write(f"step {step}: AP {metrics['AP']:.3f}"
-                      + f", at most {peak:.1f} GiB of GPU memory" * (peak > 0), file=sys.stderr)
+            peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" * (device.type == "cuda")
+            bar.write(f"step {step}: AP {metrics['AP']:.3f}{peak}", file=sys.stderr)
             if best is None or metrics["AP"] > best["AP"]:
                 found = metrics | {"step": step}
                 best = found if files.best(scored, found) else best
