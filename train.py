@@ -467,7 +467,6 @@ def main(args):
             raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
 
     # ---- from here on the run is under way
-    began = time.perf_counter()
     files = RunFiles(out, start, launch) if rank == 0 else None
     workers = args.workers
     if workers is None:
@@ -510,8 +509,9 @@ def main(args):
         if rank == 0:
             metrics = evaluate.score(results, val_set.annotations)
             files.log(step, **metrics)
-            peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" * (device.type == "cuda")
-            bar.write(f"step {step}: AP {metrics['AP']:.3f}{peak}", file=sys.stderr)
+            peak = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
+            memory = f", at most {peak:.1f} GiB of GPU memory" * (peak > 0)
+            bar.write(f"step {step}: AP {metrics['AP']:.3f}{memory}", file=sys.stderr)
             if best is None or metrics["AP"] > best["AP"]:
                 found = metrics | {"step": step}
                 best = found if files.best(scored, found) else best
@@ -622,7 +622,7 @@ def main(args):
         raise UserError(f"{out / 'model.pt'}: cannot be written; last.pt holds the model")
     if rank == 0:
         print(f"AP {best['AP']:.3f} after step {best['step']}, the best, is of {out / 'model.pt'}; "
-              f"{time.perf_counter() - began:.0f} s. To see what it finds:\n"
+              f"{time.process_time():.0f} s of CPU time. To see what it finds:\n"
               f"python evaluate.py {out / 'model.pt'} --images PHOTO.jpg --out drawn/")
         print(json.dumps(best))
     if world_size > 1:  # torchrun restarts all ranks if one fails before it is here
