@@ -93,17 +93,19 @@ def what_is_there(path):
 def read_coco(path):
     """A COCO instances JSON, checked -> its content, {image id: row}, {category id: label}, and its
     annotations as plain_boxes. Rows and labels count from 0 in rising order of the ids."""
+    collects = gc.isenabled()
     gc.disable()  # a million objects and no garbage: to look for it takes as long as all the rest
     try:
         coco = read_json(path)
+        for part in ("images", "annotations", "categories"):
+            if not isinstance(coco, dict) or not isinstance(coco.get(part), list):
+                raise UserError(f"{path}: not COCO instances: it has no list {part!r}")
+        rows = numbered(coco["images"], "file_name", f"{path}: images")
+        labels = numbered(coco["categories"], "name", f"{path}: categories")
+        boxes = plain_boxes(coco["annotations"], rows, labels, path)
     finally:
-        gc.enable()
-    for part in ("images", "annotations", "categories"):
-        if not isinstance(coco, dict) or not isinstance(coco.get(part), list):
-            raise UserError(f"{path}: not COCO instances: it has no list {part!r}")
-    rows = numbered(coco["images"], "file_name", f"{path}: images")
-    labels = numbered(coco["categories"], "name", f"{path}: categories")
-    boxes = plain_boxes(coco["annotations"], rows, labels, path)
+        if collects:
+            gc.enable()
     if boxes and all(box["image_id"] < 0 for box in boxes):
         raise UserError(f"{path}: no annotation is of an image of the file; the first image_id is "
                         f"{coco['annotations'][0]['image_id']!r}, an id {next(iter(rows))!r}")
@@ -303,10 +305,10 @@ def attempt(read, item):
         return error
 
 
-def read_ahead(read, items, workers):
+def read_ahead(read, items, workers, pin_memory=False):
     """read(item) of all items in turn, or its UserError; worker processes are ahead."""
     return DataLoader(items, batch_size=None, collate_fn=functools.partial(attempt, read),
-                      num_workers=workers, worker_init_fn=start_worker,
+                      num_workers=workers, worker_init_fn=start_worker, pin_memory=pin_memory,
                       timeout=600 if workers else 0)
 
 

@@ -1369,7 +1369,8 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
         model.test_size = tuple(content["test_size"])
         load_weights(model, weights)
     except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
-        raise UserError(f"{path}: made by hand, or damaged ({error})") from None
+        # made by hand, or damaged
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     return model.eval()
 
 

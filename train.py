@@ -32,7 +32,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFilter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import functional as vision
 from tqdm import tqdm
 
@@ -264,23 +264,19 @@ class TrainBatches(Dataset):
 
     def __getitem__(self, item):
         """-> images uint8 (b, 3, H, W), sizes (b, 2), boxes (sum of G, 4) xyxy pixels, labels (sum
-        of G,) and the list of the b numbers of boxes G. Or a UserError, returned because raising it
-        would wrap it in a worker's traceback."""
+        of G,) and the list of the b numbers of boxes G. UserError names an unreadable image."""
         step, m = divmod(item, self.micro_batches)
         plan, samples = self.plan(step), []
         first, every = m * self.world_size + self.rank, self.world_size * self.micro_batches
         for slot in range(first, self.batch_size, every):
             row, hw = plan.rows[slot], plan.sizes[slot]
-            try:
-                sample = self.dataset.sample(row, hw)
-            except UserError as error:
-                return error
             change = augment_more if self.more else augment
+            sample = self.dataset.sample(row, hw)
             image, box, label = change(*sample, self.rng("augment", step, slot))
             good = (box[:, 2:] > box[:, :2]).all() and ((0 <= label) & (label < self.classes)).all()
             if image.dtype != torch.uint8 or len(box) != len(label) or not good:
                 made = f"{image.dtype} pixels, boxes {box.tolist()} and labels {label.tolist()}"
-                return UserError(f"{self.dataset.path(row)}: augment made {made:.300}")
+                raise UserError(f"{self.dataset.path(row)}: augment made {made:.300}")
             samples.append((image, box, label))
         images, boxes, labels = zip(*samples)
         counts = [len(label) for label in labels]
@@ -472,11 +468,9 @@ def main(args):
     if workers is None:
         workers = 4 if device.type == "cuda" else 1
     batches = TrainBatches(train_set, settings, rank, world_size, micro_batches)
-    loader = iter(DataLoader(
-        batches, batch_size=None, sampler=range(start * micro_batches, iters * micro_batches),
-        num_workers=workers, pin_memory=device.type == "cuda",
-        worker_init_fn=evaluate.start_worker, timeout=600 if workers else 0,
-    ))
+    items = range(start * micro_batches, iters * micro_batches)
+    pin_memory = device.type == "cuda"
+    loader = iter(evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory))
     network = model
     if world_size > 1:  # no buffer is of use in training, so none is broadcast
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # since torch 2.15

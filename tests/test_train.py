@@ -1341,7 +1341,7 @@ def test_a_worker_that_fails_ends_the_run_in_one_line(shapes, tmp_path, when, ki
         if when == "training":
             evaluate.CocoDataset.image = failing
         evaluate.predict = evaluated
-        train.DataLoader = lambda *a, **k: DataLoader(*a, **k | {"timeout": 5})
+        evaluate.DataLoader = lambda *a, **k: DataLoader(*a, **k | {"timeout": 5})
 
     argv = flags(shapes, tmp_path / "run", "--iters", 2, "--workers", 1)
     code, text = ended(argv, tmp_path / "told", prepare)
