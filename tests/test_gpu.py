@@ -55,11 +55,18 @@ def _force_the_kernels(monkeypatch):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Pictures of one size: every other one is a minute of torch.compile's."""
+    """Wide pictures alone, which are padded to one size: every other one is a minute of
+    torch.compile's."""
     root = tmp_path_factory.mktemp("data") / "shapes"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "SIZES", ((208, 156),))
-        train.make_shapes(root, train=16, val=4)
+    train.make_shapes(root, train=48, val=16)
+    for split in ("train2017", "val2017"):
+        path, _ = evaluate.coco_paths(root, split)
+        content = json.loads(path.read_text())
+        content["images"] = [row for row in content["images"] if row["width"] > row["height"]]
+        ids = {row["id"] for row in content["images"]}
+        content["annotations"] = [row for row in content["annotations"] if row["image_id"] in ids]
+        assert len(ids) >= 4
+        path.write_text(json.dumps(content))
     return root
 
 
