@@ -483,7 +483,6 @@ def main(args):
         maps = [x for x in outputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
         sum(x.sum() for x in maps).backward()
         optimizer.zero_grad()
-    torch.backends.cudnn.benchmark = True  # of few padded sizes: each is worth a search
     if args.compile:  # many sizes would be compiled beyond the limit of eight
         model.compile(dynamic=False if len(settings["min_size"]) == 1 else None)
     network.train()

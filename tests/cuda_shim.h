@@ -125,6 +125,10 @@ template <typename... A> int launch(void (*kernel)(A...), const int* grid, int t
 
 }  // namespace shim
 
+// The GPU's fast versions, whose last digits are not these: test_kernels_gpu.py compares those.
+#define __expf expf
+#define __fdividef(x, y) ((x) / (y))
+
 static void __syncthreads() { shim::wait(shim::AT_BARRIER); }
 
 template <typename T> T __shfl_xor_sync(unsigned, T value, int lanes)

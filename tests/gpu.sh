@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run of less than nine minutes:
 #
-#     [OUT=folder] [PYTHON=python3] [PARTS="tests model kernels ..."] bash tests/gpu.sh
+#     [OUT=folder] [PYTHON=python3] [LIMIT=530] [PARTS="tests model kernels ..."] bash tests/gpu.sh
 #
-# Each part has its own time limit, and one that fails does not stop the others; all of them end 530
-# seconds after the start. What a benchmark has measured until then is in its JSON file, in $OUT or
+# Each part has its own time limit, and one that fails does not stop the others; all of them end
+# LIMIT seconds after the start. The tests and compute-sanitizer run beside each other, and only then the
+# benchmarks, one by one. What a benchmark has measured until then is in its JSON file, in $OUT or
 # else in tests/benchmarks/results: kernels, model, growth_cuda, loader and scoring. PARTS chooses
 # some, in another order if need be.
 #
@@ -14,9 +15,10 @@
 # tests/device.py); its files go to a temporary folder. FCOS_KERNELS=cupy: on a GPU no fallback can
 # pass for a kernel.
 cd "$(dirname "$0")/.." || exit 2
+set -m  # or what runs beside another could not be interrupted
 export FCOS_KERNELS=cupy PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-limit=530 small=()
+limit=${LIMIT:-530} small=()
 if [ "${FCOS_TEST_DEVICE:-cuda}" = cpu ]; then
     limit=3000 small=(--small) out=$(mktemp -d)
 else
@@ -29,7 +31,7 @@ else
 fi
 mkdir -p "$out"
 touch "$out/.started"
-names=() states=() seconds=()
+summary=$(mktemp) logs=$(mktemp -d)
 
 part() {  # part NAME LIMIT COMMAND...
     local name=$1 most=$2 start=$SECONDS state left=$((limit - SECONDS))
@@ -39,13 +41,28 @@ part() {  # part NAME LIMIT COMMAND...
     if [ "$left" -ge 15 ]; then
         # an interrupt lets pytest tell what has failed until then
         timeout --signal=INT --kill-after=8 "$((most < left ? most : left))" "$@" 2>&1 |
-            tail -n 60 | cut -c -600
+            tail -n 200 | cut -c -600
         state=${PIPESTATUS[0]}
     else
         echo "no time left"
         state=124
     fi
-    names+=("$name") states+=("$state") seconds+=($((SECONDS - start)))
+    printf '%-60s exit %3d %5d s\n' "$name" "$state" $((SECONDS - start)) >>"$summary"
+}
+
+beside() {  # beside COMMAND...: on a GPU it does not wait for what runs already
+    if [ ${#small[@]} -eq 0 ]; then
+        "$@" >"$(mktemp --tmpdir="$logs")" 2>&1 &
+    else
+        "$@"
+    fi
+}
+
+wait_for_all() {
+    wait
+    [ ${#small[@]} -eq 0 ] || return 0
+    cat "$logs"/*
+    rm -f "$logs"/*
 }
 
 bench() {  # bench NAME LIMIT ARGUMENTS...
@@ -55,35 +72,38 @@ bench() {  # bench NAME LIMIT ARGUMENTS...
 }
 
 tests() {  # one file by itself: a package that one lacks here must not stop another
-    part "$1" "$2" "$python" -m pytest -m gpu -q --tb=short --durations=5 -p no:cacheprovider \
-        "tests/$1"
+    local file=$1 most=$2
+    shift 2
+    part "$file $*" "$most" "$python" -m pytest -m gpu -v --tb=short --durations=9 \
+        -o faulthandler_timeout=100 -p no:cacheprovider "tests/$file" "$@"
 }
 
 sanitize() {
     # Without PyTorch's cache every tensor is an allocation, whose ends are then guarded. PyTorch
     # asks for what may fail, such as peer access, and handles it: no error of a kernel.
-    part "compute-sanitizer $1" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    part "compute-sanitizer $1" 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 1 \
         "$python" -m pytest -q -p no:cacheprovider tests/test_kernels_gpu.py -k same_bits
 }
 
-for name in ${PARTS:-tests model kernels sanitizer growth loader scoring}; do
+for name in ${PARTS:-tests model kernels growth loader scoring}; do
     case $name in
     tests)
-        tests test_kernels_gpu.py 80
-        tests test_gpu.py 150
-        tests test_train.py 40
-        ;;
-    model) bench model 180 ;;
-    kernels) bench kernels 100 ;;
-    sanitizer)
+        beside tests test_kernels_gpu.py 150
+        beside tests test_train.py 150
+        beside tests test_gpu.py 150 -k compile
+        beside tests test_gpu.py 150 -k "(nccl or synchronised) and not compile"
+        beside tests test_gpu.py 150 -k "not (compile or nccl or synchronised)"
         if command -v compute-sanitizer >/dev/null && [ ${#small[@]} -eq 0 ]; then
-            sanitize memcheck
-            sanitize racecheck
+            beside sanitize memcheck
+            beside sanitize racecheck
         else
             echo "no compute-sanitizer here, or no GPU"
         fi
+        wait_for_all
         ;;
+    model) bench model 180 ;;
+    kernels) bench kernels 100 ;;
     growth) bench growth 60 --seconds 0.2 ;;
     loader) bench loader 30 ;;
     scoring) bench scoring 60 --rounds 1 ;;
@@ -92,11 +112,7 @@ for name in ${PARTS:-tests model kernels sanitizer growth loader scoring}; do
 done
 
 printf '\n==== summary (exit status 0 is success, 124 the time limit)\n'
-failures=0
-for i in "${!names[@]}"; do
-    printf '%-32s exit %3d %5d s\n' "${names[i]}" "${states[i]}" "${seconds[i]}"
-    [ "${states[i]}" -eq 0 ] || failures=$((failures + 1))
-done
+cat "$summary"
 "$python" - "$out" <<'PYTHON'
 import json, pathlib, sys
 
@@ -111,4 +127,4 @@ for path in sorted(out.glob("*.json")):
         print("  " + "  ".join(f"{k} {v}" for k, v in numbers.items() if v != "None"))
 PYTHON
 rm -f "$out/.started"
-exit "$failures"
+! grep -qv "exit   0 " "$summary"

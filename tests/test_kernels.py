@@ -589,16 +589,19 @@ FAULTS = {
         ("kind == 2", "kind == 3"),
     ],
     "focal_loss": [
-        ("label = labels[++row]", "++row"),
-        ("column == classes", "column > classes"),
-        ("column == label", "column == (int)label + 1"),
+        ("labels[row++]", "labels[row]"),
+        ("start += classes", "start += classes + 1"),
+        ("start + (int)label : -1", "start + (int)label + 1 : -1"),
+        ("label >= 0 && label < classes", "true"),
+        ("else if (j < count)", "else"),
+        ("1/3.0f", "1/2.0f"),
         ("positive ? -x : x", "x"),
         ("GRAD ? -alpha", "GRAD ? alpha"),
         ("(1.0f - alpha) * *upstream", "1.0f - alpha"),
         ("gamma * (1.0f - q)", "gamma * q"),
         ("fminf(z, 0.0f) - tail", "fminf(z, 0.0f) + tail"),
         ("bits + 0x7fff", "bits"),
-        ("i + SIZE <= total", "true"),
+        ("total - i < SIZE ? total - i : SIZE", "SIZE"),
         ("grad[i + j] = out", "grad[i] = out"),
         ("__syncthreads();", ""),
     ],
@@ -630,6 +633,7 @@ def small_check(name):
     if name == "iou_loss":
         check_iou_loss(257, "giou")
     elif name == "focal_loss":
+        check_focal_loss(1, 1, torch.float32)
         check_focal_loss(257, 3, torch.float32)
         check_focal_loss(257, 80, torch.bfloat16)
         check_focal_loss_writes_no_more_than_the_gradient()
