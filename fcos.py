@@ -901,11 +901,7 @@ class FCOS(nn.Module):
         """`decode` as torchvision's list of {"boxes" (D, 4), "scores" (D,), "labels" (D,)}, only as
         long as there are detections of at least `score_threshold`; `thresholds` are keywords of
         decode. Waits for the device; decode does not."""
-        results = []
-        for boxes, scores, labels in zip(*self.decode(outputs, sizes, **thresholds)):
-            D = int(((labels >= 0) & (scores >= score_threshold)).sum())
-            results.append({"boxes": boxes[:D], "scores": scores[:D], "labels": labels[:D]})
-        return results
+        return as_list(self.decode(outputs, sizes, **thresholds), score_threshold)
 
     def rescale(self, boxes, size, hw):
         """Boxes (D, 4) in pixels of an image of `size` (height, width) -> of that image at `hw`.
@@ -918,19 +914,27 @@ class FCOS(nn.Module):
 
     @torch.no_grad()
     def predict(self, images, min_size: int | None = None, max_size: int | None = None,
-                score_threshold: float = 0.0, batch_size: int = 1, **thresholds) -> list[dict]:
+                score_threshold: float = 0.0, batch_size: int = 1, graph: bool = False,
+                **thresholds) -> list[dict]:
         """Detections in pixels of the given images.
 
         images: one or an iterable of paths, PIL images, RGB uint8 arrays (H, W, 3) or RGB uint8
         tensors (3, H, W). min_size, max_size: pixels to resize to, by default `test_size`.
         score_threshold: leaves out what scores less; thresholds: keywords of `decode`.
         batch_size: images that follow one another go together if they are padded to one size.
+        graph: see `replay`; for many images of few sizes on a GPU, whose time is else that of the
+        CPU's launches. After model.compile(dynamic=False) the compiled network is captured.
         -> a list of {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)} on the CPU, always a list
         """
         if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
             images = [images]
         min_size, max_size = min_size or self.test_size[0], max_size or self.test_size[1]
         device, results, training = self.pixel_mean.device, [], self.training
+
+        def detect(images, sizes):
+            return self.decode(self(images, sizes), sizes, **thresholds)
+
+        detect = replay(detect) if graph else detect
         self.eval()
         try:
             images = ((image, resized_hw(*image.shape[-2:], min_size, max_size))
@@ -938,15 +942,41 @@ class FCOS(nn.Module):
             for _, alike in groupby(images, lambda image: padded_hw([image[1]])):
                 while chunk := list(islice(alike, max(batch_size, 1))):
                     batch, sizes = pad_batch([resize(image, size) for image, size in chunk])
-                    outputs = self(batch.to(device), sizes.to(device))
-                    detections = self.detect(outputs, sizes, score_threshold, **thresholds)
-                    for (image, size), found in zip(chunk, detections):
-                        found = {name: value.cpu() for name, value in found.items()}
+                    found = [x.cpu() for x in detect(batch.to(device), sizes.to(device))]
+                    for (image, size), found in zip(chunk, as_list(found, score_threshold)):
                         found["boxes"] = self.rescale(found["boxes"], size, image.shape[-2:])
                         results.append(found)
         finally:
             self.train(training)
         return results
+
+
+def as_list(detections, score_threshold):
+    """The batch of `FCOS.decode` as a list of dicts without what scores less: see FCOS.detect."""
+    results = []
+    for boxes, scores, labels in zip(*detections):
+        D = int(((labels >= 0) & (scores >= score_threshold)).sum())
+        results.append({"boxes": boxes[:D], "scores": scores[:D], "labels": labels[:D]})
+    return results
+
+
+def replay(function):
+    """`function`, of tensors on a CUDA device, as CUDA graphs: the first call with tensors of some
+    shapes captures its kernels, and the later ones launch them at once, on the weights that stood
+    in the same memory then. What a call returns, the next one overwrites."""
+    graphs, memory = {}, torch.cuda.graph_pool_handle()  # one memory, since they run in turn
+
+    def run(*inputs):
+        shapes = tuple(x.shape for x in inputs)
+        if not all(x.is_cuda for x in inputs):
+            raise UserError(f"graph: needs a CUDA device, and the model is on {inputs[0].device}")
+        if shapes not in graphs:
+            with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"),
+                                cache_enabled=False):  # its casts would not be captured
+                graphs[shapes] = torch.cuda.make_graphed_callables(function, inputs, pool=memory)
+        return graphs[shapes](*inputs)
+
+    return run
 
 
 @torch.library.custom_op("fcos::nms", mutates_args=())

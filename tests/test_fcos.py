@@ -1094,6 +1094,8 @@ def test_predict_leaves_the_mode_of_the_model_as_it_was(tmp_path):
     with pytest.raises(ValueError):
         model.train().predict([picture(32, 32), tmp_path / "nowhere.jpg"], 32, 32)
     assert model.training
+    with pytest.raises(fcos.UserError, match="graph: needs a CUDA device"):
+        model.predict(picture(32, 32), 32, 32, graph=True)
 
 
 def test_predicted_tensors_are_ordinary_ones():

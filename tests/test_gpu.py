@@ -13,7 +13,6 @@ import torch.distributed as dist
 from device import (
     DEVICE,
     STAND_IN,
-    capture,
     exact_float32,
     needs_gpu,
     only_cuda,
@@ -209,27 +208,23 @@ def test_raw_outputs_and_detections_equal_the_cpus(name):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_a_replayed_detection_equals_the_eager_one(bf16):
-    """From uint8 pixels to boxes in one CUDA graph, with other pixels than it was captured with."""
-    model = detector()
-    pixels, sizes = (x.to(DEVICE) for x in batch()[:2])
-
-    @torch.no_grad()
-    def run():
-        with torch.autocast(DEVICE.type, torch.bfloat16, bf16):
-            outputs = model(pixels, sizes)
-        return model.decode(outputs, sizes)
-
-    replay, results = capture(run)
-    before = [x.clone() for x in results]
-    torch.manual_seed(1)
-    pixels.copy_(batch()[0])
-    replay()
-    replayed = [x.clone() for x in results]
-    assert not torch.equal(replayed[1], before[1])
-    assert (replayed[2] >= 0).sum() > 20
-    for one, other in zip(replayed, run(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+def test_replayed_detections_equal_the_eager_ones(bf16, monkeypatch):
+    """From uint8 pixels to boxes in one CUDA graph for each shape, of which there are three, with
+    other pixels than it was captured with."""
+    if STAND_IN:
+        monkeypatch.setattr(fcos, "replay", lambda function: function)
+    model, (high, wide) = detector(), HW
+    images = torch.randint(256, (9, 3, high, wide), dtype=torch.uint8)
+    images = [*images[:4], *images[4:6, :, :, : wide // 2], *images[6:]]
+    with torch.autocast(DEVICE.type, torch.bfloat16, bf16):
+        eager = model.predict(images, high, wide, batch_size=2)
+        replayed = model.predict(images, high, wide, batch_size=2, graph=True)
+    assert sum(len(found["scores"]) for found in eager) > 100
+    for one, other in zip(replayed, eager, strict=True):
+        torch.testing.assert_close(one["scores"], other["scores"], rtol=1e-4, atol=1e-4)
+        same = one["labels"] == other["labels"]  # a last bit may turn two about
+        assert same.float().mean() > 0.95
+        torch.testing.assert_close(one["boxes"][same], other["boxes"][same], rtol=1e-3, atol=0.05)
 
 
 def test_predict_runs_on_the_device():

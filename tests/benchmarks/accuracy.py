@@ -87,11 +87,13 @@ class Torchvision(fcos.FCOS):
             targets["theirs"], predicted, outputs["anchors"], outputs["levels"]
         )
 
-    def detect(self, outputs, sizes, score_threshold=0.0):
+    def decode(self, outputs, sizes):
         levels = outputs["levels"]
         predicted = {name: list(outputs[name].split(levels, 1)) for name in self.OUTPUTS}
         anchors = [list(anchors.split(levels)) for anchors in outputs["anchors"]]
-        return self.head.postprocess_detections(predicted, anchors, sizes.tolist())
+        found = self.head.postprocess_detections(predicted, anchors, sizes.tolist())
+        return [torch.nn.utils.rnn.pad_sequence([image[name] for image in found], True, empty)
+                for name, empty in (("boxes", 0), ("scores", -math.inf), ("labels", -1))]
 
 
 def torchvision_side():
