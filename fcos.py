@@ -492,10 +492,8 @@ class FPN(nn.Module):
 
     def forward(self, c3, c4, c5):
         p5 = self.lateral5(c5)
-        p4 = self.lateral4(c4)
-        p4 = p4 + F.interpolate(p5, p4.shape[-2:])
-        p3 = self.lateral3(c3)
-        p3 = p3 + F.interpolate(p4, p3.shape[-2:])
+        p4 = self.lateral4(c4) + F.interpolate(p5, c4.shape[-2:])
+        p3 = self.lateral3(c3) + F.interpolate(p4, c3.shape[-2:])
         maps = [self.output3(p3), self.output4(p4), self.output5(p5)]
         for name in self.further:
             x = maps[-1].relu() if name == "p7" else maps[-1]
@@ -922,19 +920,16 @@ class FCOS(nn.Module):
         tensors (3, H, W). min_size, max_size: pixels to resize to, by default `test_size`.
         score_threshold: leaves out what scores less; thresholds: keywords of `decode`.
         batch_size: images that follow one another go together if they are padded to one size.
-        graph: see `replay`; for many images of few sizes on a GPU, whose time is else that of the
-        CPU's launches. After model.compile(dynamic=False) the compiled network is captured.
+        graph: `replay` on a GPU; for many images of few sizes, whose time is else that of the CPU's
+        launches. After model.compile(dynamic=False) the compiled network is captured.
         -> a list of {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)} on the CPU, always a list
         """
         if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
             images = [images]
         min_size, max_size = min_size or self.test_size[0], max_size or self.test_size[1]
         device, results, training = self.pixel_mean.device, [], self.training
-
-        def detect(images, sizes):
-            return self.decode(self(images, sizes), sizes, **thresholds)
-
-        detect = replay(detect) if graph else detect
+        detect = Deployed(self, **thresholds).forward
+        detect = replay(detect) if graph and device.type == "cuda" else detect
         self.eval()
         try:
             images = ((image, resized_hw(*image.shape[-2:], min_size, max_size))
@@ -942,8 +937,8 @@ class FCOS(nn.Module):
             for _, alike in groupby(images, lambda image: padded_hw([image[1]])):
                 while chunk := list(islice(alike, max(batch_size, 1))):
                     batch, sizes = pad_batch([resize(image, size) for image, size in chunk])
-                    found = [x.cpu() for x in detect(batch.to(device), sizes.to(device))]
-                    for (image, size), found in zip(chunk, as_list(found, score_threshold)):
+                    decoded = [x.cpu() for x in detect(batch.to(device), sizes.to(device))]
+                    for (image, size), found in zip(chunk, as_list(decoded, score_threshold)):
                         found["boxes"] = self.rescale(found["boxes"], size, image.shape[-2:])
                         results.append(found)
         finally:
@@ -962,14 +957,12 @@ def as_list(detections, score_threshold):
 
 def replay(function):
     """`function`, of tensors on a CUDA device, as CUDA graphs: the first call with tensors of some
-    shapes captures its kernels, and the later ones launch them at once, on the weights that stood
-    in the same memory then. What a call returns, the next one overwrites."""
+    shapes captures its kernels, which later ones launch at once. A call overwrites the result of
+    the one before."""
     graphs, memory = {}, torch.cuda.graph_pool_handle()  # one memory, since they run in turn
 
     def run(*inputs):
         shapes = tuple(x.shape for x in inputs)
-        if not all(x.is_cuda for x in inputs):
-            raise UserError(f"graph: needs a CUDA device, and the model is on {inputs[0].device}")
         if shapes not in graphs:
             with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"),
                                 cache_enabled=False):  # its casts would not be captured
@@ -1022,15 +1015,15 @@ def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
 
 
 class Deployed(nn.Module):
-    """What is exported: images uint8 (B, 3, H, W) RGB, padded at the bottom and right, and their
-    sizes int64 (B, 2) before that -> boxes, scores, labels of `FCOS.decode`."""
+    """What is exported, or captured: images uint8 (B, 3, H, W) RGB, padded at the bottom and right,
+    and their sizes int64 (B, 2) before that -> boxes, scores, labels of `FCOS.decode`."""
 
-    def __init__(self, model: "FCOS"):
+    def __init__(self, model: "FCOS", **thresholds):
         super().__init__()
-        self.model = model
+        self.model, self.thresholds = model, thresholds
 
     def forward(self, images: Tensor, sizes: Tensor):
-        return self.model.decode(self.model(images, sizes), sizes)
+        return self.model.decode(self.model(images, sizes), sizes, **self.thresholds)
 
 
 def export_onnx(model: "FCOS", path, height: int, width: int):

@@ -188,8 +188,7 @@ def resolve(args):
     if "test_size" not in keywords:  # as it is trained
         keywords["test_size"] = max(settings["min_size"]), settings["max_size"]
     keywords = fcos.resolve(keywords)
-    if keywords.keys() & settings.keys():
-        raise UserError(f"{keywords.keys() & settings.keys()}: names of settings and of keywords")
+    assert not keywords.keys() & settings.keys(), f"{keywords.keys() & settings.keys()}: two uses"
     return settings | {"keywords": keywords}
 
 
@@ -464,13 +463,11 @@ def main(args):
 
     # ---- from here on the run is under way
     files = RunFiles(out, start, launch) if rank == 0 else None
-    workers = args.workers
-    if workers is None:
-        workers = 4 if device.type == "cuda" else 1
+    on_gpu = device.type == "cuda"
+    workers = (4 if on_gpu else 1) if args.workers is None else args.workers
     batches = TrainBatches(train_set, settings, rank, world_size, micro_batches)
     items = range(start * micro_batches, iters * micro_batches)
-    pin_memory = device.type == "cuda"
-    loader = iter(evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory))
+    loader = iter(evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=on_gpu))
     network = model
     if world_size > 1:  # no buffer is of use in training, so none is broadcast
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # since torch 2.15
@@ -498,7 +495,7 @@ def main(args):
         if world_size > 1:  # the running statistics of batch norms differ: rank 0's count
             for buffer in scored.buffers():
                 dist.broadcast(buffer, 0)
-        results = evaluate.predict(scored, val_set, 8 if device.type == "cuda" else 1, workers)
+        results = evaluate.predict(scored, val_set, 8 if on_gpu else 1, workers)
         if rank == 0:
             metrics = evaluate.score(results, val_set.annotations)
             files.log(step, **metrics)

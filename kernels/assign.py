@@ -5,11 +5,9 @@
 `assign_ref` is the same in plain PyTorch. The file needs nothing but PyTorch, and CuPy for the
 kernel: copy it. `python kernels/assign.py` compares the two, then times them.
 
-Vectorised PyTorch builds locations x boxes matrices: an aerial image with 1,000 boxes takes several
-times 22,400 x 1,000 x 4 floats, and users run out of memory. Here a thread owns a location and sees
-the boxes one by one; a block reads them from memory once, 256 at a time, into shared memory. One
-launch serves the whole batch. It reads 20 bytes and writes 8 for each location of each image, and
-each block reads the boxes of its image, 16 bytes a box, mostly from the cache.
+Vectorised PyTorch builds locations x boxes matrices: with 1,000 boxes in an aerial image, users run
+out of memory. Here a thread owns a location and sees the boxes one by one; a block reads them from
+memory once, 256 at a time, into shared memory. One launch serves the whole batch.
 """
 
 import functools
@@ -117,16 +115,15 @@ def _load(device, choice):
     FCOS_KERNELS=cupy an ImportError."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
-
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
     except Exception as error:  # what is raised is not cached
-        advice = "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"run {__name__} once before a CUDA graph is captured") from error
         if choice == "cupy":
-            raise ImportError(f"FCOS_KERNELS=cupy, but {error!r}. {advice}") from error
+            raise ImportError(f"FCOS_KERNELS=cupy, but {error!r}: pip install cupy-cuda13x, or "
+                              "cupy-cuda12x for a PyTorch of CUDA 12") from error
         warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
 
 
@@ -148,12 +145,10 @@ def _launch(name, grid, threads, *args):
     """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
     must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
     import cupy
-
     device = args[0].device
     values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
-    with torch.cuda.device(device):
-        with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
-            _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name](grid, (threads,), values)
+    with torch.cuda.device(device), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
+        _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name](grid, (threads,), values)
 
 
 # ---- operator

@@ -6,9 +6,8 @@
 for the kernels: copy it. `python kernels/focal_loss.py` compares the two, then times them.
 
 The classification loss is the largest elementwise operation of a detector: 22,400 locations x 80
-classes an image. Forward reads the logits and stores only the sum. Backward reads them again and
-writes the gradient. Both passes move 3 s bytes for a logit of s bytes: 6 in bf16, 12 in fp32. To
-keep the gradient of the forward pass would move 4 s and hold N x K more memory in between.
+classes an image. Forward reads the logits and stores only the sum; backward reads them again and
+writes the gradient, instead of keeping N x K numbers in between.
 """
 
 import functools
@@ -63,8 +62,8 @@ __device__ void store(bf16& out, float x)  // rounds to nearest, ties to even, a
 template <typename T> struct alignas(16) Vector { T at[16 / sizeof(T)]; };
 
 // The loss without alpha, or with GRAD its derivative by z. z is the logit of the wrong answer: x
-// of a negative class, -x of the positive one. Arithmetic, not memory, is what the kernels wait for:
-// expf and log1pf would take twice the instructions of what stands here, for a last digit.
+// of a negative class, -x of the positive one. Arithmetic is what the kernels wait for: expf and
+// log1pf would be twice the instructions, for a last digit.
 template <bool GRAD> __device__ float wrong_answer(float z, float gamma)
 {
     // tail = log(1 + e) = 2 artanh(s) = 2 (s + s^3/3 + s^5/5 + ...), where s is 1/3 at most; 0.1
@@ -94,7 +93,7 @@ template <typename T, bool GRAD> __device__ void focal_loss(
     const float negative_weight = GRAD ? (1.0f - alpha) * *upstream : 1.0f - alpha;
     float sum = 0.0f;
     if (i < total) {
-        const int count = total - i < SIZE ? total - i : SIZE;  // less at most once, at the very end
+        const int count = total - i < SIZE ? total - i : SIZE;  // less at the very end
         Vector<T> in = {}, out;
         if (count == SIZE) in = *(const Vector<T>*)(logits + i);
         else for (int j = 0; j < SIZE; ++j) if (j < count) in.at[j] = logits[i + j];
@@ -105,8 +104,7 @@ template <typename T, bool GRAD> __device__ void focal_loss(
         #pragma unroll 1  // few rows, most often one: unrolled, it would divide for their number
         for (int start = row * classes - i; start < count; start += classes) {
             const long long label = labels[row++];
-            const bool known = label >= 0 && label < classes;
-            const int j = known ? start + (int)label : -1;
+            const int j = label >= 0 && label < classes ? start + (int)label : -1;
             if (j >= 0 && j < SIZE) positives |= 1u << j;
         }
         #pragma unroll
@@ -145,8 +143,7 @@ KERNELS(bf16)
 """
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 KERNELS = [f"{step}_{dtype}" for step in ("forward", "backward") for dtype in DTYPES.values()]
-OPTIONS = ("-ftz=true",)  # what is below 1e-38 is 0: three instructions less for each __expf
-THREADS = 256
+OPTIONS, THREADS = (), 256
 
 
 # ---- launcher: the same lines in every kernel file, because a file is copied whole
@@ -159,16 +156,15 @@ def _load(device, choice):
     FCOS_KERNELS=cupy an ImportError."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
-
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
     except Exception as error:  # what is raised is not cached
-        advice = "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"run {__name__} once before a CUDA graph is captured") from error
         if choice == "cupy":
-            raise ImportError(f"FCOS_KERNELS=cupy, but {error!r}. {advice}") from error
+            raise ImportError(f"FCOS_KERNELS=cupy, but {error!r}: pip install cupy-cuda13x, or "
+                              "cupy-cuda12x for a PyTorch of CUDA 12") from error
         warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
 
 
@@ -190,12 +186,10 @@ def _launch(name, grid, threads, *args):
     """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
     must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
     import cupy
-
     device = args[0].device
     values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
-    with torch.cuda.device(device):
-        with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
-            _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name](grid, (threads,), values)
+    with torch.cuda.device(device), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
+        _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name](grid, (threads,), values)
 
 
 # ---- operator

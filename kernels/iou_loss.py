@@ -5,9 +5,8 @@
 `iou_loss_ref` is the same in plain PyTorch. The file needs nothing but PyTorch, and CuPy for the
 kernel: copy it. `python kernels/iou_loss.py` compares the two, then times them.
 
-As PyTorch operators the loss is some forty launches, each reading and writing (N, 4) tensors. Here
-forward is two, backward one. Bytes per location: forward reads pred, target and weight and writes
-the gradient, 52 (20 where weight is 0: there it reads no box); backward scales the gradient, 32.
+As PyTorch operators the loss is some forty launches over (N, 4) tensors; here forward is two and
+backward one. Forward moves 52 bytes a location (20 where weight is 0), backward 32.
 """
 
 import functools
@@ -159,16 +158,15 @@ def _load(device, choice):
     FCOS_KERNELS=cupy an ImportError."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
-
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
     except Exception as error:  # what is raised is not cached
-        advice = "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"run {__name__} once before a CUDA graph is captured") from error
         if choice == "cupy":
-            raise ImportError(f"FCOS_KERNELS=cupy, but {error!r}. {advice}") from error
+            raise ImportError(f"FCOS_KERNELS=cupy, but {error!r}: pip install cupy-cuda13x, or "
+                              "cupy-cuda12x for a PyTorch of CUDA 12") from error
         warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
 
 
@@ -190,12 +188,10 @@ def _launch(name, grid, threads, *args):
     """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
     must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
     import cupy
-
     device = args[0].device
     values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
-    with torch.cuda.device(device):
-        with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
-            _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name](grid, (threads,), values)
+    with torch.cuda.device(device), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
+        _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name](grid, (threads,), values)
 
 
 # ---- operator

@@ -6,11 +6,10 @@
 kernel: copy it. `python kernels/nms.py` compares the two, then times them.
 
 The usual kernel sorts the candidates, fills an N x N bit mask and reduces it one image at a time;
-the number of survivors then has to reach the host before the next operator can start. A detector
-wants its best 100, and that needs neither a sort nor a mask: take the best live candidate, suppress
-what it overlaps, 100 times. One block an image, one barrier a round, every step in the same launch.
-Time and traffic are O(N) a round, memory is O(N): N keys of 4 bytes beside the input. The output
-has a fixed shape and nothing goes to the host, so that a CUDA graph can hold it.
+then the number of survivors has to reach the host. A detector wants its best 100, which needs
+neither a sort nor a mask: take the best live candidate, suppress what it overlaps, 100 times, one
+block an image. Time is O(N) a round, memory O(N). The output has a fixed shape and nothing goes to
+the host, so that a CUDA graph can hold it.
 """
 
 import functools
@@ -146,16 +145,15 @@ def _load(device, choice):
     FCOS_KERNELS=cupy an ImportError."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
-
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
     except Exception as error:  # what is raised is not cached
-        advice = "pip install cupy-cuda13x (cupy-cuda12x for a PyTorch built with CUDA 12)"
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"run {__name__} once before a CUDA graph is captured") from error
         if choice == "cupy":
-            raise ImportError(f"FCOS_KERNELS=cupy, but {error!r}. {advice}") from error
+            raise ImportError(f"FCOS_KERNELS=cupy, but {error!r}: pip install cupy-cuda13x, or "
+                              "cupy-cuda12x for a PyTorch of CUDA 12") from error
         warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
 
 
@@ -177,12 +175,10 @@ def _launch(name, grid, threads, *args):
     """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
     must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
     import cupy
-
     device = args[0].device
     values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
-    with torch.cuda.device(device):
-        with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
-            _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name](grid, (threads,), values)
+    with torch.cuda.device(device), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
+        _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name](grid, (threads,), values)
 
 
 # ---- operator

@@ -1094,8 +1094,29 @@ def test_predict_leaves_the_mode_of_the_model_as_it_was(tmp_path):
     with pytest.raises(ValueError):
         model.train().predict([picture(32, 32), tmp_path / "nowhere.jpg"], 32, 32)
     assert model.training
-    with pytest.raises(fcos.UserError, match="graph: needs a CUDA device"):
-        model.predict(picture(32, 32), 32, 32, graph=True)
+
+
+def test_a_graph_is_captured_once_a_shape(monkeypatch):
+    """On a GPU (test_gpu.py); here what would be captured runs instead."""
+    shapes = []
+
+    def capture(function, inputs, pool):
+        shapes.append(tuple(inputs[0].shape))
+        return function
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    images, model = [picture(64, 96)] * 5 + [picture(96, 64)] * 2, detector()
+    wanted = fcos.replay(fcos.Deployed(model, topk=9).forward)
+    for batch in (images[:2], images[2:4], images[4:5], images[5:]):
+        batch, sizes = fcos.pad_batch(batch)
+        with torch.no_grad():
+            expected = model.decode(model(batch, sizes), sizes, topk=9)
+            for one, other in zip(wanted(batch, sizes), expected, strict=True):
+                assert torch.equal(one, other)
+    assert shapes == [(2, 3, 64, 96), (1, 3, 64, 96), (2, 3, 96, 64)]
+    plain = model.predict(images, 64, 96, batch_size=2)
+    for one, other in zip(model.predict(images, 64, 96, batch_size=2, graph=True), plain):
+        assert_same(one, other)
 
 
 def test_predicted_tensors_are_ordinary_ones():
