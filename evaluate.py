@@ -322,9 +322,13 @@ def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=Non
     """
     rank, world_size = rank_and_world_size()
     min_size, max_size = min_size or model.test_size[0], max_size or model.test_size[1]
-    padded = [fcos.padded_hw([fcos.resized_hw(*hw, min_size, max_size)])
-              for hw in dataset.hw.tolist()]
-    mine = sorted(range(len(dataset)), key=padded.__getitem__)[rank::world_size]
+    batches, alike = [], {}
+    for i, hw in enumerate(dataset.hw.tolist()):
+        padded_hw = fcos.padded_hw([fcos.resized_hw(*hw, min_size, max_size)])
+        alike.setdefault(padded_hw, []).append(i)
+    for images in alike.values():
+        batches += [images[k : k + batch_size] for k in range(0, len(images), batch_size)]
+    mine = [i for batch in batches[rank::world_size] for i in batch]
     # in position 0 the bar replaces a bar of training; below it, Jupyter draws every update
     bar = tqdm(read_ahead(dataset.image, mine, workers), "predict", unit="image", position=0,
                leave=False, dynamic_ncols=True, disable=rank != 0)
@@ -386,7 +390,7 @@ def score(results, annotations, per_class=False):
         if box["image_id"] < 0:
             raise UserError(f"results: image_id {result['image_id']} is not in the annotations")
         numbers = [*box["bbox"], result.get("score")]
-        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+        if not all(isinstance(x, (int, float)) and abs(x) < 1e300 for x in numbers):
             raise UserError(f"results: expected finite numbers as bbox and score in {result}")
         box.update(score=numbers[4], area=box["bbox"][2] * box["bbox"][3])
 
@@ -474,8 +478,8 @@ def draw(image, detections, classes=None, score_threshold=0.5, min_side=480, col
         x = max(min(x1, picture.width - width), 0)
         y = y1 - height if y1 >= height else y1  # inside the box if there is no room above it
         pen.rectangle((x, y, x + width, y + height), fill=color)
-        bright = np.dot(ImageColor.getrgb(color)[:3], (0.3, 0.6, 0.1)) > 100
-        pen.text((x + size // 4, y + height / 2), texts[i], ("white", "black")[bright], font, "lm")
+        ink = "black" if np.dot(ImageColor.getrgb(color)[:3], (0.3, 0.6, 0.1)) > 100 else "white"
+        pen.text((x + size // 4, y + height / 2), texts[i], ink, font, "lm")
     return picture
 
 
@@ -668,6 +672,9 @@ def main(args):
         raise UserError("--save-json and --per-class are of a data set: --data")
     rank, _, device = start_process(args.device)
     model = fcos.load(args.model, args.name).to(device)
+    if args.name and rank == 0:
+        convention = ", ".join(f"{name} {value}" for name, value in model.convention.items())
+        print(f"{args.model}: {model.name} with {convention}", file=sys.stderr)
     min_size, max_size = args.min_size or model.test_size[0], args.max_size or model.test_size[1]
     if args.export:
         check_target(args.export, [args.model])

@@ -920,8 +920,7 @@ class FCOS(nn.Module):
         tensors (3, H, W). min_size, max_size: pixels to resize to, by default `test_size`.
         score_threshold: leaves out what scores less; thresholds: keywords of `decode`.
         batch_size: images that follow one another go together if they are padded to one size.
-        graph: `replay` on a GPU; for many images of few sizes, whose time is else that of the CPU's
-        launches. After model.compile(dynamic=False) the compiled network is captured.
+        graph: `replay` on a GPU, of a compiled network, too; for many images of few sizes.
         -> a list of {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)} on the CPU, always a list
         """
         if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
@@ -1261,7 +1260,8 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
         if name not in own or name in renamed:
             unknown[key] = name
             continue
-        plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        plain = isinstance(value, Tensor) and value.layout == torch.strided
+        plain = plain and not (value.is_meta or value.is_nested)
         if not plain or value.is_floating_point() != own[name].is_floating_point():
             what = f"{type(value).__name__} {getattr(value, 'dtype', '')}"
             raise UserError(f"{path}: {key} is no plain tensor of floating point but {what}")
@@ -1351,8 +1351,7 @@ def hub_file(name: str, classifier: str | None = None) -> Path:
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            digest = path.stem.split("-")[-1]  # the start of the sha256
-            torch.hub.download_url_to_file(weights.url, str(path), digest)
+            torch.hub.download_url_to_file(weights.url, str(path), path.stem.split("-")[-1])
         except (OSError, RuntimeError, HTTPException) as error:
             raise UserError(f"{name}: download {weights.url} and put it into {path.parent}, since "
                             f"this process cannot ({error})") from None

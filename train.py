@@ -337,11 +337,9 @@ def make_model(settings, dataset, say):
         stored = fcos.stored_keywords(content) if "num_classes" in content else {}
         keywords |= {name: stored[name] for name in ("norm", "frozen_stages") if name in stored}
     elif keywords["frozen_stages"] or keywords.get("norm") == "frozen":
-        changes = {"frozen_stages": 0}
-        if keywords.get("norm") == "frozen":
-            changes["norm"] = "gn"
-        keywords |= changes
-        say(f"no pretrained weights: {changes}, because random filters that stay frozen learn "
+        new = {"frozen_stages": 0} | ({"norm": "gn"} if keywords.get("norm") == "frozen" else {})
+        keywords |= new
+        say(f"no pretrained weights: {new}, because random filters that stay frozen learn "
             "nothing")
     torch.manual_seed(settings["seed"])
     try:
@@ -395,8 +393,8 @@ def load_data(settings, rank, world_size, say):
     for split in ("train", "val"):
         path = settings[f"{split}_annotations"]
         if not Path(path).exists():
-            raise UserError(f"{path}: no such file; {evaluate.what_is_there(path)}; the README has "
-                            "--data's layouts, and --train-images and its siblings for any other")
+            raise UserError(f"{path}: no such file; {evaluate.what_is_there(path)}; see --data and "
+                            "--train-images")
         datasets.append(evaluate.CocoDataset(path, settings[f"{split}_images"]))
         for note in datasets[-1].notes:
             say(f"{path}: {note}")
