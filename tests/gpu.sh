@@ -4,10 +4,11 @@
 #     [OUT=folder] [PYTHON=python3] [LIMIT=530] [PARTS="tests model kernels ..."] bash tests/gpu.sh
 #
 # Each part has its own time limit, and one that fails does not stop the others; all of them end
-# LIMIT seconds after the start. The tests and compute-sanitizer run beside each other, and only then the
-# benchmarks, one by one. What a benchmark has measured until then is in its JSON file, in $OUT or
-# else in tests/benchmarks/results: kernels, model, growth_cuda, loader and scoring. PARTS chooses
-# some, in another order if need be.
+# LIMIT seconds after the start. The tests and compute-sanitizer run beside each other, and only then
+# the benchmarks, one by one. What a benchmark has measured until then is in its JSON file, in $OUT
+# or else in tests/benchmarks/results: kernels, model, growth_cuda, loader and scoring. PARTS chooses
+# some, in another order if need be. On an H200 with 16 cores the tests took 86 s, the kernels 55,
+# the model 260 and growth 40 seconds.
 #
 #     FCOS_TEST_DEVICE=cpu bash tests/gpu.sh
 #
@@ -91,7 +92,8 @@ for name in ${PARTS:-tests model kernels growth loader scoring}; do
     tests)
         beside tests test_kernels_gpu.py 150
         beside tests test_train.py 150
-        beside tests test_gpu.py 150 -k compile
+        beside tests test_gpu.py 150 -k compiled_step
+        beside tests test_gpu.py 150 -k "compile and not compiled_step"
         beside tests test_gpu.py 150 -k "(nccl or synchronised) and not compile"
         beside tests test_gpu.py 150 -k "not (compile or nccl or synchronised)"
         if command -v compute-sanitizer >/dev/null && [ ${#small[@]} -eq 0 ]; then
@@ -102,7 +104,7 @@ for name in ${PARTS:-tests model kernels growth loader scoring}; do
         fi
         wait_for_all
         ;;
-    model) bench model 180 ;;
+    model) bench model 250 ;;
     kernels) bench kernels 100 ;;
     growth) bench growth 60 --seconds 0.2 ;;
     loader) bench loader 30 ;;
