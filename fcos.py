@@ -956,17 +956,17 @@ def as_list(detections, score_threshold):
 
 def replay(function):
     """`function`, of tensors on a CUDA device, as CUDA graphs: the first call with tensors of some
-    shapes captures its kernels, which later ones launch at once. A call overwrites the result of
-    the one before."""
+    shapes captures its kernels and keeps the tensors, later ones fill them and launch the kernels
+    at once. A call overwrites the result of the one before. For torch.no_grad()."""
     graphs, memory = {}, torch.cuda.graph_pool_handle()  # one memory, since they run in turn
 
     def run(*inputs):
-        shapes = tuple(x.shape for x in inputs)
-        if shapes not in graphs:
-            with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"),
-                                cache_enabled=False):  # its casts would not be captured
-                graphs[shapes] = torch.cuda.make_graphed_callables(function, inputs, pool=memory)
-        return graphs[shapes](*inputs)
+        kinds = tuple((x.shape, x.dtype) for x in inputs)
+        if kinds not in graphs:  # casts in autocast's cache would not be captured
+            with torch.cuda.device_of(inputs[0]), torch.autocast(
+                    "cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+                graphs[kinds] = torch.cuda.make_graphed_callables(function, inputs, pool=memory)
+        return graphs[kinds](*inputs)
 
     return run
 

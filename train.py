@@ -188,7 +188,7 @@ def resolve(args):
     if "test_size" not in keywords:  # as it is trained
         keywords["test_size"] = max(settings["min_size"]), settings["max_size"]
     keywords = fcos.resolve(keywords)
-    assert not keywords.keys() & settings.keys(), f"{keywords.keys() & settings.keys()}: two uses"
+    assert not (both := keywords.keys() & settings.keys()), f"{both}: names of settings, too"
     return settings | {"keywords": keywords}
 
 

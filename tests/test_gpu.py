@@ -175,7 +175,7 @@ def test_a_compiled_step_equals_the_eager_one(name):
         eager = eager[0], {key: grad.clone() for key, grad in eager[1].items()}
         model.compile()
         compiled = step(model, values)
-    assert_close_steps(compiled, eager, 1e-4, 0.05)
+    assert_close_steps(compiled, eager, 1e-3, 2e-3)
 
 
 # ---- detection ---------------------------------------------------------------------------------

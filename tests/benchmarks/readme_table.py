@@ -136,7 +136,8 @@ def measured(folder=RESULTS):
         path = Path(folder) / f"{name}.json"
         if path.exists():
             sentences += ["", growth(json.loads(path.read_text()))]
-    median = "Medians and, in brackets, ranges of rounds in which the sides take turns."
+    median = ("Medians and, in brackets, ranges of rounds in which the sides take turns; a ratio "
+              "is the median of the rounds' own.")
     return "\n".join([*lines, "", f"{median} {'; '.join(sources)}.", *sentences])
 
 
