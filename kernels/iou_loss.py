@@ -165,7 +165,7 @@ def _load(device, choice):
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"run {__name__} once before a CUDA graph is captured") from error
         if choice == "cupy":
-            raise ImportError(f"FCOS_KERNELS=cupy: {error!r}; install cupy-cuda13x/12x") from error
+            raise ImportError(f"FCOS_KERNELS=cupy: {error!r}; pip install cupy-cuda13x") from error
         warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
 
 
