@@ -4,10 +4,8 @@
 
 Written are the cells' outputs without what goes to stderr (progress bars), and notebooks/images/.
 They come from runs/shapes, runs/shapes_radius_0 (see 02_centerness), and for the photographs from
-the BCCD data set of github.com/Shenggan/BCCD_Dataset in COCO's layout, with the model of
-
-    python train.py shapes --data data/bccd --out runs/bccd --iters 400 --min-size 240 \\
-        --max-size 320
+the BCCD data set of github.com/Shenggan/BCCD_Dataset in COCO's layout, with a model that
+tests/benchmarks/accuracy.py has trained: runs/accuracy/imprv-1-900, copied to runs/bccd.
 """
 
 import io
