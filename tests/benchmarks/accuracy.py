@@ -344,6 +344,22 @@ def table(args):
     figure(rows, args.results.with_suffix(".png"))
 
 
+def summary(results, iters=RECIPE["iters"]):
+    """The README's table, of what has been run."""
+    rows = read_rows(argparse.Namespace(results=Path(results), iters=iters))
+    lines = ["| | AP | AP50 | seeds | difference in AP, same seeds | the paper's |",
+             "|---|---|---|---|---|---|"]
+    for name, config in CONFIGS.items():
+        runs = [row for (found, _), row in rows.items() if found == name]
+        if runs:
+            cells = [cell([100 * row[metric] for row in runs], ".1f") for metric in ("AP", "AP50")]
+            than = cell(differences(name, rows), "+.2f")
+            cells += [str(len(runs)), f"{than} against {config.base}" if than else ""]
+            cells += ["" if config.paper is None else f"{config.paper:+}"]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def figure(rows, path):
     """Left the curves of the group bccd, right the ablation's differences beside the paper's."""
     from matplotlib import pyplot as plt
@@ -370,7 +386,8 @@ def figure(rows, path):
     right.axvline(0, color="grey", lw=0.8, zorder=0)
     right.set(yticks=range(len(names)), yticklabels=names[::-1], title="imprv with one change",
               xlabel="difference in AP, same seeds")
-    right.legend(frameon=False)
+    right.set_ylim(-2.2, len(names) - 0.5)  # room for the legend
+    right.legend(frameon=False, loc="lower left")
     fig.savefig(path, dpi=110)
 
 

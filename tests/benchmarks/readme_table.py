@@ -1,18 +1,21 @@
-"""Write the README's table of what was measured from the JSON files in tests/benchmarks/results.
+"""Write the README's tables of what was measured from the files in tests/benchmarks/results.
 
     python tests/benchmarks/readme_table.py
 
-It stands between two comments in README.md, and tests/test_benchmarks.py says whether it is still
+They stand between comments in README.md, and tests/test_benchmarks.py says whether they are still
 what this script would write. Goals are shown beside the figures, reached or not.
 """
 
 import json
 from pathlib import Path
 
+import accuracy
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests/benchmarks/results"
 BEGIN = "<!-- measured: up to the next comment by tests/benchmarks/readme_table.py -->"
 END = "<!-- end of measured -->"
+LEARNED = "<!-- learned: up to the next comment by tests/benchmarks/readme_table.py -->"
 GOALS = {  # of torchvision's time, for a side of ours on a CPU and on a GPU
     "ours": ("≤ 0.75", "≤ 1/3"),
     "ours, compiled": ("≤ 0.6", ""),
@@ -143,9 +146,12 @@ def measured(folder=RESULTS):
 
 def replaced(text, folder=RESULTS):
     """The README with the lines between the comments written anew."""
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{measured(folder)}\n{END}{after}"
+    for begin, content in ((BEGIN, measured(folder)),
+                           (LEARNED, accuracy.summary(Path(folder) / "accuracy.jsonl"))):
+        before, rest = text.split(begin)
+        _, after = rest.split(END, 1)
+        text = f"{before}{begin}\n{content}\n{END}{after}"
+    return text
 
 
 if __name__ == "__main__":
