@@ -920,7 +920,7 @@ class FCOS(nn.Module):
         tensors (3, H, W). min_size, max_size: pixels to resize to, by default `test_size`.
         score_threshold: leaves out what scores less; thresholds: keywords of `decode`.
         batch_size: images that follow one another go together if they are padded to one size.
-        graph: `replay` on a GPU, of a compiled network, too; for many images of few sizes.
+        graph: run as CUDA graphs on a GPU, see `replay`: for many images of few sizes.
         -> a list of {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)} on the CPU, always a list
         """
         if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
