@@ -340,7 +340,7 @@ def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=Non
             yield image
 
     results, sizes = {}, (min_size, max_size)
-    with no_worker_left():
+    with no_worker_left(), bar:
         detections = model.predict(read(), *sizes, batch_size=batch_size, **thresholds)
         for i, found in zip(mine, detections, strict=True):
             rows, image_id = result_rows(found, dataset.category_ids), dataset.image_ids[i].item()
@@ -616,7 +616,9 @@ def run(main, args):
     that fails ends at once: destroy_process_group would wait for the others."""
     try:
         main(args)
-    except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # out of memory
+            raise
         print(" ".join(f"{Path(sys.argv[0]).name}: {error}".split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

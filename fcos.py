@@ -1160,8 +1160,7 @@ def read_checkpoint(path):
         if refused:
             raise UserError(f"{path}: refused, because it holds {refused[1]} and could run any "
                             "program; save its state dict alone") from None
-        what = type(error).__name__
-        raise UserError(f"{path}: not a checkpoint, or a damaged one ({what})") from None
+        raise UserError(f"{path}: not a checkpoint or damaged ({type(error).__name__})") from None
 
 
 # A file of weights: all that it holds, the state dict in it, its family and the key that tells it.
@@ -1345,8 +1344,7 @@ def hub_file(name: str, classifier: str | None = None) -> Path:
     if not (classifier or name == "coco"):
         raise UserError("imagenet: torchvision has no weights for this model; its ResNets have "
                         "the stride in the 3x3 convolution, the Caffe-style rows in the 1x1")
-    choices = get_model_weights("fcos_resnet50_fpn" if name == "coco" else classifier)
-    weights = choices.COCO_V1 if name == "coco" else choices.IMAGENET1K_V1
+    weights, *_ = get_model_weights("fcos_resnet50_fpn" if name == "coco" else classifier)  # V1
     path = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
     if not path.exists():
         try:

@@ -196,7 +196,6 @@ TABLE = {  # by number of the point of the list that this test began with
     "14 1e308": fine(EVAL, "left out", val(f"{BOX} bbox", [1e308] * 4)),
 }
 FAILS = {  # today: why, and the rows; without an entry once it is mended
-    "lack of memory is a traceback": ["1 memory", "13 memory"],
     "only some inputs are kept": ["6 metrics.json", "6 log.jsonl", "13 log of bytes"],
     "--results prints no notes": ["7 unknown"],
     "the weights to resume are not checked": ["8 infinity", "13 optimizer"],

@@ -1209,7 +1209,7 @@ def test_junk_is_named(content, suffix, tmp_path):
     path = tmp_path / f"junk.{suffix}"
     path.write_bytes(content)
     for call in both(fcos.build("shapes", 2), path):
-        assert_refused(call, path, "not a checkpoint, or a damaged one")
+        assert_refused(call, path, "not a checkpoint or damaged")
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
@@ -1221,7 +1221,7 @@ def test_torn_checkpoint_is_named(share, tmp_path):
     (tmp_path / "torn.pkl").write_bytes(content[: int(share * 100_000)])
     for name in ("torn.pt", "torn.pkl"):
         for call in both(fcos.build("shapes", 2), tmp_path / name):
-            assert_refused(call, name, "not a checkpoint, or a damaged one")
+            assert_refused(call, name, "not a checkpoint or damaged")
 
 
 def test_missing_file_and_folder_are_named(tmp_path):
