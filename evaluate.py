@@ -312,6 +312,14 @@ def read_ahead(read, items, workers, pin_memory=False):
                       timeout=600 if workers else 0)
 
 
+def raised(items):
+    """The items of read_ahead, up to the first that is an error: it is raised."""
+    for item in items:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
 def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=None, **thresholds):
     """Detections on every image of a CocoDataset, in COCO's results format, in the order of the
     images: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}, ...].
@@ -332,16 +340,9 @@ def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=Non
     # in position 0 the bar replaces a bar of training; below it, Jupyter draws every update
     bar = tqdm(read_ahead(dataset.image, mine, workers), "predict", unit="image", position=0,
                leave=False, dynamic_ncols=True, disable=rank != 0)
-
-    def read():
-        for image in bar:
-            if isinstance(image, UserError):
-                raise image
-            yield image
-
     results, sizes = {}, (min_size, max_size)
     with no_worker_left(), bar:
-        detections = model.predict(read(), *sizes, batch_size=batch_size, **thresholds)
+        detections = model.predict(raised(bar), *sizes, batch_size=batch_size, **thresholds)
         for i, found in zip(mine, detections, strict=True):
             rows, image_id = result_rows(found, dataset.category_ids), dataset.image_ids[i].item()
             results[i] = [{"image_id": image_id, **row} for row in rows]
@@ -416,23 +417,23 @@ def score(results, annotations, per_class=False):
     if not per_class:
         return metrics
 
-    names = [f"/{names[id]}" for id in labels]
-    judged, objects = [], np.zeros(len(names), int)  # (-score, label, whether it is right)
+    suffixes = [f"/{names[id]}" for id in labels]
+    judged, objects = [], np.zeros(len(suffixes), int)  # (-score, label, whether it is right)
     for entry in scorer.evalImgs:
         if entry and entry["aRng"] == scorer.params.areaRng[0]:  # of all sizes
             label, scores, ignored = (entry[key] for key in ("category_id", "dtScores", "gtIgnore"))
             objects[label] += len(ignored) - sum(ignored)
             judged += [(-score, label, match > 0) for score, match, crowd
                        in zip(scores, entry["dtMatches"][0], entry["dtIgnore"][0]) if not crowd]
-    scores, labels, right = np.array(sorted(judged)).reshape(-1, 3).T
+    scores, classes, right = np.array(sorted(judged)).reshape(-1, 3).T
     AP = scorer.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1)).tolist()
-    for k, name in ((None, ""), *enumerate(names)):
-        chosen = labels >= 0 if k is None else labels == k
+    for k, suffix in ((None, ""), *enumerate(suffixes)):
+        chosen = classes >= 0 if k is None else classes == k
         hits, total = right[chosen].cumsum(), objects.sum() if k is None else objects[k]
         F1 = 2 * hits / (np.arange(1, len(hits) + 1) + total)
         best = (F1.max(), -scores[chosen][F1.argmax()]) if len(hits) and total else (-1, -1)
-        metrics |= {} if k is None else {f"AP{name}": AP[k]}
-        metrics |= {f"F1{name}": float(best[0]), f"threshold{name}": float(best[1])}
+        metrics |= {} if k is None else {f"AP{suffix}": AP[k]}
+        metrics |= {f"F1{suffix}": float(best[0]), f"threshold{suffix}": float(best[1])}
     return metrics
 
 

@@ -1344,7 +1344,8 @@ def hub_file(name: str, classifier: str | None = None) -> Path:
     if not (classifier or name == "coco"):
         raise UserError("imagenet: torchvision has no weights for this model; its ResNets have "
                         "the stride in the 3x3 convolution, the Caffe-style rows in the 1x1")
-    weights, *_ = get_model_weights("fcos_resnet50_fpn" if name == "coco" else classifier)  # V1
+    choices = get_model_weights("fcos_resnet50_fpn" if name == "coco" else classifier)
+    weights = choices.COCO_V1 if name == "coco" else choices.IMAGENET1K_V1
     path = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
     if not path.exists():
         try:

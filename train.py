@@ -466,6 +466,7 @@ def main(args):
     batches = TrainBatches(train_set, settings, rank, world_size, micro_batches)
     items = range(start * micro_batches, iters * micro_batches)
     loader = iter(evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=on_gpu))
+    loader = evaluate.raised(loader)  # whose workers have begun
     network = model
     if world_size > 1:  # no buffer is of use in training, so none is broadcast
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # since torch 2.15
@@ -519,10 +520,7 @@ def main(args):
             # ---- this rank's images, and what their locations are to learn
             inputs, targets = [], []
             for _ in range(micro_batches):
-                item = next(loader)
-                if isinstance(item, UserError):
-                    raise item
-                *tensors, counts = item
+                *tensors, counts = next(loader)
                 images, sizes, boxes, labels = (x.to(device, non_blocking=True) for x in tensors)
                 inputs.append((images, sizes))
                 targets.append(
