@@ -40,7 +40,6 @@ from fcos import UserError
 
 # ---- data set ----------------------------------------------------------------------------------
 
-
 def coco_paths(data, split):
     """(annotation file, image folder) of a split such as "val2017" in COCO's layout, Roboflow's, or
     annotations.json and images/ for any split; COCO's where there is nothing. UserError tells how
@@ -253,7 +252,6 @@ class CocoDataset:
 
 
 # ---- prediction --------------------------------------------------------------------------------
-
 
 def start_worker(_):
     """Loader workers ignore the signals that stop a run, which often reach all of its processes:
@@ -540,7 +538,6 @@ def draw_folder(model, sources, out, score_threshold=0.5, min_size=None, max_siz
 
 
 # ---- command line ------------------------------------------------------------------------------
-
 
 class ArgumentParser(argparse.ArgumentParser):
     """Shows the script's docstring as help, and a mistake as one line without the usage."""

@@ -117,7 +117,6 @@ class UserError(ValueError):
 
 # ---- images ------------------------------------------------------------------------------------
 
-
 def regular(path):
     """The path, unless it is of a pipe, device or folder: they would hang or be lost. OSError"""
     if os.path.exists(path) and not os.path.isfile(path):
@@ -199,7 +198,6 @@ def pad_batch(images, hw=None):
 
 
 # ---- backbone ----------------------------------------------------------------------------------
-
 
 NORMS = {
     "frozen": FrozenBatchNorm2d,  # constant statistics and affine
@@ -473,7 +471,6 @@ BACKBONES = {"resnet": ResNet, "mobilenet": MobileNetV2}
 
 # ---- feature pyramid and head ------------------------------------------------------------------
 
-
 class FPN(nn.Module):
     """C3, C4, C5 -> P3, P4, P5, and a strided convolution for each further of `levels`, P6 and P7
     (section 3.2)."""
@@ -637,7 +634,6 @@ def centerness(ltrb: Tensor) -> Tensor:
 
 
 # ---- losses ------------------------------------------------------------------------------------
-
 
 def loss_normalizers(targets: dict) -> Tensor:
     """-> float32 (2,): the number of positive locations and the sum of their centerness. Sum it
@@ -1011,7 +1007,6 @@ def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
 
 
 # ---- export ------------------------------------------------------------------------------------
-
 
 class Deployed(nn.Module):
     """What is exported, or captured: images uint8 (B, 3, H, W) RGB, padded at the bottom and right,

@@ -42,7 +42,6 @@ from fcos import UserError
 
 # ---- recipes -----------------------------------------------------------------------------------
 
-
 def row(model):
     """The row of fcos.MODELS that a recipe trains."""
     return dict(model=model)
@@ -91,7 +90,6 @@ RECIPES = {
 }
 
 # ---- settings ----------------------------------------------------------------------------------
-
 
 def keyword_value(text):
     """argparse type: "KEYWORD=VALUE" -> (keyword, value), a Python literal or else a string."""
@@ -313,7 +311,6 @@ def augment_more(image, boxes, labels, rng):
 
 # ---- the model ---------------------------------------------------------------------------------
 
-
 def find_weights(name, keywords):
     """The path that a recipe's or the user's --weights means for a model of these keywords; None
     for "none"."""
@@ -362,7 +359,6 @@ def make_model(settings, dataset, say):
 
 # ---- optimisation ------------------------------------------------------------------------------
 
-
 def parameter_groups(model):
     """Weights decay; biases, those of the norms included, do not and learn twice as fast."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -379,7 +375,6 @@ def lr_at(step, lr, iters, warmup, decays=DECAYS):
 
 
 # ---- training ----------------------------------------------------------------------------------
-
 
 def load_data(settings, rank, world_size, say):
     """-> the training and the validation set, after saying what is odd about them."""
@@ -617,7 +612,6 @@ def main(args):
 
 # ---- what a run leaves -------------------------------------------------------------------------
 
-
 class RunFiles:
     """log.jsonl, last.pt, previous.pt, model.pt and metrics.json of a run, which rank 0 writes. A
     full disk costs the write and not the run: it is told on stderr, and the older file stays."""
@@ -721,7 +715,6 @@ def resume(out, settings, model, saved, say, launch=None):
 
 
 # ---- what a run must survive -------------------------------------------------------------------
-
 
 @contextlib.contextmanager
 def stop_signals():

@@ -20,7 +20,6 @@ from torch import Tensor
 
 # ---- reference
 
-
 def assign_ref(points, boxes, center_radius):
     """`assign` in plain PyTorch: what the kernel must reproduce, and what runs on the CPU."""
     x, y, stride, lo, hi = points.T
@@ -107,7 +106,6 @@ THREADS, MAX_IMAGES = 256, 256  # as in the CUDA text
 
 # ---- launcher: the same lines in every kernel file, because a file is copied whole
 
-
 @torch.compiler.disable
 @functools.cache
 def _load(device, choice):
@@ -151,7 +149,6 @@ def _launch(name, grid, threads, *args):
 
 
 # ---- operator
-
 
 @torch.compiler.disable
 def _assign_kernel(points, boxes, center_radius):

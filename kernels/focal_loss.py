@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 
 # ---- reference
 
-
 def sigmoid_focal_loss_ref(logits, labels, alpha=0.25, gamma=2.0):
     """The loss in plain PyTorch: what the kernels must reproduce, and what runs on the CPU."""
     x = logits if logits.dtype == torch.float64 else logits.float()
@@ -148,7 +147,6 @@ OPTIONS, THREADS = (), 256
 
 # ---- launcher: the same lines in every kernel file, because a file is copied whole
 
-
 @torch.compiler.disable
 @functools.cache
 def _load(device, choice):
@@ -192,7 +190,6 @@ def _launch(name, grid, threads, *args):
 
 
 # ---- operator
-
 
 class _SigmoidFocalLoss(torch.autograd.Function):
     @staticmethod

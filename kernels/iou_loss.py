@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 # ---- reference
 
-
 def iou(pred: Tensor, target: Tensor) -> Tensor:
     """(I + 1) / (U + 1), the official code's IoU, of two boxes around the same location.
 
@@ -150,7 +149,6 @@ KERNELS, OPTIONS, THREADS = ("iou_loss",), (), 256
 
 # ---- launcher: the same lines in every kernel file, because a file is copied whole
 
-
 @torch.compiler.disable
 @functools.cache
 def _load(device, choice):
@@ -194,7 +192,6 @@ def _launch(name, grid, threads, *args):
 
 
 # ---- operator
-
 
 class _IoULoss(torch.autograd.Function):
     @staticmethod

@@ -22,7 +22,6 @@ from torch import Tensor
 
 # ---- reference
 
-
 def batched_nms_ref(boxes, scores, labels, iou_threshold, max_detections):
     """`batched_nms` in plain PyTorch: what the kernel must reproduce, and what runs on the CPU."""
     (B, N), D = scores.shape, max_detections
@@ -137,7 +136,6 @@ KERNELS, OPTIONS = ("nms",), ("--fmad=false",)  # no fused rounding: bit for bit
 
 # ---- launcher: the same lines in every kernel file, because a file is copied whole
 
-
 @torch.compiler.disable
 @functools.cache
 def _load(device, choice):
@@ -181,7 +179,6 @@ def _launch(name, grid, threads, *args):
 
 
 # ---- operator
-
 
 @torch.compiler.disable
 def _nms_kernel(boxes, scores, labels, iou_threshold, max_detections):
