@@ -10,6 +10,11 @@ In this order: the COCO data set, prediction over any number of processes, scori
 command line. train.py uses most of it: the data set, the scores, and how a process starts and ends.
 """
 
+import signal
+
+if __name__ == "__main__":  # the imports take seconds, and Ctrl-C needs no traceback: see run
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import datetime
@@ -22,7 +27,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections import Counter
@@ -207,7 +211,8 @@ class CocoDataset:
         label = np.searchsorted(kept, [box["category_id"] for box in boxes])
         crowd = np.array([box["iscrowd"] for box in boxes], dtype=bool)
         xywh = np.array([box["bbox"] for box in boxes]).reshape(-1, 4)
-        xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+        with np.errstate(over="ignore"):  # infinity is no place inside the image
+            xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
         inside = np.clip(xyxy, 0, np.tile(self.hw[image][:, ::-1], 2))
 
         homeless = image < 0
@@ -216,8 +221,7 @@ class CocoDataset:
         for what, which in (
             ("belong to no image of the file and are left out", homeless),
             ("have no area inside their image and are left out", ~full & ~homeless),
-            ("reach beyond their image and are clipped", clipped & full & ~homeless),
-        ):
+            ("reach beyond their image and are clipped", clipped & full & ~homeless)):
             if which.any():
                 first = annotations[which.argmax()]
                 self.notes.append(f"{which.sum()} of {len(which)} boxes {what}, as {first!r:.150}")
@@ -358,16 +362,13 @@ def result_rows(found, category_ids):
     """Detections on one image in COCO's results format, without its image_id."""
     corners, sides = found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]
     columns = torch.cat([corners, sides], dim=1), found["scores"], found["labels"]
-    return [
-        {"category_id": category_ids[label], "bbox": xywh, "score": score}
-        for xywh, score, label in zip(*(column.tolist() for column in columns))
-    ]
+    return [{"category_id": category_ids[label], "bbox": xywh, "score": score}
+            for xywh, score, label in zip(*(column.tolist() for column in columns))]
 
 
 # ---- scoring -----------------------------------------------------------------------------------
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl",
-           "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
 def score(results, annotations, per_class=False):
@@ -392,6 +393,10 @@ def score(results, annotations, per_class=False):
         if not all(isinstance(x, (int, float)) and abs(x) < 1e300 for x in numbers):
             raise UserError(f"results: expected finite numbers as bbox and score in {result}")
         box.update(score=numbers[4], area=box["bbox"][2] * box["bbox"][3])
+    homeless = sum(box["image_id"] < 0 for box in truth)
+    if homeless:
+        tqdm.write(f"{annotations}: {homeless} of {len(truth)} boxes belong to no image of the "
+                   "file and are left out", file=sys.stderr)
 
     names = {category["id"]: f"{category['name']}" for category in coco["categories"]}
 
@@ -401,8 +406,7 @@ def score(results, annotations, per_class=False):
             "images": [{"id": row} for row in rows.values()],
             "categories": [{"id": label, "name": names[id]} for id, label in labels.items()],
             "annotations": [box for box in boxes if box["image_id"] >= 0
-                            and all(map(math.isfinite, box["bbox"]))],
-        }
+                            and all(map(math.isfinite, box["bbox"]))]}
         index.createIndex()
         return index
 
@@ -549,6 +553,13 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            if value == "":  # of a shell's variable that is not set, perhaps
+                self.error(f"--{name.replace('_', '-')} is empty")
+        return args
+
 
 def number(kind, low, high):
     """argparse type: an int or a float from low to high."""
@@ -612,6 +623,7 @@ def rank_and_world_size():
 def run(main, args):
     """Call a script's main; a user's mistake becomes one line on stderr and exit code 2. A process
     that fails ends at once: destroy_process_group would wait for the others."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
     except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
@@ -660,7 +672,10 @@ def main(args):
                         ("image_dir", "annotations")):
         if getattr(args, flag) and not getattr(args, needs):
             raise UserError(f"--{flag} needs --{needs}".replace("_", "-"))
-    if args.results and given == ["annotations"] and not (args.image_dir or args.save_json):
+    scored = given in (["data"], ["annotations"])
+    if (args.save_json and args.results) or (args.save_json or args.per_class) and not scored:
+        raise UserError("--save-json and --per-class are of a data set: --data")
+    if args.results and given == ["annotations"] and not args.image_dir:
         print(table(score(read_json(args.results), args.annotations, args.per_class)))
         return
     if args.model is None:
@@ -668,8 +683,6 @@ def main(args):
     if len(given) != 1 or args.results or (args.annotations and not args.image_dir):
         raise UserError("say one thing to do: --data, or --annotations with --image-dir or with "
                         "--results, --images with --out, or --export")
-    if not (args.data or args.annotations) and (args.save_json or args.per_class):
-        raise UserError("--save-json and --per-class are of a data set: --data")
     rank, _, device = start_process(args.device)
     model = fcos.load(args.model, args.name).to(device)
     if args.name and rank == 0:

@@ -19,12 +19,14 @@ losses and the suppression are the other `*_ref` functions there, in plain PyTor
 """
 
 import contextlib
+import errno
 import inspect
 import json
 import math
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections import namedtuple
 from functools import partial
@@ -93,13 +95,10 @@ MODELS = {
 # missing pixel. Locations lie at the "centre" of their cells, or in torchvision at the "corner".
 CONVENTION = dict(
     bgr=True, mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), bn_eps=0.0,
-    inclusive=False, grid="centre", score="fcos",
-)
+    inclusive=False, grid="centre", score="fcos")
 CAFFE = {name: CONVENTION[name] for name in ("bgr", "mean", "std", "bn_eps")}
 MSRA = CAFFE | dict(mean=(103.53, 116.28, 123.675), bn_eps=1e-5)
-TORCH = dict(
-    bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bn_eps=1e-5
-)
+TORCH = dict(bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bn_eps=1e-5)
 
 # What the families' weights expect of scores, by the convention "score". Of cls, the probability of
 # a class, and joint = cls * centerness: the threshold of a candidate and what it is compared with,
@@ -193,6 +192,8 @@ def pad_batch(images, hw=None):
     H, W = hw or padded_hw(sizes)
     batch = torch.zeros(len(images), H, W, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     for slot, image, (h, w) in zip(batch, images, sizes):
+        if image.dtype != torch.uint8:
+            raise UserError(f"an image of {image.dtype}: expected uint8, from 0 to 255")
         slot[:, :h, :w] = image
     return batch, torch.tensor(sizes)
 
@@ -220,10 +221,9 @@ class DeformConv(nn.Conv2d):
         dtype = torch.promote_types(weight.dtype, torch.float32)  # deform_conv2d knows no bf16
         offset, mask = self.offset(x).to(dtype).split((18, 9), 1)
         bias = bias if bias is None else bias.to(dtype)
-        return deform_conv2d(
-            x.to(dtype), offset, weight.to(dtype), bias, self.stride, self.padding,
-            mask=mask.sigmoid(),
-        ).to(x.dtype)
+        y = deform_conv2d(x.to(dtype), offset, weight.to(dtype), bias, self.stride, self.padding,
+                          mask=mask.sigmoid())
+        return y.to(x.dtype)
 
 
 class ConvNorm(nn.Module):
@@ -403,8 +403,7 @@ class InvertedResidual(nn.Sequential):
         super().__init__(
             *([ConvNorm(c_in, c_mid, 1, norm=norm)] if expand > 1 else []),
             ConvNorm(c_mid, c_mid, 3, stride, groups=c_mid, norm=norm),
-            ConvNorm(c_mid, c_out, 1, norm=norm),
-        )
+            ConvNorm(c_mid, c_out, 1, norm=norm))
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x):
@@ -502,9 +501,8 @@ class Tower(nn.Sequential):
     """Four 3x3 convolutions with GroupNorm and ReLU; with `dcn`, the last is deformable."""
 
     def __init__(self, channels, dcn):
-        super().__init__(*(
-            ConvNorm(channels, channels, 3, bias=True, dcn=dcn and i == 3) for i in range(4)
-        ))
+        layers = [ConvNorm(channels, channels, 3, bias=True, dcn=dcn and i == 3) for i in range(4)]
+        super().__init__(*layers)
 
     def forward(self, x):
         for layer in self:
@@ -558,8 +556,7 @@ class Head(nn.Module):
         return {
             "cls": self.cls(cls_features),
             "ltrb": ACTIVATIONS[self.activation](distance, stride),
-            "ctr": self.ctr(ctr_features).squeeze(1).to(scale.dtype),
-        }
+            "ctr": self.ctr(ctr_features).squeeze(1).to(scale.dtype)}
 
 
 def by_location(x):
@@ -620,8 +617,7 @@ def encode(points: Tensor, boxes: list[Tensor], labels: list[Tensor], index: Ten
     return {
         "labels": labels.gather(1, row).where(positive, -1),
         "ltrb": ltrb.where(positive[..., None], 0),
-        "index": index,
-    }
+        "index": index}
 
 
 def centerness(ltrb: Tensor) -> Tensor:
@@ -672,8 +668,7 @@ def fcos_loss(outputs: dict, targets: dict, normalizers: Tensor, box_loss: str =
     cls = sigmoid_focal_loss(outputs["cls"].flatten(0, 1), labels.flatten())
     box = iou_loss(ltrb.flatten(0, 1), target.flatten(0, 1), weight.flatten(), box_loss)
     ctr = F.binary_cross_entropy_with_logits(
-        outputs["ctr"], learned, weight=positive.float(), reduction="sum"
-    )
+        outputs["ctr"], learned, weight=positive.float(), reduction="sum")
     return {"cls": cls / positives, "box": box / normalizer, "ctr": ctr / positives}
 
 
@@ -682,8 +677,7 @@ def fcos_loss(outputs: dict, targets: dict, normalizers: Tensor, box_loss: str =
 CHOICES = dict(
     norm=NORMS, block=BLOCKS, activation=ACTIVATIONS, ctr_on=("cls", "box"),
     quality=("centerness", "iou"), box_loss=KINDS, unit=("pixel", "stride"), grid=GRIDS,
-    score=SCORES, levels=((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)),
-)
+    score=SCORES, levels=((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)))
 
 
 def check_choices(**keywords):
@@ -774,9 +768,7 @@ class FCOS(nn.Module):
         self.strides, self.ranges = tuple(2**level for level in levels), tuple(ranges)
         self.backbone = backbone if passed else BACKBONES[backbone](**backbone_keywords)
         self.fpn = FPN(self.backbone.channels, channels, levels)
-        self.head = Head(
-            channels, num_classes, self.strides, activation, ctr_on, tower_dcn, scales
-        )
+        self.head = Head(channels, num_classes, self.strides, activation, ctr_on, tower_dcn, scales)
         for module in [self.fpn, self.head] if passed else [self.backbone, self.fpn, self.head]:
             module.initialize()
         if frozen_stages:
@@ -797,7 +789,10 @@ class FCOS(nn.Module):
         check_choices(**changes)
         self.convention = {**CONVENTION, **getattr(self, "convention", {}), **changes}
         for name in ("mean", "std"):
-            value = torch.tensor(self.convention[name]).view(3, 1, 1).to(next(self.parameters()))
+            value = self.convention[name]
+            if len(value) != 3 or not all(map(math.isfinite, value)):
+                raise UserError(f"{name} {value}: expected three finite numbers")
+            value = torch.tensor(value).view(3, 1, 1).to(next(self.parameters()))
             self.register_buffer(f"pixel_{name}", value, persistent=False)
         for module in self.modules():
             if isinstance(module, FrozenBatchNorm2d):
@@ -1049,8 +1044,7 @@ def export_onnx(model: "FCOS", path, height: int, width: int):
         Deployed(model).eval(), example, input_names=["images", "sizes"],
         output_names=["boxes", "scores", "labels"], dynamo=True, verbose=False,
         dynamic_shapes={"images": {0: B}, "sizes": {0: B}},
-        custom_translation_table={torch.ops.fcos.nms.default: onnx_nms},
-    )
+        custom_translation_table={torch.ops.fcos.nms.default: onnx_nms})
     for name in ("classes", "category_ids", "test_size"):
         program.model.metadata_props[name] = json.dumps(getattr(model, name))
     with atomic_write(path) as file:
@@ -1147,9 +1141,11 @@ def read_checkpoint(path):
             if zipfile.is_zipfile(file) and (name := zipfile.ZipFile(file).testzip()):
                 raise ValueError(f"the checksum of {name} is wrong")  # torch.load checks none
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused
+                return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        why = "damaged" if error.errno == errno.EINVAL else error.strerror or error  # torn: EINVAL
+        raise UserError(f"{path}: {why}") from None
     except Exception as error:  # junk makes the readers raise nearly anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
@@ -1174,7 +1170,8 @@ def open_weights(source) -> Weights:
             break
         content, state = state, inner[0]
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise UserError(f"{path}: holds no state dict but a {type(state).__name__}")
+        raise UserError(f"{path}: holds no state dict, tensors with their names as keys, but a "
+                        f"{type(state).__name__}")
     for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -1381,8 +1378,13 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
             keywords = keywords | {"backbone": backbone}
         model = FCOS(content["num_classes"], **keywords)
         model.name = content["name"]
-        model.classes, model.category_ids = content["classes"], content["category_ids"]
-        model.test_size = tuple(content["test_size"])
+        K = model.num_classes
+        for name, length in ("classes", K), ("category_ids", K), ("test_size", 2):
+            value = content[name]
+            if value and (not isinstance(value, (list, tuple)) or len(value) != length):
+                raise UserError(f"{name} {value!r:.99}: expected {length} of them")
+            setattr(model, name, value)
+        resized_hw(1, 1, *model.test_size)  # is it a size?
         load_weights(model, weights)
     except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
         # made by hand, or damaged

@@ -10,6 +10,11 @@ number of GPUs, of micro-batches (--accumulate) and of loader workers changes no
 same command again resumes from the last checkpoint in --out.
 """
 
+import signal
+
+if __name__ == "__main__":  # the imports take seconds, and Ctrl-C needs no traceback: see run
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import ast
 import contextlib
@@ -17,7 +22,6 @@ import copy
 import functools
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -250,10 +254,8 @@ class TrainBatches(Dataset):
         epochs, places = np.divmod(positions, len(self.groups[group]))
         rows = [self.order(group, epoch)[place].item() for epoch, place in zip(epochs, places)]
         min_sizes = self.rng("sizes", step).choice(self.min_size, self.batch_size)
-        sizes = [
-            fcos.resized_hw(*self.dataset.hw[row].tolist(), min_size, self.max_size)
-            for row, min_size in zip(rows, min_sizes.tolist())
-        ]
+        sizes = [fcos.resized_hw(*self.dataset.hw[row].tolist(), min_size, self.max_size)
+                 for row, min_size in zip(rows, min_sizes.tolist())]
         return Plan(rows, sizes, fcos.padded_hw(sizes))
 
     def __len__(self):
@@ -364,8 +366,7 @@ def parameter_groups(model):
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for name, p in named if "bias" not in name], "rate": 1, "weight_decay": 1e-4},
-        {"params": [p for name, p in named if "bias" in name], "rate": 2, "weight_decay": 0.0},
-    ]
+        {"params": [p for name, p in named if "bias" in name], "rate": 2, "weight_decay": 0.0}]
 
 
 def lr_at(step, lr, iters, warmup, decays=DECAYS):
@@ -432,27 +433,29 @@ def main(args):
             say("SyncBN needs GPUs: every process normalises by its own images alone")
     evaluate.check_classes(model, val_set)
     optimizer = torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
+    settings["optimizer"] = type(optimizer).__name__
     saved = {"optimizer": optimizer}  # beside the model: whatever has a state_dict, by name
     if settings["ema"]:
         saved["ema"] = ema = copy.deepcopy(model)
     # --fresh is for the first start of a launch: torchrun's restarts and Slurm's resume from it
     launch = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("SLURM_RESTART_COUNT")
-    if args.fresh and not any(int(count or 0) for count in restarts):
+    if args.fresh and not any(count and count.isdigit() and int(count) for count in restarts):
         start, best = 0, None
     else:
         start, best = resume(out, settings, model, saved, say, launch if args.fresh else None)
-    weights = Path(settings["weights"])
     if start == 0 and not args.fresh and (out / "model.pt").exists():
         raise UserError(f"{out}: holds a model.pt and no checkpoint; choose another --out, or "
                         "--fresh to replace it")
-    if args.fresh and start == 0 and weights.exists() and weights.resolve().parent == out.resolve():
-        raise UserError(f"--fresh would delete {weights}; choose another --out")
     if world_size > 1:
         starts = [None] * world_size
         dist.all_gather_object(starts, start)
         if len(set(starts)) > 1:
             raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
+    evaluate.make_folder(out)
+    inputs = settings["weights"], settings["train_annotations"], settings["val_annotations"]
+    for name in RunFiles.NAMES if start == 0 else ():
+        evaluate.check_target(out / name, inputs)
 
     # ---- from here on the run is under way
     files = RunFiles(out, start, launch) if rank == 0 else None
@@ -465,9 +468,8 @@ def main(args):
     network = model
     if world_size > 1:  # no buffer is of use in training, so none is broadcast
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # since torch 2.15
-        network = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        network = DistributedDataParallel(model, broadcast_buffers=False,
+                                          gradient_as_bucket_view=True)
         # After its first backward pass DDP sums the gradients in another order. With a pass that
         # counts for nothing, a resumed run is in the same order as one that never stopped.
         outputs = network.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
@@ -518,9 +520,8 @@ def main(args):
                 *tensors, counts = next(loader)
                 images, sizes, boxes, labels = (x.to(device, non_blocking=True) for x in tensors)
                 inputs.append((images, sizes))
-                targets.append(
-                    model.targets(images.shape[2:], boxes.split(counts), labels.split(counts))
-                )
+                truth = boxes.split(counts), labels.split(counts)
+                targets.append(model.targets(images.shape[2:], *truth))
 
             # ---- gradients. Targets do not depend on predictions, so what normalises the loss of
             # the whole step, over all micro-batches and ranks, is summed while the first forward
@@ -578,11 +579,9 @@ def main(args):
                 text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
                 if diverged.item() < iters:
                     ids = train_set.image_ids[batches.plan(diverged.item()).rows].tolist()
-                    raise UserError(
-                        f"the loss or its gradient is not finite since step {diverged.item() + 1}, "
-                        f"of the images {ids}; the losses are now {text}; nothing of it is in "
-                        f"{out / 'last.pt'}"
-                    )
+                    raise UserError("the loss or its gradient is not finite since step "
+                                    f"{diverged.item() + 1}, of the images {ids}; the losses are "
+                                    f"now {text}; nothing of it is in {out / 'last.pt'}")
                 speed = (done - clock_step) * batch_size / (time.perf_counter() - clock)
                 clock, clock_step = time.perf_counter(), done
                 if rank == 0:
@@ -616,9 +615,11 @@ class RunFiles:
     """log.jsonl, last.pt, previous.pt, model.pt and metrics.json of a run, which rank 0 writes. A
     full disk costs the write and not the run: it is told on stderr, and the older file stays."""
 
+    NAMES = ("previous.pt", "model.pt", "metrics.json", "last.pt", "log.jsonl")
+
     def __init__(self, out, start, launch):
-        self.out, rows = evaluate.make_folder(out), []
-        self.replaces = ["previous.pt", "model.pt", "metrics.json"] if start == 0 else []
+        self.out, rows = out, []
+        self.replaces = list(self.NAMES[:3]) if start == 0 else []
         self.made_with = {"launch": launch, "torch": str(torch.__version__)}
         if start and (out / "log.jsonl").is_file():  # without the rows that will be written again
             for line in (out / "log.jsonl").read_text(errors="replace").splitlines():
@@ -685,21 +686,21 @@ def resume(out, settings, model, saved, say, launch=None):
     if launch and (content.get("made_with") or {}).get("launch") != launch:
         return 0, None
     try:
-        since = {"decays": DECAYS, "ema": None, "negatives": False, "augment": False}
+        since = {"decays": DECAYS, "ema": None, "negatives": False, "augment": False,
+                 "optimizer": "SGD"}
         old = since | content["settings"] | fcos.stored_keywords(content["model"])
         old["classes"] = content["model"]["classes"]
         new = settings | {"classes": model.classes}
-        changed = [
-            f"{key} {old[key]} there, {new[key]} here"
-            for key in new if key != "model" and new[key] != old[key]
-        ]
+        changed = [f"{key} {old[key]} there, {new[key]} here"
+                   for key in new if key != "model" and new[key] != old[key]]
         if changed:
             raise UserError(f"{out}: holds a run of other settings ({'; '.join(changed)}); repeat "
                             "them, start over with --fresh, or choose another --out (and --weights "
                             f"{path}, to train on with a schedule of its own)")
         if content["step"] not in range(settings["iters"] + 1):
             raise ValueError(f"step {content['step']!r}")
-        model.load_state_dict(content["model"]["model"])
+        held = content["model"]
+        fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos", None))
         for name, thing in saved.items():
             thing.load_state_dict(content[name])
     except UserError:
