@@ -235,15 +235,39 @@ class ConvNorm(nn.Module):
         self.conv = conv(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = NORMS[norm](c_out)
 
-    def forward(self, x):
-        norm = self.norm
-        if not isinstance(norm, FrozenBatchNorm2d):
-            return norm(self.conv(x))
-        # A frozen norm is folded into the weights on every call: one product per weight instead of
-        # passes over the activations (cuDNN needs one for the shift), and none saved for backward.
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    folded = None  # the result of fold, in `inference`
+
+    def fold(self):
+        """A norm with constant statistics as a part of the convolution: its weight and bias."""
+        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
         weight = self.conv.weight * scale[:, None, None, None]
-        return self.conv._conv_forward(x, weight, norm.bias - norm.running_mean * scale)
+        return weight, self.norm.bias - self.norm.running_mean * scale
+
+    def forward(self, x):
+        # In training a frozen norm is folded in every call: one product per weight instead of
+        # passes over the activations (cuDNN needs one for the shift), and none saved for backward.
+        if self.folded or isinstance(self.norm, FrozenBatchNorm2d):
+            return self.conv._conv_forward(x, *(self.folded or self.fold()))
+        return self.norm(self.conv(x))
+
+
+@contextlib.contextmanager
+def inference(model):
+    """The model in eval mode, its norms of constant statistics folded into the weights, and these
+    cast to the type of autocast, once instead of in every call. No weight may change meanwhile."""
+    training, kind, norms = model.training, model.pixel_mean.device.type, []
+    for layer in model.eval().modules():
+        if isinstance(layer, ConvNorm) and hasattr(layer.norm, "running_var"):
+            cast = torch.is_autocast_enabled(kind) and not isinstance(layer.conv, DeformConv)
+            dtype = torch.get_autocast_dtype(kind) if cast else layer.conv.weight.dtype
+            layer.folded = [x.to(dtype) for x in layer.fold()]
+            norms.append(layer)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for layer in norms:
+            layer.folded = None
 
 
 class Bottleneck(nn.Module):
@@ -917,11 +941,10 @@ class FCOS(nn.Module):
         if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
             images = [images]
         min_size, max_size = min_size or self.test_size[0], max_size or self.test_size[1]
-        device, results, training = self.pixel_mean.device, [], self.training
+        device, results = self.pixel_mean.device, []
         detect = Deployed(self, **thresholds).forward
         detect = replay(detect) if graph and device.type == "cuda" else detect
-        self.eval()
-        try:
+        with inference(self):
             images = ((image, resized_hw(*image.shape[-2:], min_size, max_size))
                       for image in map(as_image, images))
             for _, alike in groupby(images, lambda image: padded_hw([image[1]])):
@@ -931,8 +954,6 @@ class FCOS(nn.Module):
                     for (image, size), found in zip(chunk, as_list(decoded, score_threshold)):
                         found["boxes"] = self.rescale(found["boxes"], size, image.shape[-2:])
                         results.append(found)
-        finally:
-            self.train(training)
         return results
 
 

@@ -496,8 +496,14 @@ def main(args):
             metrics = evaluate.score(results, val_set.annotations)
             files.log(step, **metrics)
             peak = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
-            memory = f", at most {peak:.1f} GiB of GPU memory" * (peak > 0)
-            bar.write(f"step {step}: AP {metrics['AP']:.3f}{memory}", file=sys.stderr)
+            if sys.platform == "linux" and not on_gpu:
+                from resource import RUSAGE_SELF, getrusage  # Windows has none, macOS other units
+                peak = getrusage(RUSAGE_SELF).ru_maxrss / 2**20
+            told = f"step {step}: AP {metrics['AP']:.3f}, memory at most {peak:.1f} GiB"
+            if args.compile:
+                graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+                told += f", {graphs} compiled graphs"
+            bar.write(told, file=sys.stderr)
             if best is None or metrics["AP"] > best["AP"]:
                 found = metrics | {"step": step}
                 best = found if files.best(scored, found) else best

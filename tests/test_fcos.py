@@ -1096,6 +1096,42 @@ def test_predict_leaves_the_mode_of_the_model_as_it_was(tmp_path):
     assert model.training
 
 
+@pytest.mark.parametrize("norm", ["frozen", "bn", "gn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predict_folds_constant_norms_once_and_sees_new_weights(norm, dtype, monkeypatch, tmp_path):
+    model, folds = detector(norm=norm, dcn=(5,)), []
+    layers = [layer for layer in model.backbone.modules() if isinstance(layer, fcos.ConvNorm)]
+    with torch.no_grad():
+        for layer in layers:
+            for tensor in (*layer.norm.buffers(), *layer.norm.parameters()):
+                if tensor.is_floating_point():
+                    tensor.uniform_(0.5, 1.5)
+    fold, image = fcos.ConvNorm.fold, picture(64, 96)
+    monkeypatch.setattr(fcos.ConvNorm, "fold", lambda self: folds.append(self) or fold(self))
+    before = None
+    for shift in 0, 0.05:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16):
+            layers[3].conv.weight += shift
+            expected, = model.detect(model(image[None]), [(64, 96)])
+            folds.clear()
+            model.train()
+            found, again = model.predict([image, image], 64, 96)
+        assert folds == layers * (norm != "gn") and model.training and len(found["boxes"]) > 10
+        assert not any(layer.folded for layer in model.modules() if isinstance(layer, fcos.ConvNorm))
+        for name in expected:
+            assert torch.equal(found[name], again[name])
+            if norm != "bn":
+                assert torch.equal(found[name], expected[name])
+            elif dtype == torch.float32:  # in bf16 a BatchNorm rounds elsewhere
+                torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-3)
+        assert before is None or not torch.equal(before, found["scores"][:10])
+        before = found["scores"][:10]
+        model.eval()
+    with pytest.raises(ValueError):
+        model.predict([tmp_path / "nowhere.jpg"], 64, 96)
+    assert not any(layer.folded for layer in layers)
+
+
 def test_a_graph_is_captured_once_a_shape(monkeypatch):
     """On a GPU (test_gpu.py); here what would be captured runs instead."""
     shapes = []

@@ -1065,7 +1065,7 @@ def test_a_folder_that_holds_something_else_is_named_and_left_alone(wrong, copie
     (copied / "previous.pt").unlink()
     for out, more, name in [
         (wrong / "file", (), "file"),
-        (copied, ("--fresh", "--weights", copied / "model.pt"), f"delete {copied / 'model.pt'}"),
+        (copied, ("--fresh", "--weights", copied / "model.pt"), f"{copied / 'model.pt'}: would be"),
         (copied, (), "model.pt and no checkpoint"),
     ]:
         before = files(copied)
