@@ -393,8 +393,7 @@ def score(results, annotations, per_class=False):
         if not all(isinstance(x, (int, float)) and abs(x) < 1e300 for x in numbers):
             raise UserError(f"results: expected finite numbers as bbox and score in {result}")
         box.update(score=numbers[4], area=box["bbox"][2] * box["bbox"][3])
-    homeless = sum(box["image_id"] < 0 for box in truth)
-    if homeless:
+    if homeless := sum(box["image_id"] < 0 for box in truth):
         tqdm.write(f"{annotations}: {homeless} of {len(truth)} boxes belong to no image of the "
                    "file and are left out", file=sys.stderr)
 
@@ -553,13 +552,6 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
-    def parse_args(self, argv=None):
-        args = super().parse_args(argv)
-        for name, value in vars(args).items():
-            if value == "":  # of a shell's variable that is not set, perhaps
-                self.error(f"--{name.replace('_', '-')} is empty")
-        return args
-
 
 def number(kind, low, high):
     """argparse type: an int or a float from low to high."""
@@ -625,6 +617,9 @@ def run(main, args):
     that fails ends at once: destroy_process_group would wait for the others."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        for name, value in vars(args).items():
+            if value == "":  # of a shell's variable that is not set, perhaps
+                raise UserError(f"--{name.replace('_', '-')} is empty")
         main(args)
     except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # out of memory

@@ -718,9 +718,6 @@ def defaults(function):
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-LOSS_KEYWORDS = list(defaults(fcos_loss))
-
-
 def resolve(keywords: dict) -> dict:
     """All keywords of FCOS and of the backbone that `keywords` names, those not given at their
     defaults: with the number of classes, all it takes to build the same model again, whatever
@@ -799,7 +796,7 @@ class FCOS(nn.Module):
             self.backbone.freeze(frozen_stages)
 
         self.num_classes, self.radius = num_classes, radius
-        self.loss = {name: self.keywords[name] for name in LOSS_KEYWORDS}
+        self.loss = {name: self.keywords[name] for name in defaults(fcos_loss)}
         self.classes = self.category_ids = None
         self.test_size = tuple(test_size)
         self.set_convention(grid=grid, **(TORCH if passed else {}))

@@ -140,17 +140,15 @@ KERNELS, OPTIONS = ("nms",), ("--fmad=false",)  # no fused rounding: bit for bit
 @functools.cache
 def _load(device, choice):
     """The kernels compiled for GPU number `device`; if that fails, None after a warning, or with
-    FCOS_KERNELS=cupy an ImportError."""
+    FCOS_KERNELS=cupy, or while a CUDA graph is captured, an ImportError."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
     except Exception as error:  # what is raised is not cached
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"run {__name__} once before a CUDA graph is captured") from error
-        if choice == "cupy":
-            raise ImportError(f"FCOS_KERNELS=cupy: {error!r}; pip install cupy-cuda13x") from error
+        if choice == "cupy" or torch.cuda.is_current_stream_capturing():  # too late to load it
+            raise ImportError(f"{error!r}: pip install cupy-cuda13x; warm up first") from error
         warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
 
 

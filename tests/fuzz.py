@@ -75,7 +75,7 @@ def call(line):
         warnings.simplefilter("always")
         try:
             evaluate.run(module.main if module else lambda _: line(),
-                         module.parse_args(argv) if module else None)
+                         module.parse_args(argv) if module else argparse.Namespace())
         except SystemExit as end:
             code = end.code
         finally:

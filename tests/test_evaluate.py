@@ -627,14 +627,14 @@ def model_file(tmp_path_factory):
 
 
 LAUNCHED = """
-import json, sys
+import argparse, json, sys
 import evaluate
 
 def every_call(_):
     for argv in json.loads(sys.argv[1]):
         evaluate.main(evaluate.parse_args(argv))
 
-evaluate.run(every_call, None)
+evaluate.run(every_call, argparse.Namespace())
 """
 
 
