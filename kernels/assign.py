@@ -130,12 +130,6 @@ def _use_kernel(like):
     return like.is_cuda and choice != "torch" and _load(like.device.index, choice) is not None
 
 
-def _aligned(tensor):
-    """Contiguous and on a 16-byte boundary, as 16-byte loads need. Rarely a copy."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def _launch(name, grid, threads, *args):
     """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
     must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
@@ -156,7 +150,7 @@ def _assign_kernel(points, boxes, center_radius):
         images = boxes[first : first + MAX_IMAGES]
         offsets = np.zeros(1, dtype=[("at", np.int32, MAX_IMAGES + 1)])  # CuPy passes it by value
         offsets["at"][0, 1 : len(images) + 1] = np.cumsum([len(b) for b in images])
-        args = points, _aligned(torch.cat(images)), offsets, index[first:]
+        args = points, torch.cat(images), offsets, index[first:]  # cat copies, which aligns
         numbers = np.int32(P), np.float32(center_radius)
         _launch("assign", (-(-P // THREADS), len(images)), THREADS, *args, *numbers)
     return index

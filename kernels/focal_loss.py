@@ -171,12 +171,6 @@ def _use_kernel(like):
     return like.is_cuda and choice != "torch" and _load(like.device.index, choice) is not None
 
 
-def _aligned(tensor):
-    """Contiguous and on a 16-byte boundary, as 16-byte loads need. Rarely a copy."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def _launch(name, grid, threads, *args):
     """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
     must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
@@ -192,7 +186,9 @@ def _launch(name, grid, threads, *args):
 class _SigmoidFocalLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, alpha, gamma):
-        logits, labels = _aligned(logits), labels.contiguous()
+        logits, labels = logits.contiguous(), labels.contiguous()
+        if logits.data_ptr() % 16:  # a view that 16-byte loads cannot read
+            logits = logits.clone()
         rows, classes = logits.shape
         ctx.numbers = np.int64(rows * classes), np.int32(classes), *np.float32([alpha, gamma])
         ctx.blocks = -(-logits.nbytes // (16 * THREADS))

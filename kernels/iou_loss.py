@@ -173,12 +173,6 @@ def _use_kernel(like):
     return like.is_cuda and choice != "torch" and _load(like.device.index, choice) is not None
 
 
-def _aligned(tensor):
-    """Contiguous and on a 16-byte boundary, as 16-byte loads need. Rarely a copy."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def _launch(name, grid, threads, *args):
     """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
     must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
@@ -197,7 +191,9 @@ class _IoULoss(torch.autograd.Function):
         n, blocks = len(pred), -(-len(pred) // THREADS)
         partial = pred.new_empty(blocks)
         grad = pred.new_empty(pred.shape if ctx.needs_input_grad[0] else 0)  # empty: a null pointer
-        tensors = _aligned(pred), _aligned(target), weight.contiguous(), grad, partial
+        boxes = [x.contiguous() for x in (pred, target)]
+        boxes = [x.clone() if x.data_ptr() % 16 else x for x in boxes]  # for 16-byte loads
+        tensors = *boxes, weight.contiguous(), grad, partial
         _launch("iou_loss", (blocks,), THREADS, *tensors, np.int64(n), np.int32(CUDA_KINDS[kind]))
         ctx.save_for_backward(grad)
         return partial.sum()

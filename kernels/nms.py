@@ -160,12 +160,6 @@ def _use_kernel(like):
     return like.is_cuda and choice != "torch" and _load(like.device.index, choice) is not None
 
 
-def _aligned(tensor):
-    """Contiguous and on a 16-byte boundary, as 16-byte loads need. Rarely a copy."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def _launch(name, grid, threads, *args):
     """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
     must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
@@ -184,7 +178,8 @@ def _nms_kernel(boxes, scores, labels, iou_threshold, max_detections):
     keys = torch.empty((B, N), dtype=torch.int32, device=boxes.device)
     keep = torch.empty((B, max_detections), dtype=torch.int64, device=boxes.device)
     threads = min(1024, max(32, -(-N // 32) * 32))
-    tensors = _aligned(boxes), scores.contiguous(), labels.contiguous(), keys, keep
+    boxes = boxes.clone(memory_format=torch.contiguous_format)  # which aligns it, too
+    tensors = boxes, scores.contiguous(), labels.contiguous(), keys, keep
     numbers = np.int32(N), np.int32(max_detections), np.float32(iou_threshold)
     _launch("nms", (B,), threads, *tensors, *numbers)
     return keep

@@ -6,6 +6,7 @@ NVRTC's cubins for five architectures.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -817,6 +818,42 @@ def test_the_launcher_follows_pytorch(monkeypatch):
     device, stream, call, *left = log
     assert device == ("device", tensor.device) and stream == ("stream", 1234)
     assert call == ((3,), (64,), (tensor.data_ptr(), number)) and left == ["left", "left"]
+
+
+WIDE = {  # the arguments that a kernel reads or writes 16 bytes at a time
+    "iou_loss": (0, 1, 3), "nms": (0,), "assign": (1,),
+    "forward_fp32": (0,), "backward_fp32": (0, 3)}
+
+
+def test_what_is_read_16_bytes_at_a_time_is_aligned(on_shim, monkeypatch):
+    def shifted(x):
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    def watched(launch, name, grid, threads, *args):
+        assert not [place for place in WIDE[name] if args[place].data_ptr() % 16]
+        ran.append(name)
+        launch(name, grid, threads, *args)
+
+    ran = []
+    for file in FILES.values():
+        monkeypatch.setattr(file, "_launch", functools.partial(watched, file._launch))
+    pred, target = shifted(torch.rand(5, 4)), shifted(torch.rand(5, 4))
+    logits, labels = shifted(torch.randn(5, 3)), torch.arange(-1, 4)
+    boxes = shifted(torch.tensor([[0, 0, 9, 9], [1, 1, 9, 9], [20, 20, 30, 30.0]]))
+    assert all(x.data_ptr() % 16 for x in (pred, target, logits, boxes))
+    for loss, reference, leaf, other in (
+        (iou_loss, iou_loss_ref, pred, (target, torch.ones(5))),
+        (sigmoid_focal_loss, sigmoid_focal_loss_ref, logits, (labels,)),
+    ):
+        leaf.requires_grad_()
+        found, expected = loss(leaf, *other), reference(leaf, *other)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x, leaf)[0] for x in (found, expected)))
+    args = boxes[None], torch.tensor([[0.9, 0.8, 0.7]]), torch.zeros(1, 3).long(), 0.5, 3
+    assert batched_nms(*args).tolist() == [[0, 2, -1]]
+    points = torch.tensor([[5.0, 5, 8, -1, 64], [25, 25, 8, -1, 64]])
+    assert assign(points, [boxes], 0).tolist() == [[1, 2]]
+    assert set(ran) == set(WIDE)
 
 
 def test_the_launcher_is_the_same_in_every_file():
