@@ -484,8 +484,7 @@ class MobileNetV2(nn.Module):
         (r"^features\.1\.conv\.([12])\.(?=\D)", lambda m: f"features.1.conv.{int(m[1]) + 2}."),
         (r"^features\.(\d\d|[2-9])\.conv\.([23])\.(?=\D)",
          lambda m: f"features.{m[1]}.conv.{int(m[2]) + 4}."),
-        (r"\.conv\.0\.([01])\.", r".conv.\1."),
-        (r"\.conv\.1\.([01])\.", lambda m: f".conv.{int(m[1]) + 3}."),
+        (r"\.conv\.([01])\.([01])\.", lambda m: f".conv.{3 * int(m[1]) + int(m[2])}."),
     ]
 
 

@@ -168,19 +168,15 @@ def resolve(args):
         if value is not None and not 0 < value < most:
             raise UserError(f"{flag} {value}: must be a number over 0 and below {most}")
     fcos.resized_hw(1, 1, max(settings["min_size"]), settings["max_size"])  # do they fit?
-    own = [args.train_images, args.train_annotations, args.val_images, args.val_annotations]
-    if args.data and any(own):
-        raise UserError("--data and own images and annotations exclude each other")
-    if any(own) and not all(own):
+    names = ("train_annotations", "train_images", "val_annotations", "val_images")
+    paths, data = [getattr(args, name) for name in names], settings.pop("data", "data/coco")
+    if any(paths) and (args.data or not all(paths)):
         raise UserError("own data needs all of --train-images, --train-annotations, --val-images "
-                        "and --val-annotations")
-    data = settings.pop("data", "data/coco")
-    if not any(own):
-        data = args.data or data
-        train, val = (evaluate.coco_paths(data, f"{split}2017") for split in ("train", "val"))
-        own = [train[1], train[0], val[1], val[0]]
-    names = ("train_images", "train_annotations", "val_images", "val_annotations")
-    settings |= {name: str(path) for name, path in zip(names, own)}
+                        "and --val-annotations, and no --data")
+    if not any(paths):
+        paths = [path for split in ("train2017", "val2017")
+                 for path in evaluate.coco_paths(args.data or data, split)]
+    settings |= {name: str(path) for name, path in zip(names, paths)}
     for name in ("ema", "seed", "precision", "negatives", "augment"):
         settings[name] = getattr(args, name)
     if settings["model"] not in fcos.MODELS:
@@ -388,9 +384,6 @@ def load_data(settings, rank, world_size, say):
     datasets = []
     for split in ("train", "val"):
         path = settings[f"{split}_annotations"]
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such file; {evaluate.what_is_there(path)}; see --data and "
-                            "--train-images")
         datasets.append(evaluate.CocoDataset(path, settings[f"{split}_images"]))
         for note in datasets[-1].notes:
             say(f"{path}: {note}")
