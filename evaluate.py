@@ -322,19 +322,18 @@ def raised(items):
         yield item
 
 
-def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=None, **thresholds):
+def predict(model, dataset, batch_size=1, workers=2, tta=False, **thresholds):
     """Detections on every image of a CocoDataset, in COCO's results format, in the order of the
     images: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}, ...].
 
     Images of one padded size go together, so that the prediction for an image does not depend on
     those beside it. Every process of torch.distributed takes its share, none twice; the list is
-    complete on rank 0 and None elsewhere. Sizes default to model.test_size.
+    complete on rank 0 and None elsewhere. tta: see FCOS.predict_tta.
     """
     rank, world_size = rank_and_world_size()
-    min_size, max_size = min_size or model.test_size[0], max_size or model.test_size[1]
     batches, alike = [], {}
     for i, hw in enumerate(dataset.hw.tolist()):
-        padded_hw = fcos.padded_hw([fcos.resized_hw(*hw, min_size, max_size)])
+        padded_hw = fcos.padded_hw([fcos.resized_hw(*hw, *model.test_size)])
         alike.setdefault(padded_hw, []).append(i)
     for images in alike.values():
         batches += [images[k : k + batch_size] for k in range(0, len(images), batch_size)]
@@ -342,9 +341,10 @@ def predict(model, dataset, batch_size=1, workers=2, min_size=None, max_size=Non
     # in position 0 the bar replaces a bar of training; below it, Jupyter draws every update
     bar = tqdm(read_ahead(dataset.image, mine, workers), "predict", unit="image", position=0,
                leave=False, dynamic_ncols=True, disable=rank != 0)
-    results, sizes = {}, (min_size, max_size)
+    results, images = {}, raised(bar)
     with no_worker_left(), bar:
-        detections = model.predict(raised(bar), *sizes, batch_size=batch_size, **thresholds)
+        detections = model.predict_tta(images, **thresholds) if tta else model.predict(
+            images, batch_size=batch_size, **thresholds)
         for i, found in zip(mine, detections, strict=True):
             rows, image_id = result_rows(found, dataset.category_ids), dataset.image_ids[i].item()
             results[i] = [{"image_id": image_id, **row} for row in rows]
@@ -499,7 +499,7 @@ def find_pictures(sources):
     return paths
 
 
-def draw_folder(model, sources, out, score_threshold=0.5, min_size=None, max_size=None, workers=0):
+def draw_folder(model, sources, out, score_threshold=0.5, workers=0):
     """Draw detections on images (see find_pictures) into `out`, and write them to detections.json
     there: [{"file", "drawn", "height", "width", "detections": [{"category_id", "class", "bbox":
     [x, y, w, h] in pixels, "score"}, ...]}, ...]. Files that cannot be read are named, left out and
@@ -516,7 +516,7 @@ def draw_folder(model, sources, out, score_threshold=0.5, min_size=None, max_siz
             unreadable.append(path)
             continue
         clocks.append(time.perf_counter())
-        found = model.predict(image, min_size, max_size, score_threshold)[0]
+        found = model.predict(image, score_threshold=score_threshold)[0]
         clocks.append(time.perf_counter())
         name, count = f"{path.stem}.jpg", 1
         while name in taken:  # photos of one name in several folders
@@ -650,6 +650,7 @@ def parse_args(argv=None):
     add("--image-dir", help="the folder of its images")
     add("--batch-size", type=positive_int, help="images at a time (8 on a GPU, 1 elsewhere)")
     add("--save-json", metavar="F", help="write the detections in COCO's results format")
+    add("--tta", action="store_true", help="test-time augmentation: 18 views of every image")
     add("--per-class", action="store_true", help="also of each class: AP, best F1 and its score")
     add("--results", metavar="R", help="score this results file instead; needs --annotations")
     add = parser.add_argument_group("draw what it finds").add_argument
@@ -662,14 +663,14 @@ def parse_args(argv=None):
 
 def main(args):
     # ---- everything that can be wrong, before anything is computed
+    for flag, *needs in (
+        ("results", "annotations"), ("image_dir", "annotations"), ("images", "out"),
+        ("out", "images"), ("per_class", "data", "annotations"), ("save_json", "data", "image_dir"),
+        ("tta", "data", "image_dir"),
+    ):
+        if getattr(args, flag) and not any(getattr(args, name) for name in needs):
+            raise UserError(f"--{flag} needs --{' or --'.join(needs)}".replace("_", "-"))
     given = [name for name in ("data", "annotations", "images", "export") if getattr(args, name)]
-    for flag, needs in (("results", "annotations"), ("images", "out"), ("out", "images"),
-                        ("image_dir", "annotations")):
-        if getattr(args, flag) and not getattr(args, needs):
-            raise UserError(f"--{flag} needs --{needs}".replace("_", "-"))
-    scored = given in (["data"], ["annotations"])
-    if (args.save_json and args.results) or (args.save_json or args.per_class) and not scored:
-        raise UserError("--save-json and --per-class are of a data set: --data")
     if args.results and given == ["annotations"] and not args.image_dir:
         print(table(score(read_json(args.results), args.annotations, args.per_class)))
         return
@@ -683,17 +684,18 @@ def main(args):
     if args.name and rank == 0:
         convention = ", ".join(f"{name} {value}" for name, value in model.convention.items())
         print(f"{args.model}: {model.name} with {convention}", file=sys.stderr)
-    min_size, max_size = args.min_size or model.test_size[0], args.max_size or model.test_size[1]
+    min_size, max_size = model.test_size
+    model.test_size = args.min_size or min_size, args.max_size or max_size
     if args.export:
         check_target(args.export, [args.model])
-        height, width = fcos.padded_hw([(min_size, max_size)])
+        height, width = fcos.padded_hw([model.test_size])
         fcos.export_onnx(model, args.export, height, width)
         print(f"{args.export}: for padded images of {height}x{width} pixels, in fp32")
         return
     with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
         if args.images:
-            unreadable = draw_folder(model, args.images, args.out, args.score_threshold, min_size,
-                                     max_size, args.workers)
+            unreadable = draw_folder(model, args.images, args.out, args.score_threshold,
+                                     args.workers)
             if unreadable:
                 raise UserError(f"{len(unreadable)} files could not be read")
             return
@@ -706,7 +708,7 @@ def main(args):
         for note in dataset.notes if rank == 0 else ():
             print(f"{dataset.annotations}: {note}", file=sys.stderr)
         batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
-        results = predict(model, dataset, batch_size, args.workers, min_size, max_size)
+        results = predict(model, dataset, batch_size, args.workers, tta=args.tta)
     if rank == 0:
         if args.save_json:
             with fcos.atomic_write(args.save_json, "w") as file:

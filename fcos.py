@@ -899,7 +899,11 @@ class FCOS(nn.Module):
         scores = scores.where(candidate, -math.inf)
 
         # ---- the best boxes of the image, without those that repeat a better one
-        keep = nms(boxes, scores, labels, nms_threshold, max_detections)
+        if nms_threshold == 1:  # no IoU is above it
+            best, keep = scores.topk(min(max_detections, scores.shape[1]))
+            keep = keep.where(best > -math.inf, -1)
+        else:
+            keep = nms(boxes, scores, labels, nms_threshold, max_detections)
         found, keep = keep >= 0, keep.clamp(min=0)
         boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)).where(found[..., None], 0)
         scores = final_score(scores.gather(1, keep).clamp(min=0)).where(found, -math.inf)
@@ -950,6 +954,28 @@ class FCOS(nn.Module):
                     for (image, size), found in zip(chunk, as_list(decoded, score_threshold)):
                         found["boxes"] = self.rescale(found["boxes"], size, image.shape[-2:])
                         results.append(found)
+        return results
+
+    def predict_tta(self, images, nms_threshold: float = 0.6, max_detections: int = 100):
+        """`predict` with the official test-time augmentation: every image of an iterable is seen at
+        `test_size` and eight other sizes (of 800: 400, 500, ..., 1200), each time mirrored, too.
+        What all the views find competes in one suppression, in pixels of the first."""
+        results, device, (short, long) = [], self.pixel_mean.device, self.test_size
+        sizes = [(short * n // 8, round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
+        for image in map(as_image, images):
+            (H, W), views = image.shape[1:], []
+            for size in [self.test_size, *sizes]:
+                views += self.predict([image, image.flip(2)], *size, batch_size=2,
+                                      nms_threshold=1, max_detections=5000)
+                x1, y1, x2, y2 = views[-1]["boxes"].unbind(1)
+                pixel = W / resized_hw(H, W, *size)[1]  # of the view; the last one begins at W - it
+                right = W + (1 - pixel) * self.convention["inclusive"]
+                views[-1]["boxes"] = torch.stack([right - x2, y1, right - x1, y2], 1)
+            found = {name: torch.cat([view[name] for view in views]) for name in views[0]}
+            seen = self.rescale(found["boxes"], (H, W), resized_hw(H, W, *self.test_size))
+            args = (x[None].to(device) for x in (seen, found["scores"], found["labels"]))
+            keep = batched_nms(*args, nms_threshold, max_detections)[0].cpu()
+            results.append({name: values[keep[keep >= 0]] for name, values in found.items()})
         return results
 
 

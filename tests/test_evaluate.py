@@ -599,13 +599,14 @@ def test_every_image_is_predicted_once_in_its_own_pixels(mixed, batch_size, work
     json.dumps(results)  # plain Python values only
 
 
-def test_prediction_takes_sizes_from_the_model_unless_given(mixed):
+def test_prediction_takes_sizes_from_the_model(mixed):
     dataset, model = evaluate.CocoDataset(*mixed), PixelModel()
-    evaluate.predict(model, dataset, 8, 0, min_size=32, max_size=40)
-    assert {shape[2:] for shape in model.calls} == {(32, 32), (32, 64), (64, 32)}
-    model.calls.clear()
     evaluate.predict(model, dataset, 8, 0)
     assert {shape[2:] for shape in model.calls} == {(64, 64), (64, 96), (96, 64)}
+    model.calls.clear()
+    model.test_size = 32, 40
+    evaluate.predict(model, dataset, 8, 0)
+    assert {shape[2:] for shape in model.calls} == {(32, 32), (32, 64), (64, 32)}
 
 
 def tiny_model(num_classes=3, classes=("three", "seven", "ninety"), ids=(3, 7, 90)):
@@ -661,13 +662,15 @@ def test_two_processes_predict_what_one_does(tmp_path, mixed, model_file):
         assert len(two) > 20
 
 
+@pytest.mark.parametrize("tta", [False, True])
 @pytest.mark.parametrize("inclusive", [False, True])
-def test_a_data_set_is_predicted_as_its_images_are(mixed, inclusive):
+def test_a_data_set_is_predicted_as_its_images_are(mixed, inclusive, tta):
     """In inclusive boxes, too, whose last pixel is one of the original image."""
     dataset, model = evaluate.CocoDataset(*mixed), tiny_model()
     model.set_convention(inclusive=inclusive)
-    results = evaluate.predict(model, dataset, 1, 0)
-    found = model.predict([dataset.path(i) for i in range(len(dataset))])
+    results = evaluate.predict(model, dataset, 1, 0, tta)
+    predict = model.predict_tta if tta else model.predict
+    found = predict([dataset.path(i) for i in range(len(dataset))])
     boxes = torch.tensor([result["bbox"] for result in results])
     boxes[:, 2:] += boxes[:, :2]
     torch.testing.assert_close(boxes, torch.cat([one["boxes"] for one in found]))
@@ -675,12 +678,13 @@ def test_a_data_set_is_predicted_as_its_images_are(mixed, inclusive):
     torch.testing.assert_close(scores, torch.cat([one["scores"] for one in found]))
 
 
-def test_saved_results_score_as_the_prediction_did(tmp_path, mixed, model_file, capsys):
+@pytest.mark.parametrize("more", [(), ("--tta",)])
+def test_saved_results_score_as_the_prediction_did(tmp_path, mixed, model_file, capsys, more):
     annotations, folder = map(str, mixed)
     saved = str(tmp_path / "results.json")
     evaluate.main(evaluate.parse_args([
         model_file, "--annotations", annotations, "--image-dir", folder, "--workers", "0",
-        "--device", "cpu", "--save-json", saved, "--per-class",
+        "--device", "cpu", "--save-json", saved, "--per-class", *more,
     ]))
     first = capsys.readouterr().out
     argv = ["--results", saved, "--annotations", annotations, "--per-class"]
@@ -1065,7 +1069,7 @@ MISTAKES = {
     "nowhere to save": ("{here} --workers 0 --save-json {tmp}/none/results.json", "results.json"),
     "an input to save over": ("{here} --workers 0 --save-json {json}", "input of this run"),
     "pictures to save": ("{model} --images {dir} --out {tmp}/o --save-json {tmp}/r.json",
-                         "of a data set"),
+                         "needs --data"),
     "out without pictures": ("{here} --out {tmp}/o", "--images"),
     "two things to do": ("{here} --images {dir} --out {tmp}/o", "one thing"),
     "a threshold of NaN": ("{model} --images {dir} --out {tmp}/o --score-threshold nan", "nan"),

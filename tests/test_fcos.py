@@ -1077,7 +1077,8 @@ def test_predict_and_evaluate_give_the_same_boxes(inclusive, tmp_path):
     content = dict(images=images, annotations=[], categories=categories)
     (tmp_path / "instances.json").write_text(json.dumps(content))
     dataset = evaluate.CocoDataset(tmp_path / "instances.json", tmp_path)
-    rows = evaluate.predict(model, dataset, workers=0, min_size=64, max_size=128)
+    model.test_size = 64, 128
+    rows = evaluate.predict(model, dataset, workers=0)
     for i, found in enumerate(model.predict(photos, 64, 128)):
         found["boxes"][:, 2:] -= found["boxes"][:, :2]
         theirs = [row for row in rows if row["image_id"] == i]
@@ -1094,6 +1095,80 @@ def test_predict_leaves_the_mode_of_the_model_as_it_was(tmp_path):
     with pytest.raises(ValueError):
         model.train().predict([picture(32, 32), tmp_path / "nowhere.jpg"], 32, 32)
     assert model.training
+
+
+def slow_tta(model, image, sizes, extra):
+    """Test-time augmentation as the official code does it, a box at a time. Sides of boxes are
+    inclusive where `extra` is 1, and ends where it is 0. -> (score, label, x1, y1, x2, y2) in
+    pixels of the image, at most 100."""
+    H, W = image.shape[1:]
+    first_h, first_w = fcos.resized_hw(H, W, *sizes[0])
+    found = []
+    for size in sizes:
+        h, w = fcos.resized_hw(H, W, *size)
+        for mirrored in (False, True):
+            pixels = fcos.resize(image, (h, w))
+            batch, _ = fcos.pad_batch([pixels.flip(2) if mirrored else pixels])
+            with torch.no_grad():
+                outputs = model(batch, torch.tensor([[h, w]]))
+            cls, ctr = outputs["cls"][0].sigmoid(), outputs["ctr"][0].sigmoid()
+            start = 0
+            for count in outputs["levels"]:
+                pairs = [((cls[p, k] * ctr[p]).item(), p, k)
+                         for p, k in (cls[start : start + count] > 0.05).nonzero().tolist()
+                         for p in [p + start]]
+                start += count
+                for joint, p, k in sorted(pairs, reverse=True)[:1000]:
+                    (x, y), (l, t, r, b) = outputs["points"][p, :2].tolist(), outputs["ltrb"][
+                        0, p].tolist()
+                    x1, x2 = (min(max(side, 0), w - extra) for side in (x - l, x + r))
+                    y1, y2 = (min(max(side, 0), h - extra) for side in (y - t, y + b))
+                    if mirrored:
+                        x1, x2 = w - extra - x2, w - extra - x1
+                    kx, ky = first_w / w, first_h / h
+                    if x2 + extra > x1 and y2 + extra > y1:
+                        found.append((joint**0.5, k, x1 * kx, y1 * ky, x2 * kx, y2 * ky))
+    found.sort(reverse=True)
+    kept = []
+    for score, k, x1, y1, x2, y2 in found:
+        for _, other, a1, b1, a2, b2 in kept:
+            inter = (max(min(x2, a2) - max(x1, a1) + extra, 0)
+                     * max(min(y2, b2) - max(y1, b1) + extra, 0))
+            area = ((x2 - x1 + extra) * (y2 - y1 + extra)
+                    + (a2 - a1 + extra) * (b2 - b1 + extra))
+            if other == k and inter / (area - inter) > 0.6:
+                break
+        else:
+            kept.append((score, k, x1, y1, x2, y2))
+        if len(kept) == 100:
+            break
+    kx, ky = W / first_w, H / first_h
+    return [(score, k, x1 * kx, y1 * ky, x2 * kx + extra, y2 * ky + extra)
+            for score, k, x1, y1, x2, y2 in kept]
+
+
+@pytest.mark.parametrize("inclusive", [True, False])
+def test_test_time_augmentation_is_the_official_one(inclusive, tmp_path):
+    model = detector()
+    model.set_convention(inclusive=inclusive)
+    model.test_size, seen = (64, 100), (32, 40, 48, 56, 72, 80, 88, 96)
+    for h, w in (75, 131), (120, 80):
+        image = picture(h, w)
+        image.numpy()[:] = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+            (w // 4, h // 4)).resize((w, h), Image.BICUBIC)).transpose(2, 0, 1)
+        found, = model.predict_tta([image])
+        sizes = [(64, 100), *((size, 150) for size in seen)]
+        expected = torch.tensor(slow_tta(model, image, sizes, int(inclusive)))
+        assert len(expected) == 100 and found["labels"].tolist() == expected[:, 1].tolist()
+        torch.testing.assert_close(found["scores"], expected[:, 0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(found["boxes"], expected[:, 2:], rtol=0, atol=1e-3)
+    model.test_size = 800, 1333
+    sizes = []
+    model.predict = lambda images, *size, **_: sizes.append(size) or [
+        dict(boxes=torch.ones(1, 4), scores=torch.ones(1), labels=torch.zeros(1).long())
+        for _ in images]
+    model.predict_tta([picture(60, 90)])
+    assert sizes == [(800, 1333), *((100 * n, 2000) for n in (4, 5, 6, 7, 9, 10, 11, 12))]
 
 
 @pytest.mark.parametrize("norm", ["frozen", "bn", "gn"])
