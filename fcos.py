@@ -1419,9 +1419,8 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
             if backbone is None:
                 raise UserError("its backbone is no row's; pass a module as `backbone`")
             keywords = keywords | {"backbone": backbone}
-        model = FCOS(content["num_classes"], **keywords)
+        model = FCOS(K := content["num_classes"], **keywords)
         model.name = content["name"]
-        K = model.num_classes
         for name, length in ("classes", K), ("category_ids", K), ("test_size", 2):
             value = content[name]
             if value and (not isinstance(value, (list, tuple)) or len(value) != length):
