@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -217,6 +218,18 @@ def test_the_python_of_the_readme_names_what_exists():
                 assert (ROOT / (node.module.replace(".", "/") + ".py")).exists(), node.module
 
 
+def write_clip(path, frames):
+    """A video of grey frames."""
+    import av
+    with av.open(path, "w") as clip:
+        stream = clip.add_stream("mpeg4", 5)
+        stream.width, stream.height, stream.pix_fmt = 66, 98, "yuv420p"
+        for _ in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.full((98, 66, 3), 99, np.uint8), format="rgb24")
+            clip.mux(stream.encode(frame))
+        clip.mux(stream.encode())
+
+
 PYTHON = [text for language, text in code_blocks() if language == "python" and "cuda" not in text]
 
 
@@ -244,4 +257,11 @@ def test_the_python_of_the_readme_runs(code, tmp_path, monkeypatch):
     if "model.onnx" in code:
         pytest.importorskip("onnxscript")
         fcos.export_onnx(model, "model.onnx", 64, 96)
+    if "clip.mp4" in code:
+        write_clip("clip.mp4", frames=3)
     exec(code, {})
+    if "clip.mp4" in code:
+        import av
+        with av.open("drawn/clip.mp4") as clip:
+            pictures = [frame.to_image() for frame in clip.decode(video=0)]
+        assert len(pictures) == 3 and min(pictures[0].size) >= 480
