@@ -45,27 +45,31 @@ from fcos import UserError
 # ---- data set ----------------------------------------------------------------------------------
 
 def coco_paths(data, split):
-    """(annotation file, image folder) of a split such as "val2017" in COCO's layout, Roboflow's, or
-    annotations.json and images/ for any split; COCO's where there is nothing. UserError tells how
-    to convert what YOLO and CVAT export."""
-    data, part = Path(data), {"train2017": "train", "val2017": "valid"}.get(split, split)
+    """(annotation file, image folder) of a split such as "val2017" in the layout of COCO, Roboflow,
+    `coco split`, a single file, or CVAT; COCO's where there is nothing. UserError tells how to
+    convert what YOLO and CVAT export besides."""
+    data, name = Path(data), split.removesuffix("2017")
+    part = {"val": "valid"}.get(name, name)
     layouts = [
         (data / "annotations" / f"instances_{split}.json", data / split),
         (data / part / "_annotations.coco.json", data / part),
+        (data / f"annotations_{name}.json", data / "images"),
         (data / "annotations.json", data / "images"),
+        (data / "annotations" / "instances_default.json", data / "images"),
     ]
     there = [paths for paths in layouts if paths[0].exists()]
+    yolo = [data / "labels" / name, data / part / "labels", data / "labels"]
+    labels = next((folder for folder in yolo if folder.is_dir()), yolo[0])
+    images = data / str(labels.relative_to(data)).replace("labels", "images")
     convert = "coco convert --to coco --output"  # of hotcoco
-    labels, images = f"{data}/{part}/labels", f"{data}/{part}/images"
-    if (data / "labels").is_dir():  # Ultralytics
-        labels, images = (f"{data}/{what}/{split[:-4]}" for what in ("labels", "images"))
     for mark, command in (
         ("data.yaml", f"cp {data}/data.yaml {labels}; {convert} {part}.json --from yolo --input "
                       f"{labels} --images-dir {images}"),
         ("annotations.xml", f"{convert} {part}.json --from cvat --input {data}/annotations.xml"),
     ):
         if not there and (data / mark).exists():
-            raise UserError(f"{data}: no COCO JSON, but {mark}; make one of each split: {command}")
+            raise UserError(f"{data}: no COCO JSON, but {mark}; make one of each split, for the "
+                            f"flags that name annotations and images: {command}")
     return (there or layouts)[0]
 
 
@@ -697,7 +701,7 @@ def main(args):
             unreadable = draw_folder(model, args.images, args.out, args.score_threshold,
                                      args.workers)
             if unreadable:
-                raise UserError(f"{len(unreadable)} files could not be read")
+                raise UserError(f"files that could not be read: {len(unreadable)}")
             return
         annotations, image_dir = coco_paths(args.data or ".", args.split)
         dataset = CocoDataset(args.annotations or annotations, args.image_dir or image_dir)

@@ -384,12 +384,16 @@ def load_data(settings, rank, world_size, say):
     datasets = []
     for split in ("train", "val"):
         path = settings[f"{split}_annotations"]
-        datasets.append(evaluate.CocoDataset(path, settings[f"{split}_images"]))
-        for note in datasets[-1].notes:
+        datasets.append(data := evaluate.CocoDataset(path, settings[f"{split}_images"]))
+        say(f"{path}: {len(data)} images, {len(data.boxes)} boxes of {len(data.classes)} classes: "
+            f"{', '.join(map(str, data.classes)):.100}")
+        for note in data.notes:
             say(f"{path}: {note}")
-    if not len(datasets[1].boxes) or settings["train_images"] == settings["val_images"]:
-        say(f"{path}: has no boxes, or trains and validates the same images: its AP says nothing")
-    path, trainable = settings["train_annotations"], datasets[0].trainable
+    train, val = datasets
+    same = np.intersect1d(train._names, val._names) if train.image_dir == val.image_dir else ()
+    if len(same):
+        say(f"{path}: {len(same)} of its images are trained on, too: its AP says too much")
+    path, trainable = settings["train_annotations"], train.trainable
     if not trainable.any():
         raise UserError(f"{path}: has no image with a box to learn")
     if not trainable.all():

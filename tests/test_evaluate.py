@@ -730,7 +730,9 @@ def test_the_layouts_of_coco_of_roboflow_and_of_one_folder_are_known(tmp_path):
     for name, annotations, images in (
         ("coco", "annotations/instances_val2017.json", "val2017"),
         ("roboflow", "valid/_annotations.coco.json", "valid"),
+        ("split", "annotations_val.json", "images"),
         ("plain", "annotations.json", "images"),
+        ("cvat", "annotations/instances_default.json", "images"),
     ):
         (tmp_path / name / annotations).parent.mkdir(parents=True)
         (tmp_path / name / annotations).write_text("{}")
@@ -742,25 +744,26 @@ def test_the_layouts_of_coco_of_roboflow_and_of_one_folder_are_known(tmp_path):
 
 @pytest.mark.skipif(shutil.which("coco", path=Path(sys.executable).parent) is None,
                     reason="hotcoco's command is not installed")
-@pytest.mark.parametrize("kind", ["yolo", "cvat"])
+@pytest.mark.parametrize("kind", ["yolo", "flat yolo", "cvat"])
 def test_what_yolo_and_cvat_export_is_converted_by_the_command_that_is_named(tmp_path, kind):
     from hotcoco import COCO
 
     path, folder = write_coco(tmp_path / "coco", {1: (60, 40), 2: (40, 60)},
                               [box(1, 1, [4, 6, 20, 10], 90), box(2, 2, [8, 4, 16, 30])])
     data = tmp_path / "data"
-    shutil.copytree(folder, data / "valid" / "images")
-    if kind == "yolo":
-        COCO(str(path)).to_yolo(str(data / "valid" / "labels"))
-        (data / "valid" / "labels" / "data.yaml").rename(data / "data.yaml")
+    part = data if kind == "flat yolo" else data / "valid"
+    shutil.copytree(folder, part / "images")
+    if "yolo" in kind:
+        COCO(str(path)).to_yolo(str(part / "labels"))
+        (part / "labels" / "data.yaml").rename(data / "data.yaml")
     else:
         COCO(str(path)).to_cvat(str(data / "annotations.xml"))
     with pytest.raises(UserError, match="no COCO JSON, but") as error:
         evaluate.coco_paths(data, "val2017")
-    command = str(error.value).split("of each split: ")[1]
+    command = str(error.value).split("annotations and images: ")[1]
     env = os.environ | dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     subprocess.run(command, shell=True, check=True, env=env, cwd=tmp_path, capture_output=True)
-    found = evaluate.CocoDataset(tmp_path / "valid.json", data / "valid" / "images")
+    found = evaluate.CocoDataset(tmp_path / "valid.json", part / "images")
     truth = evaluate.CocoDataset(path, folder)
     assert sorted(found.classes) == sorted(truth.classes)
     for i in (0, 1):
