@@ -803,9 +803,9 @@ class FCOS(nn.Module):
 
     def set_convention(self, **changes):
         """Change what the weights expect of pixels and boxes: keywords of CONVENTION."""
-        for keyword in changes:
-            if keyword not in CONVENTION:
-                raise UserError(f"{keyword!r}: expected one of {', '.join(CONVENTION)}")
+        for keyword, value in changes.items():
+            if type(value) is not type(CONVENTION.get(keyword)):
+                raise UserError(f"{keyword} {value!r}: expected one of, and like, {CONVENTION}")
         check_choices(**changes)
         self.convention = {**CONVENTION, **getattr(self, "convention", {}), **changes}
         for name in ("mean", "std"):
@@ -1423,7 +1423,7 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
         model.name = content["name"]
         for name, length in ("classes", K), ("category_ids", K), ("test_size", 2):
             value = content[name]
-            if value and (not isinstance(value, (list, tuple)) or len(value) != length):
+            if value is not None and (not isinstance(value, (list, tuple)) or len(value) != length):
                 raise UserError(f"{name} {value!r:.99}: expected {length} of them")
             setattr(model, name, value)
         resized_hw(1, 1, *model.test_size)  # is it a size?

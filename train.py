@@ -702,6 +702,7 @@ def resume(out, settings, model, saved, say, launch=None):
                             f"{path}, to train on with a schedule of its own)")
         if content["step"] not in range(settings["iters"] + 1):
             raise ValueError(f"step {content['step']!r}")
+        best = content.get("best") and dict(content["best"], AP=float(content["best"]["AP"]))
         held = content["model"]
         fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos", None))
         for name, thing in saved.items():
@@ -715,7 +716,7 @@ def resume(out, settings, model, saved, say, launch=None):
         say(f"{problem}; {path} takes its place")
         (out / "last.pt").unlink(missing_ok=True)  # or it would become the next previous.pt
     say(f"{out}: resumes after step {content['step']} of {settings['iters']}")
-    return content["step"], content.get("best")
+    return content["step"], best
 
 
 # ---- what a run must survive -------------------------------------------------------------------

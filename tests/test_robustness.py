@@ -193,6 +193,9 @@ TABLE = {  # by number of the point of the list that this test began with
     **{f"14 code {path}": row(FROM.replace(MODEL, path), "refused|system", put(path, pickle.dumps(
         {"model": os.system}, 2))) for path in (MODEL, "w.pkl")},
     "14 keys": row(EVAL, MODEL + "|keys", model("model", {1: torch.zeros(1)})),
+    "14 inclusive": row(PLAIN, MODEL + "|inclusive", model("convention inclusive", [[]])),
+    "14 best": row(TRAIN, LAST + "|float", last("best", np.inf)),
+    "14 no classes": row(PLAIN, MODEL + "|classes", model("classes", [])),
     "14 convention": row(EVAL, MODEL + "|keywords must be strings", model("convention", {1: 2})),
     "14 1e308": fine(EVAL, "left out", val(f"{BOX} bbox", [1e308] * 4)),
 }
