@@ -12,14 +12,13 @@ command line. train.py uses most of it: the data set, the scores, and how a proc
 
 import signal
 
-if __name__ == "__main__":  # the imports take seconds, and Ctrl-C needs no traceback: see run
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the slow imports: see run
 
 import argparse
 import contextlib
 import datetime
 import functools
-import gc
 import glob
 import io
 import itertools
@@ -45,9 +44,8 @@ from fcos import UserError
 # ---- data set ----------------------------------------------------------------------------------
 
 def coco_paths(data, split):
-    """(annotation file, image folder) of a split such as "val2017" in the layout of COCO, Roboflow,
-    `coco split`, a single file, or CVAT; COCO's where there is nothing. UserError tells how to
-    convert what YOLO and CVAT export besides."""
+    """(annotation file, image folder) of a split such as "val2017" as COCO, Roboflow, `coco split`
+    or CVAT lay them out; COCO's where there is nothing. UserError tells how to convert others."""
     data, name = Path(data), split.removesuffix("2017")
     part = {"val": "valid"}.get(name, name)
     layouts = [
@@ -100,19 +98,13 @@ def what_is_there(path):
 def read_coco(path):
     """A COCO instances JSON, checked -> its content, {image id: row}, {category id: label}, and its
     annotations as plain_boxes. Rows and labels count from 0 in rising order of the ids."""
-    collects = gc.isenabled()
-    gc.disable()  # a million objects and no garbage: to look for it takes as long as all the rest
-    try:
-        coco = read_json(path)
-        for part in ("images", "annotations", "categories"):
-            if not isinstance(coco, dict) or not isinstance(coco.get(part), list):
-                raise UserError(f"{path}: not COCO instances: it has no list {part!r}")
-        rows = numbered(coco["images"], "file_name", f"{path}: images")
-        labels = numbered(coco["categories"], "name", f"{path}: categories")
-        boxes = plain_boxes(coco["annotations"], rows, labels, path)
-    finally:
-        if collects:
-            gc.enable()
+    coco = read_json(path)
+    for part in ("images", "annotations", "categories"):
+        if not isinstance(coco, dict) or not isinstance(coco.get(part), list):
+            raise UserError(f"{path}: not COCO instances: it has no list {part!r}")
+    rows = numbered(coco["images"], "file_name", f"{path}: images")
+    labels = numbered(coco["categories"], "name", f"{path}: categories")
+    boxes = plain_boxes(coco["annotations"], rows, labels, path)
     if boxes and all(box["image_id"] < 0 for box in boxes):
         raise UserError(f"{path}: no annotation is of an image of the file; the first image_id is "
                         f"{coco['annotations'][0]['image_id']!r}, an id {next(iter(rows))!r}")
@@ -224,7 +216,7 @@ class CocoDataset:
         clipped = (np.abs(inside - xyxy) > 1).any(1)  # up to a pixel is rounding in the JSON
         for what, which in (
             ("belong to no image of the file and are left out", homeless),
-            ("have no area inside their image and are left out", ~full & ~homeless),
+            ("have no area inside their image and are not trained on", ~full & ~homeless),
             ("reach beyond their image and are clipped", clipped & full & ~homeless)):
             if which.any():
                 first = annotations[which.argmax()]
@@ -378,8 +370,7 @@ METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 def score(results, annotations, per_class=False):
     """COCO's twelve box metrics of a list of results: {"AP": ..., "AP50": ...}, from 0 to 1, or -1
     where there is nothing to find. With per_class also {"AP/<class>": ...}, and for all ("F1",
-    "threshold") and each class ("F1/<class>", ...) the best F1 at an IoU of 0.5, over thresholds of
-    the score, and this threshold."""
+    "threshold") and each class ("F1/<class>", ...) the best F1 at IoU 0.5 and its threshold."""
     try:  # the numbers of pycocotools to the last bit, many times faster
         from hotcoco import COCO, COCOeval
     except ImportError:
@@ -459,9 +450,8 @@ LEVEL_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")  # P3 to 
 def draw(image, detections, classes=None, score_threshold=0.5, min_side=480, colors=None,
          font_size=None):
     """A PIL image with one entry of model.predict drawn on it: boxes, class names and scores;
-    without "scores" they are ground truth. `colors`: one for each box instead of one a class.
-    An image whose short side has less than `min_side` pixels is enlarged, so that its text, of
-    `font_size` pixels, can be read."""
+    without "scores" they are ground truth. `colors`: one for each box instead of one a class. An
+    image whose short side has less than `min_side` pixels is enlarged; text has `font_size`."""
     from matplotlib import get_data_path  # its font has most alphabets; slow to import
 
     picture = Image.fromarray(fcos.as_image(image).permute(1, 2, 0).numpy())
@@ -619,7 +609,8 @@ def rank_and_world_size():
 def run(main, args):
     """Call a script's main; a user's mistake becomes one line on stderr and exit code 2. A process
     that fails ends at once: destroy_process_group would wait for the others."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for name, value in vars(args).items():
             if value == "":  # of a shell's variable that is not set, perhaps
@@ -675,7 +666,7 @@ def main(args):
         if getattr(args, flag) and not any(getattr(args, name) for name in needs):
             raise UserError(f"--{flag} needs --{' or --'.join(needs)}".replace("_", "-"))
     given = [name for name in ("data", "annotations", "images", "export") if getattr(args, name)]
-    if args.results and given == ["annotations"] and not args.image_dir:
+    if args.results and given == ["annotations"] and not (args.image_dir or args.model):
         print(table(score(read_json(args.results), args.annotations, args.per_class)))
         return
     if args.model is None:
@@ -688,14 +679,14 @@ def main(args):
     if args.name and rank == 0:
         convention = ", ".join(f"{name} {value}" for name, value in model.convention.items())
         print(f"{args.model}: {model.name} with {convention}", file=sys.stderr)
-    min_size, max_size = model.test_size
-    model.test_size = args.min_size or min_size, args.max_size or max_size
+    min_size, max_size = args.min_size or model.test_size[0], args.max_size or model.test_size[1]
     if args.export:
         check_target(args.export, [args.model])
-        height, width = fcos.padded_hw([model.test_size])
+        height, width = fcos.padded_hw([(min_size, max_size)])
         fcos.export_onnx(model, args.export, height, width)
         print(f"{args.export}: for padded images of {height}x{width} pixels, in fp32")
         return
+    model.test_size = min_size, max_size
     with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
         if args.images:
             unreadable = draw_folder(model, args.images, args.out, args.score_threshold,

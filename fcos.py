@@ -110,6 +110,9 @@ SCORES = {
 }
 
 
+ONE_IMAGE = str, os.PathLike, Image.Image, np.ndarray, Tensor  # rather than an iterable of images
+
+
 class UserError(ValueError):
     """A mistake in what was passed in; the scripts print it as one line, without a traceback."""
 
@@ -193,7 +196,7 @@ def pad_batch(images, hw=None):
     batch = torch.zeros(len(images), H, W, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     for slot, image, (h, w) in zip(batch, images, sizes):
         if image.dtype != torch.uint8:
-            raise UserError(f"an image of {image.dtype}: expected uint8, from 0 to 255")
+            raise UserError(f"an image of {image.dtype}: expected a uint8 tensor, from 0 to 255")
         slot[:, :h, :w] = image
     return batch, torch.tensor(sizes)
 
@@ -254,19 +257,20 @@ class ConvNorm(nn.Module):
 @contextlib.contextmanager
 def inference(model):
     """The model in eval mode, its norms of constant statistics folded into the weights, and these
-    cast to the type of autocast, once instead of in every call. No weight may change meanwhile."""
-    training, kind, norms = model.training, model.pixel_mean.device.type, []
-    for layer in model.eval().modules():
-        if isinstance(layer, ConvNorm) and hasattr(layer.norm, "running_var"):
+    cast as autocast would, once instead of in every call. Meanwhile no weight may change."""
+    training, kind = model.training, model.pixel_mean.device.type
+    layers = [layer for layer in model.modules()
+              if isinstance(layer, ConvNorm) and hasattr(layer.norm, "running_var")]
+    try:
+        for layer in layers:
             cast = torch.is_autocast_enabled(kind) and not isinstance(layer.conv, DeformConv)
             dtype = torch.get_autocast_dtype(kind) if cast else layer.conv.weight.dtype
             layer.folded = [x.to(dtype) for x in layer.fold()]
-            norms.append(layer)
-    try:
+        model.eval()
         yield
     finally:
         model.train(training)
-        for layer in norms:
+        for layer in layers:
             layer.folded = None
 
 
@@ -565,8 +569,7 @@ class Head(nn.Module):
     def forward(self, features):
         """-> {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits}. The maps of
         a further output, (B, C, h, w) or (B, h, w), become (B, P, C) or (B, P) alike. Under
-        autocast cls, by far the largest, stays in 16 bits: its loss reads them as they are and
-        computes in float32."""
+        autocast cls, by far the largest, stays in 16 bits: its loss reads them as they are."""
         levels = [self.level(*each) for each in zip(features, self.scale, self.strides)]
         return {name: torch.cat([by_location(level[name]) for level in levels], 1)
                 for name in levels[0]}
@@ -628,8 +631,7 @@ def encode(points: Tensor, boxes: list[Tensor], labels: list[Tensor], index: Ten
 
     points (P, 5): of make_points; boxes, labels: B tensors (G, 4) xyxy pixels and (G,) int64;
     index int64 (B, P): a row of the image's boxes, or -1.
-    -> {"labels": int64 (B, P), -1 for background, "ltrb": (B, P, 4) pixels, 0 for background,
-        "index"}
+    -> {"labels": int64 (B, P) or -1, "ltrb": (B, P, 4) pixels, 0 for background, "index"}
     """
     boxes = F.pad(pad_sequence(boxes, batch_first=True), (0, 0, 0, 1))  # a row, if there is no box
     labels = F.pad(pad_sequence(labels, batch_first=True), (0, 1))
@@ -671,9 +673,8 @@ def fcos_loss(outputs: dict, targets: dict, normalizers: Tensor, box_loss: str =
     outputs: of FCOS.forward; targets: of FCOS.targets; normalizers (2,): see loss_normalizers; the
     other arguments are the keywords of FCOS of the same names. With quality "centerness" the output
     "ctr" learns the centerness, which also weighs the boxes; with "iou" it learns the IoU of the
-    predicted box, and all positive locations weigh the same (AdelaiDet's BOX_QUALITY). Dense: no
-    location is gathered, nothing waits for the device, and a batch without a single box is an
-    ordinary input.
+    predicted box, and all positive locations weigh the same (AdelaiDet's BOX_QUALITY). No location
+    is gathered, nothing waits for the device, and a batch without a box is an ordinary input.
     """
     check_choices(box_loss=box_loss, unit=unit, quality=quality)
     positives, centernesses = normalizers[0].clamp(min=1), normalizers[1].clamp(min=1e-6)
@@ -754,6 +755,7 @@ class FCOS(nn.Module):
     """
 
     name = "FCOS"  # or the row of MODELS that it was made from
+    loss_keywords = list(defaults(fcos_loss))  # also where another function takes its place later
 
     def __init__(
         self,
@@ -795,7 +797,7 @@ class FCOS(nn.Module):
             self.backbone.freeze(frozen_stages)
 
         self.num_classes, self.radius = num_classes, radius
-        self.loss = {name: self.keywords[name] for name in defaults(fcos_loss)}
+        self.loss = {name: self.keywords[name] for name in self.loss_keywords}
         self.classes = self.category_ids = None
         self.test_size = tuple(test_size)
         self.set_convention(grid=grid, **(TORCH if passed else {}))
@@ -807,12 +809,14 @@ class FCOS(nn.Module):
             if type(value) is not type(CONVENTION.get(keyword)):
                 raise UserError(f"{keyword} {value!r}: expected one of, and like, {CONVENTION}")
         check_choices(**changes)
-        self.convention = {**CONVENTION, **getattr(self, "convention", {}), **changes}
+        convention = {**CONVENTION, **getattr(self, "convention", {}), **changes}
+        for name, least, count in ("mean", 0, 3), ("std", 1e-6, 3), ("bn_eps", 0, 1):
+            values = np.ravel(convention[name])
+            if len(values) != count or not ((least <= values) & (values <= 1e6)).all():
+                raise UserError(f"{name} {values}: expected {count} numbers from {least} to 1e6")
+        self.convention = convention
         for name in ("mean", "std"):
-            value = self.convention[name]
-            if len(value) != 3 or not all(map(math.isfinite, value)):
-                raise UserError(f"{name} {value}: expected three finite numbers")
-            value = torch.tensor(value).view(3, 1, 1).to(next(self.parameters()))
+            value = torch.tensor(convention[name]).view(3, 1, 1).to(next(self.parameters()))
             self.register_buffer(f"pixel_{name}", value, persistent=False)
         for module in self.modules():
             if isinstance(module, FrozenBatchNorm2d):
@@ -899,11 +903,7 @@ class FCOS(nn.Module):
         scores = scores.where(candidate, -math.inf)
 
         # ---- the best boxes of the image, without those that repeat a better one
-        if nms_threshold == 1:  # no IoU is above it
-            best, keep = scores.topk(min(max_detections, scores.shape[1]))
-            keep = keep.where(best > -math.inf, -1)
-        else:
-            keep = nms(boxes, scores, labels, nms_threshold, max_detections)
+        keep = nms(boxes, scores, labels, nms_threshold, max_detections)
         found, keep = keep >= 0, keep.clamp(min=0)
         boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)).where(found[..., None], 0)
         scores = final_score(scores.gather(1, keep).clamp(min=0)).where(found, -math.inf)
@@ -938,8 +938,7 @@ class FCOS(nn.Module):
         graph: run as CUDA graphs on a GPU, see `replay`: for many images of few sizes.
         -> a list of {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)} on the CPU, always a list
         """
-        if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
-            images = [images]
+        images = [images] if isinstance(images, ONE_IMAGE) else images
         min_size, max_size = min_size or self.test_size[0], max_size or self.test_size[1]
         device, results = self.pixel_mean.device, []
         detect = Deployed(self, **thresholds).forward
@@ -957,12 +956,12 @@ class FCOS(nn.Module):
         return results
 
     def predict_tta(self, images, nms_threshold: float = 0.6, max_detections: int = 100):
-        """`predict` with the official test-time augmentation: every image of an iterable is seen at
+        """`predict` with the official test-time augmentation: every image is seen at
         `test_size` and eight other sizes (of 800: 400, 500, ..., 1200), each time mirrored, too.
         What all the views find competes in one suppression, in pixels of the first."""
         results, device, (short, long) = [], self.pixel_mean.device, self.test_size
-        sizes = [(short * n // 8, round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
-        for image in map(as_image, images):
+        sizes = [(max(short * n // 8, 1), round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
+        for image in map(as_image, [images] if isinstance(images, ONE_IMAGE) else images):
             (H, W), views = image.shape[1:], []
             for size in [self.test_size, *sizes]:
                 views += self.predict([image, image.flip(2)], *size, batch_size=2,
@@ -1362,13 +1361,13 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
             refuse(f"{name} is {tuple(value.shape)} in the file and {tuple(own[name].shape)} in "
                    f"the model{hint}")
 
-    model.load_state_dict(renamed, strict=False)
     convention = families()[family][1] | input_convention(model, weights)
     if family == "fcos":
         convention = content.get("convention", {})
     elif family in DETECTORS and model.num_classes == 80 and not (classes or model.classes):
         model.classes, model.category_ids = list(COCO.values()), list(COCO)
     model.set_convention(**convention)
+    model.load_state_dict(renamed, strict=False)
     return {"family": family, "convention": model.convention, "loaded": list(renamed),
             "ignored": list(unknown), "missing": missing, "new_classes": new_classes}
 
@@ -1395,8 +1394,7 @@ def hub_file(name: str, classifier: str | None = None) -> Path:
 def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "FCOS":
     """A model in eval mode from a file alone, if it is one of our own checkpoints or torchvision's;
     those of other families do not say which architecture they are of: `name` is a row of MODELS.
-    "coco" is torchvision's own file: see hub_file. A model whose backbone was a module of your own
-    needs one, to be filled, as `backbone`."""
+    "coco" is torchvision's own file: see hub_file. `backbone`: if it was a module of your own."""
     path = hub_file("coco") if path == "coco" else path
     _, content, state, family, mark = weights = open_weights(path)
     if family not in DETECTORS:
@@ -1426,7 +1424,7 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
             if value is not None and (not isinstance(value, (list, tuple)) or len(value) != length):
                 raise UserError(f"{name} {value!r:.99}: expected {length} of them")
             setattr(model, name, value)
-        resized_hw(1, 1, *model.test_size)  # is it a size?
+        range(resized_hw(1, 1, *model.test_size)[0])  # is it a size?
         load_weights(model, weights)
     except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
         # made by hand, or damaged
@@ -1445,9 +1443,11 @@ def checkpoint(model: "FCOS") -> dict:
 def atomic_write(path, mode="wb", keep=None):
     """Open a file for writing that appears at `path` whole, when the block ends, or not at all.
     What was there moves to `keep`, if given. UserError if it cannot be written."""
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.fcos.tmp"
     try:
-        with open(regular(temporary), mode) as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)  # of a process that was killed
+        with open(temporary, mode.replace("w", "x")) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -12,8 +12,8 @@ same command again resumes from the last checkpoint in --out.
 
 import signal
 
-if __name__ == "__main__":  # the imports take seconds, and Ctrl-C needs no traceback: see run
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the slow imports: see run
 
 import argparse
 import ast
@@ -27,8 +27,8 @@ import tempfile
 import time
 import uuid
 import warnings
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -196,12 +196,8 @@ def resolve(args):
 STREAMS = {"group": 0, "order": 2, "sizes": 1, "augment": 2}
 
 
-class Plan(NamedTuple):
-    """The images of a step, one in each slot, and how they are resized."""
-
-    rows: list[int]  # of the data set
-    sizes: list[tuple[int, int]]  # height and width of each
-    padded_hw: tuple[int, int]  # of all
+# The images of a step: rows of the data set, and (height, width) of each resized, of all padded.
+Plan = namedtuple("Plan", "rows sizes padded_hw")
 
 
 class TrainBatches(Dataset):
@@ -624,21 +620,23 @@ class RunFiles:
         self.out, rows = out, []
         self.replaces = list(self.NAMES[:3]) if start == 0 else []
         self.made_with = {"launch": launch, "torch": str(torch.__version__)}
-        if start and (out / "log.jsonl").is_file():  # without the rows that will be written again
-            for line in (out / "log.jsonl").read_text(errors="replace").splitlines():
+        renew = start == 0 and (out / "log.jsonl").exists()
+        self.path = out / ("log.new.jsonl" if renew else "log.jsonl")
+        if start and self.path.is_file():  # without the rows that will be written again
+            for line in self.path.read_text(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a row that is torn
                     entry = json.loads(line)
                     if entry["step"] < start or (entry["step"] == start and "AP" not in entry):
                         rows.append(line + "\n")
-        with fcos.atomic_write(out / "log.jsonl", "w") as file:
+        with fcos.atomic_write(self.path, "w") as file:
             file.writelines(rows)
 
     def log(self, step, **values):
         try:
-            with open(self.out / "log.jsonl", "a") as file:
+            with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
-            tqdm.write(f"{self.out / 'log.jsonl'}: {error.strerror}", file=sys.stderr)
+            tqdm.write(f"{self.path}: {error.strerror}", file=sys.stderr)
 
     def checkpoint(self, step, settings, model, saved, best):
         content = {"settings": settings, "step": step, "best": best, "made_with": self.made_with,
@@ -654,6 +652,8 @@ class RunFiles:
             return
         for name in self.replaces:  # by --fresh: they go when there is something in their place
             (self.out / name).unlink(missing_ok=True)
+        if self.replaces and self.path.exists():
+            self.path = self.path.replace(self.out / "log.jsonl")
         self.replaces = []
 
     def best(self, model, metrics):
@@ -696,27 +696,29 @@ def resume(out, settings, model, saved, say, launch=None):
         new = settings | {"classes": model.classes}
         changed = [f"{key} {old[key]} there, {new[key]} here"
                    for key in new if key != "model" and new[key] != old[key]]
-        if changed:
-            raise UserError(f"{out}: holds a run of other settings ({'; '.join(changed)}); repeat "
-                            "them, start over with --fresh, or choose another --out (and --weights "
-                            f"{path}, to train on with a schedule of its own)")
-        if content["step"] not in range(settings["iters"] + 1):
-            raise ValueError(f"step {content['step']!r}")
-        best = content.get("best") and dict(content["best"], AP=float(content["best"]["AP"]))
-        held = content["model"]
-        fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos", None))
-        for name, thing in saved.items():
-            thing.load_state_dict(content[name])
-    except UserError:
-        raise
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        if not changed:
+            step, held, best = content["step"], content["model"], content.get("best")
+            if type(step) is not int or step not in range(settings["iters"] + 1):
+                raise ValueError(f"step {step!r}")
+            best = best and best | {"AP": float(best["AP"])}
+            fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos", None))
+            for name, thing in saved.items():
+                thing.load_state_dict(content[name])
+                for x in torch.utils._pytree.tree_leaves(thing.state_dict()):
+                    if isinstance(x, torch.Tensor) and not x.isfinite().all():
+                        raise ValueError(f"{name} holds NaN or infinity")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         what = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise UserError(f"{path}: cannot be resumed ({what}); --fresh starts over") from None
+    if changed:
+        raise UserError(f"{out}: holds a run of other settings ({'; '.join(changed)}); repeat "
+                        "them, start over with --fresh, or choose another --out (and --weights "
+                        f"{path}, to train on with a schedule of its own)")
     for problem in problems:
         say(f"{problem}; {path} takes its place")
-        (out / "last.pt").unlink(missing_ok=True)  # or it would become the next previous.pt
-    say(f"{out}: resumes after step {content['step']} of {settings['iters']}")
-    return content["step"], best
+        os.replace(out / "last.pt", out / "damaged.pt")  # or it would become the next previous.pt
+    say(f"{out}: resumes after step {step} of {settings['iters']}")
+    return step, best
 
 
 # ---- what a run must survive -------------------------------------------------------------------
@@ -794,8 +796,7 @@ def _background(rng, w, h):
 
 def _scene(rng):
     """One picture, uint8 (h, w, 3), and its objects as COCO annotations without ids. A box is tight
-    around the object's part inside the picture, covered or not. Two share at most 30 % of the
-    smaller one."""
+    around the part inside the picture, covered or not. Two share at most 30 % of the smaller."""
     w, h = rng.permutation([128, rng.choice([144, 152, 160])]).tolist()
     image, objects, masks = _background(rng, w, h), [], []
     sizes = np.sort(10 * 5.5 ** rng.uniform(size=rng.integers(6, 11)))

@@ -199,8 +199,7 @@ def batched_nms(
 
     Returns (B, max_detections) int64: indices by falling score, then -1. Not differentiable.
 
-    Raises ValueError for another shape or device, a threshold outside [0, 1], or max_detections
-    below 1.
+    Raises ValueError for other shapes and devices, thresholds outside [0, 1], max_detections < 1.
     """
     shape = scores.shape
     if len(shape) != 2 or boxes.shape != (*shape, 4) or labels.shape != shape:

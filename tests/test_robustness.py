@@ -20,7 +20,7 @@ import fuzz
 import numpy as np
 import pytest
 import torch
-from fuzz import DRAW, EVAL, FOUND, FROM, LAST, MODEL, PHOTO, SCORE, TRAIN, VAL
+from fuzz import DRAW, EVAL, FOUND, FROM, LAST, MODEL, PHOTO, SAVE, SCORE, TRAIN, VAL
 from PIL import Image
 
 import fcos
@@ -65,6 +65,15 @@ def adam():
     last("settings optimizer", "Adam")()
 
 
+def spoilt_average():
+    """A run with a moving average of which all is NaN."""
+    content = torch.load(LAST)
+    content["settings"]["ema"] = 0.9
+    content["ema"] = {name: x * torch.nan if x.is_floating_point() else x
+                      for name, x in content["model"]["model"].items()}
+    torch.save(content, LAST)
+
+
 def load_spoilt():
     """Weights of which the last is NaN; the first must not be loaded either."""
     content, loaded = fcos.read_checkpoint(MODEL), fcos.load(MODEL)
@@ -80,9 +89,10 @@ def load_spoilt():
 # ---- the table -----------------------------------------------------------------------------------
 
 
-def row(line, says, *steps, code=2, changes="", same=None):
+def row(line, says, *steps, code=2, changes="", same=None, kept=None):
     """A command line or a function; what its one line of error, or any line if it succeeds, names
-    (a|b: both); preparations; the files that may change; what must lead to the same stdout."""
+    (a|b: both); preparations; the files that may change; what must lead to the same stdout; and
+    {file: where it must have been moved}."""
     return types.SimpleNamespace(**locals())
 
 
@@ -93,13 +103,12 @@ TABLE = {  # by number of the point of the list that this test began with
     # ---- no start that fails, and nothing that is written, costs a file
     **{f"{point} kernels": row(line, "FCOS_KERNELS|cupy", partial(
         os.environ.update, FCOS_KERNELS="foo")) for point, line in ((1, FRESH), (13, EVAL))},
-    "1 rate": row(FRESH + " --lr 1e30", "not finite", changes=LOG),
-    "1 huge rate": row(FRESH + " --lr 1e300", "1e+300", changes=LOG),
-    "1 memory": row(FRESH + " --min-size 20000 --max-size 30000", "memory", fuzz.little_memory,
-                    changes=LOG),
-    "1 batch": row(FRESH + " --batch-size 1000000000000", "llocate", changes=LOG),
+    "1 rate": row(FRESH + " --lr 1e30", "not finite"),
+    "1 huge rate": row(FRESH + " --lr 1e300", "1e+300"),
+    "1 memory": row(FRESH + " --min-size 20000 --max-size 30000", "memory", fuzz.little_memory),
+    "1 batch": row(FRESH + " --batch-size 1000000000000", "llocate"),
     "1 heights": row(FRESH, "annotations say", fuzz.change(fuzz.TRAIN_JSON, "images", lambda rows: [
-        row | {"height": 50} for row in rows]), changes=LOG),
+        row | {"height": 50} for row in rows])),
     "2 previous.pt": row(f"{FRESH} --weights {PREVIOUS}", PREVIOUS, partial(os.remove, MODEL)),
     "2 last.pt": row(f"{FRESH} --weights {LAST}", LAST, partial(os.remove, MODEL)),
     **{f"3 over {path}": row(f"{EVAL} --save-json {path}", path + "|input of this run")
@@ -116,7 +125,7 @@ TABLE = {  # by number of the point of the list that this test began with
     # ---- no wrong result without a word
     "7 NaN": fine(SCORE, "AP", val(f"{BOX} bbox", [np.nan] * 4), same=val(BOX, ...)),
     "7 area": fine(SCORE, "AP", val(f"{BOX} area", -1), same=val(f"{BOX} area", ...)),
-    "7 notes": fine(EVAL, "left out", val(f"{BOX} bbox", [1, 1, 0, 0])),
+    "7 notes": fine(EVAL, "not trained on", val(f"{BOX} bbox", [1, 1, 0, 0])),
     "7 text": row(SCORE, "no annotation is of an image", val("annotations", lambda rows: [
         row | {"image_id": str(row["image_id"])} for row in rows])),
     "7 twice": row(SCORE, "images|2 times", val("images", lambda rows: rows + rows[:1])),
@@ -194,10 +203,23 @@ TABLE = {  # by number of the point of the list that this test began with
         {"model": os.system}, 2))) for path in (MODEL, "w.pkl")},
     "14 keys": row(EVAL, MODEL + "|keys", model("model", {1: torch.zeros(1)})),
     "14 inclusive": row(PLAIN, MODEL + "|inclusive", model("convention inclusive", [[]])),
+    **{f"14 {what}": row(PLAIN, MODEL + "|" + what.split()[0], model(f"convention {name}", value))
+       for what, name, value in (("std of 0", "std", (0.0,) * 3), ("mean of 1e300", "mean", (
+           1e300,) * 3), ("bn_eps NaN", "bn_eps", np.nan), ("bgr no", "bgr", "no"))},
+    "14 size": row(PLAIN, MODEL + "|float", model("test_size", (64.5, 96.5))),
+    "14 EMA": row(TRAIN + " --ema 0.9", LAST + "|ema holds NaN", spoilt_average),
+    "14 momentum": row(TRAIN, LAST + "|optimizer holds NaN", last(
+        "optimizer state 0 momentum_buffer", lambda x: x * torch.nan)),
+    "14 foreign last.pt": fine(TRAIN, "takes its place", put(LAST, b"yolo weights"),
+                               changes="run/*", kept={LAST: "run/damaged.pt"}),
+    "14 link": fine(SAVE, "AP", partial(os.symlink, MODEL, "saved.json.fcos.tmp"), partial(
+        os.symlink, MODEL, "saved.json.tmp"), changes="saved.json.fcos.tmp"),
+    "14 fresh log": row(FRESH + " --lr 1e30", "not finite", changes="run/log.new.jsonl"),
+    "14 model and results": row(SCORE.replace("evaluate.py", "evaluate.py gone.pt"), "one thing"),
     "14 best": row(TRAIN, LAST + "|float", last("best", np.inf)),
     "14 no classes": row(PLAIN, MODEL + "|classes", model("classes", [])),
     "14 convention": row(EVAL, MODEL + "|keywords must be strings", model("convention", {1: 2})),
-    "14 1e308": fine(EVAL, "left out", val(f"{BOX} bbox", [1e308] * 4)),
+    "14 1e308": fine(EVAL, "not trained on", val(f"{BOX} bbox", [1e308] * 4)),
 }
 
 
@@ -236,7 +258,8 @@ def test_input(here, made, name):
     assert code == 0 or len(lines) == 1 or "left out" in err
     assert [path for path, content in before.items()
             if after.get(path) != content and not fnmatch(path, row.changes)] == []
-    assert not [path for path in after if path.endswith(".tmp")]
+    assert not [path for path in after if path.endswith(".tmp") and path not in before]
+    assert all(before[old] == after[new] for old, new in (row.kept or {}).items())
     if row.same:
         shutil.copytree(made, ".", dirs_exist_ok=True)
         row.same()

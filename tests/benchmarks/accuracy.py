@@ -120,6 +120,21 @@ def no_centerness_at_test():
     fcos.FCOS.decode = decode
 
 
+def views_at_test():
+    predict = evaluate.predict
+    evaluate.predict = functools.partial(predict, tta=True)
+
+
+def bf16_at_test():
+    predict = evaluate.predict
+
+    def in_bf16(*args):
+        with torch.autocast("cpu", torch.bfloat16):
+            return predict(*args)
+
+    evaluate.predict = in_bf16
+
+
 def no_centerness():
     """Neither as a weight of the boxes, nor learned, nor in the score."""
     ours = fcos.fcos_loss
@@ -187,7 +202,7 @@ CONFIGS = {
     "plain": Config("bccd", "--set activation=exp ctr_on=cls radius=0.0 box_loss=iou unit=pixel",
                     paper=-1.5),
     "imprv": Config("bccd", base="torchvision"),
-    "imprv, quality iou": Config("bccd", "--set quality=iou", base="torchvision"),
+    "imprv, quality iou": Config("bccd", "--set quality=iou"),
     "no centerness": Config("ablation", patch=no_centerness, paper=-3.6),
     "no centerness at test": Config("ablation", patch=no_centerness_at_test, from_base=True),
     "centerness on class tower": Config("ablation", "--set ctr_on=cls", paper=-0.3),
@@ -200,6 +215,8 @@ CONFIGS = {
     "mixed sizes, padded in pairs": Config("padding", SIZES, pad_pairs, base="mixed sizes"),
     "EMA 0.99": Config("extras", "--ema 0.99"),
     "augmented": Config("extras", "--augment"),
+    "bf16 at test": Config("extras", patch=bf16_at_test, from_base=True),
+    "18 views at test": Config("extras", patch=views_at_test, from_base=True),
     "2 threads (rounding alone)": Config("invariance", threads=2),
     "2 processes": Config("invariance", processes=2),
     "2 micro-batches": Config("invariance", "--accumulate 2"),
