@@ -689,10 +689,9 @@ def main(args):
     model.test_size = min_size, max_size
     with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
         if args.images:
-            unreadable = draw_folder(model, args.images, args.out, args.score_threshold,
-                                     args.workers)
-            if unreadable:
-                raise UserError(f"files that could not be read: {len(unreadable)}")
+            bad = draw_folder(model, args.images, args.out, args.score_threshold, args.workers)
+            if bad:
+                raise UserError(f"files that could not be read: {len(bad)}")
             return
         annotations, image_dir = coco_paths(args.data or ".", args.split)
         dataset = CocoDataset(args.annotations or annotations, args.image_dir or image_dir)

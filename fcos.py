@@ -956,9 +956,9 @@ class FCOS(nn.Module):
         return results
 
     def predict_tta(self, images, nms_threshold: float = 0.6, max_detections: int = 100):
-        """`predict` with the official test-time augmentation: every image is seen at
-        `test_size` and eight other sizes (of 800: 400, 500, ..., 1200), each time mirrored, too.
-        What all the views find competes in one suppression, in pixels of the first."""
+        """`predict` with the official test-time augmentation: an image is seen at `test_size` and
+        eight other sizes (of 800: 400, 500, ..., 1200), each time mirrored, too. What all views
+        find, before any suppression, competes in one, in pixels of the first."""
         results, device, (short, long) = [], self.pixel_mean.device, self.test_size
         sizes = [(max(short * n // 8, 1), round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
         for image in map(as_image, [images] if isinstance(images, ONE_IMAGE) else images):

@@ -614,7 +614,7 @@ class RunFiles:
     """log.jsonl, last.pt, previous.pt, model.pt and metrics.json of a run, which rank 0 writes. A
     full disk costs the write and not the run: it is told on stderr, and the older file stays."""
 
-    NAMES = ("previous.pt", "model.pt", "metrics.json", "last.pt", "log.jsonl")
+    NAMES = ("previous.pt", "model.pt", "metrics.json", "last.pt", "log.jsonl", "log.new.jsonl")
 
     def __init__(self, out, start, launch):
         self.out, rows = out, []
@@ -716,7 +716,8 @@ def resume(out, settings, model, saved, say, launch=None):
                         f"{path}, to train on with a schedule of its own)")
     for problem in problems:
         say(f"{problem}; {path} takes its place")
-        os.replace(out / "last.pt", out / "damaged.pt")  # or it would become the next previous.pt
+        with contextlib.suppress(FileNotFoundError):  # another rank may have been faster
+            os.replace(out / "last.pt", out / "damaged.pt")  # or it were the next previous.pt
     say(f"{out}: resumes after step {step} of {settings['iters']}")
     return step, best
 
