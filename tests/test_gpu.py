@@ -235,6 +235,17 @@ def test_predict_runs_on_the_device():
     assert sum(len(f["scores"]) for f in found) > 20
 
 
+def test_views_are_merged_on_the_device_as_on_the_cpu():
+    model = detector("shapes")
+    model.test_size, images = (96, 128), list(batch()[0])
+    here = model.predict_tta(images)
+    for found, expected in zip(here, model.cpu().predict_tta(images), strict=True):
+        assert len(found["scores"]) == len(expected["scores"]) > 20
+        same = found["labels"] == expected["labels"]  # a last bit may turn two about
+        assert same.float().mean() > 0.9
+        torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-3, atol=1e-3)
+
+
 # ---- the trainer -------------------------------------------------------------------------------
 
 
