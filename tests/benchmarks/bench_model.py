@@ -106,9 +106,12 @@ class Inference:
         model = our_model().eval()
         if compiled:
             model.compile(dynamic=False, backend=self.backend)
+        folded = fcos.inference(model)  # as in predict, where it is open for all images
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, bf16):
+            folded.__enter__()
 
         @torch.no_grad()
-        def run():
+        def run(_=folded):
             with torch.autocast(DEVICE.type, torch.bfloat16, bf16):
                 outputs = model(self.padded, self.sizes)
             return model.decode(outputs, self.sizes)
