@@ -323,8 +323,8 @@ def predict(model, dataset, batch_size=1, workers=2, tta=False, **thresholds):
     images: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}, ...].
 
     Images of one padded size go together, so that the prediction for an image does not depend on
-    those beside it. Every process of torch.distributed takes its share, none twice; the list is
-    complete on rank 0 and None elsewhere. tta: see FCOS.predict_tta.
+    those beside it. Every process of torch.distributed takes its share of these batches; the list
+    is complete on rank 0 and None elsewhere. tta: see FCOS.predict_tta.
     """
     rank, world_size = rank_and_world_size()
     batches, alike = [], {}
@@ -677,8 +677,7 @@ def main(args):
     rank, _, device = start_process(args.device)
     model = fcos.load(args.model, args.name).to(device)
     if args.name and rank == 0:
-        convention = ", ".join(f"{name} {value}" for name, value in model.convention.items())
-        print(f"{args.model}: {model.name} with {convention}", file=sys.stderr)
+        print(f"{args.model}: {model.name} with {model.convention}", file=sys.stderr)
     min_size, max_size = args.min_size or model.test_size[0], args.max_size or model.test_size[1]
     if args.export:
         check_target(args.export, [args.model])

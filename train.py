@@ -156,11 +156,9 @@ def resolve(args):
     if unknown or lacks:
         raise UserError(f"recipe {args.recipe}: lacks {lacks or 'nothing'}; has no use for "
                         f"{unknown or 'nothing'}")
+    given = {name: value for name, value in vars(args).items() if value is not None}
     settings = {"recipe": args.recipe, "decays": DECAYS} | recipe
-    for name in ("weights", "iters", "lr", "min_size", "max_size", "batch_size"):
-        given = getattr(args, name)
-        if given is not None:
-            settings[name] = given
+    settings |= {name: given[name] for name in recipe.keys() & given.keys() - {"data"}}
     if args.lr is None:
         settings["lr"] *= settings["batch_size"] / recipe["batch_size"]
     settings["warmup"] = min(settings["warmup"], settings["iters"] // 10)  # of a short run
@@ -380,6 +378,9 @@ def load_data(settings, rank, world_size, say):
     datasets = []
     for split in ("train", "val"):
         path = settings[f"{split}_annotations"]
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such file; {evaluate.what_is_there(path)}; other places "
+                            "are named by --train-annotations, --train-images and so on")
         datasets.append(data := evaluate.CocoDataset(path, settings[f"{split}_images"]))
         say(f"{path}: {len(data)} images, {len(data.boxes)} boxes of {len(data.classes)} classes: "
             f"{', '.join(map(str, data.classes)):.100}")

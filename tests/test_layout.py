@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import json
 import re
 import shlex
 import subprocess
@@ -254,6 +255,9 @@ def test_the_python_of_the_readme_runs(code, tmp_path, monkeypatch):
     if "model.onnx" in code:
         pytest.importorskip("onnxscript")
         fcos.export_onnx(model, "model.onnx", 64, 96)
+    if "results.json" in code:
+        dataset = evaluate.CocoDataset(*evaluate.coco_paths("data/shapes", "val2017"))
+        Path("results.json").write_text(json.dumps(evaluate.predict(model, dataset, workers=0)))
     if "clip.mp4" in code:
         write_clip("clip.mp4", frames=3)
     exec(code, {})

@@ -1001,7 +1001,7 @@ def wrong(tmp_path_factory, shapes):
 
 MISTAKES = {
     "unknown recipe": ("fcos_R_51 --data {data}", "fcos_R_50_FPN_1x"),
-    "no COCO": ("fcos_R_50_FPN_1x --data {tmp}/coco --weights none", "instances_train2017"),
+    "no COCO": ("fcos_R_50_FPN_1x --data {tmp}/coco --weights none", "--train-images"),
     "no such data": ("shapes --data {tmp}/nowhere", "nowhere"),
     "no annotations": ("shapes --data {tmp}/no_json", "instances_train2017.json"),
     "no images": ("shapes --data {tmp}/no_images", "train2017"),
