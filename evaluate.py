@@ -216,7 +216,7 @@ class CocoDataset:
         clipped = (np.abs(inside - xyxy) > 1).any(1)  # up to a pixel is rounding in the JSON
         for what, which in (
             ("belong to no image of the file and are left out", homeless),
-            ("have no area inside their image and are not trained on", ~full & ~homeless),
+            ("have no area inside their image and are no targets", ~full & ~homeless),
             ("reach beyond their image and are clipped", clipped & full & ~homeless)):
             if which.any():
                 first = annotations[which.argmax()]
@@ -388,9 +388,6 @@ def score(results, annotations, per_class=False):
         if not all(isinstance(x, (int, float)) and abs(x) < 1e300 for x in numbers):
             raise UserError(f"results: expected finite numbers as bbox and score in {result}")
         box.update(score=numbers[4], area=box["bbox"][2] * box["bbox"][3])
-    if homeless := sum(box["image_id"] < 0 for box in truth):
-        tqdm.write(f"{annotations}: {homeless} of {len(truth)} boxes belong to no image of the "
-                   "file and are left out", file=sys.stderr)
 
     names = {category["id"]: f"{category['name']}" for category in coco["categories"]}
 
@@ -614,7 +611,7 @@ def run(main, args):
     try:
         for name, value in vars(args).items():
             if value == "":  # of a shell's variable that is not set, perhaps
-                raise UserError(f"--{name.replace('_', '-')} is empty")
+                raise UserError(f"an argument is empty: {name}")
         main(args)
     except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # out of memory
@@ -631,7 +628,7 @@ def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("model", nargs="?", help='model.pt of a run, "coco", or a file of another FCOS family')
-    add("--model", dest="name", help="row of fcos.MODELS, for files that do not say")
+    add("--model", dest="row", help="row of fcos.MODELS, for files that do not say")
     add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
     add("--min-size", type=positive_int, help="pixels of the short side (the model's own)")
@@ -639,13 +636,13 @@ def parse_args(argv=None):
     add("--workers", type=not_negative, default=2, help="loader processes, a process (%(default)s)")
     add("--export", metavar="F.onnx", help="write it as ONNX, --min-size high and --max-size wide")
     add = parser.add_argument_group("score it on a data set").add_argument
-    add("--data", help="folder in COCO's layout, Roboflow's, or with annotations.json and images/")
+    add("--data", help="folder as COCO, Roboflow, CVAT or `coco split` lay it out")
     add("--split", default="val2017", help="which part of --data (%(default)s)")
     add("--annotations", help="COCO JSON, instead of --data")
     add("--image-dir", help="the folder of its images")
     add("--batch-size", type=positive_int, help="images at a time (8 on a GPU, 1 elsewhere)")
     add("--save-json", metavar="F", help="write the detections in COCO's results format")
-    add("--tta", action="store_true", help="test-time augmentation: 18 views of every image")
+    add("--tta", action="store_true", help="test-time augmentation: 18 views, two at a time")
     add("--per-class", action="store_true", help="also of each class: AP, best F1 and its score")
     add("--results", metavar="R", help="score this results file instead; needs --annotations")
     add = parser.add_argument_group("draw what it finds").add_argument
@@ -668,6 +665,8 @@ def main(args):
     given = [name for name in ("data", "annotations", "images", "export") if getattr(args, name)]
     if args.results and given == ["annotations"] and not (args.image_dir or args.model):
         print(table(score(read_json(args.results), args.annotations, args.per_class)))
+        if homeless := sum(box["image_id"] < 0 for box in read_coco(args.annotations)[3]):
+            print(f"{args.annotations}: {homeless} boxes belong to no image in it", file=sys.stderr)
         return
     if args.model is None:
         raise UserError("name a model: a file such as runs/shapes/model.pt, or coco")
@@ -675,8 +674,8 @@ def main(args):
         raise UserError("say one thing to do: --data, or --annotations with --image-dir or with "
                         "--results, --images with --out, or --export")
     rank, _, device = start_process(args.device)
-    model = fcos.load(args.model, args.name).to(device)
-    if args.name and rank == 0:
+    model = fcos.load(args.model, args.row).to(device)
+    if args.row and rank == 0:
         print(f"{args.model}: {model.name} with {model.convention}", file=sys.stderr)
     min_size, max_size = args.min_size or model.test_size[0], args.max_size or model.test_size[1]
     if args.export:

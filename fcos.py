@@ -237,14 +237,13 @@ class ConvNorm(nn.Module):
         conv = DeformConv if dcn else nn.Conv2d
         self.conv = conv(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = NORMS[norm](c_out)
-
-    folded = None  # the result of fold, in `inference`
+        self.folded = None  # the result of fold, in `inference`
 
     def fold(self):
         """A norm with constant statistics as a part of the convolution: its weight and bias."""
         scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
-        weight = self.conv.weight * scale[:, None, None, None]
-        return weight, self.norm.bias - self.norm.running_mean * scale
+        mean = self.norm.running_mean - (0 if self.conv.bias is None else self.conv.bias)
+        return self.conv.weight * scale[:, None, None, None], self.norm.bias - mean * scale
 
     def forward(self, x):
         # In training a frozen norm is folded in every call: one product per weight instead of
@@ -257,10 +256,10 @@ class ConvNorm(nn.Module):
 @contextlib.contextmanager
 def inference(model):
     """The model in eval mode, its norms of constant statistics folded into the weights, and these
-    cast as autocast would, once instead of in every call. Meanwhile no weight may change."""
+    cast as autocast would, once. Meanwhile no weight may change and no other call begin or end."""
     training, kind = model.training, model.pixel_mean.device.type
-    layers = [layer for layer in model.modules()
-              if isinstance(layer, ConvNorm) and hasattr(layer.norm, "running_var")]
+    layers = [layer for layer in model.modules() if isinstance(layer, ConvNorm)]
+    layers = [layer for layer in layers if getattr(layer.norm, "running_var", None) is not None]
     try:
         for layer in layers:
             cast = torch.is_autocast_enabled(kind) and not isinstance(layer.conv, DeformConv)
@@ -755,7 +754,7 @@ class FCOS(nn.Module):
     """
 
     name = "FCOS"  # or the row of MODELS that it was made from
-    loss_keywords = list(defaults(fcos_loss))  # also where another function takes its place later
+    loss_keywords = list(defaults(fcos_loss))  # read now: what takes its place may have others
 
     def __init__(
         self,
@@ -806,8 +805,8 @@ class FCOS(nn.Module):
     def set_convention(self, **changes):
         """Change what the weights expect of pixels and boxes: keywords of CONVENTION."""
         for keyword, value in changes.items():
-            if type(value) is not type(CONVENTION.get(keyword)):
-                raise UserError(f"{keyword} {value!r}: expected one of, and like, {CONVENTION}")
+            if keyword not in CONVENTION or type(value) is not type(CONVENTION[keyword]):
+                raise UserError(f"{keyword} {value!r}: expected it as in {CONVENTION}")
         check_choices(**changes)
         convention = {**CONVENTION, **getattr(self, "convention", {}), **changes}
         for name, least, count in ("mean", 0, 3), ("std", 1e-6, 3), ("bn_eps", 0, 1):
@@ -967,7 +966,7 @@ class FCOS(nn.Module):
                 views += self.predict([image, image.flip(2)], *size, batch_size=2,
                                       nms_threshold=1, max_detections=5000)
                 x1, y1, x2, y2 = views[-1]["boxes"].unbind(1)
-                pixel = W / resized_hw(H, W, *size)[1]  # of the view; the last one begins at W - it
+                pixel = W / resized_hw(H, W, *size)[1]  # the view's; inclusive boxes end at W - it
                 right = W + (1 - pixel) * self.convention["inclusive"]
                 views[-1]["boxes"] = torch.stack([right - x2, y1, right - x1, y2], 1)
             found = {name: torch.cat([view[name] for view in views]) for name in views[0]}
@@ -1186,7 +1185,8 @@ def read_checkpoint(path):
             with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused
                 return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        why = "damaged" if error.errno == errno.EINVAL else error.strerror or error  # torn: EINVAL
+        torn = error.errno == errno.EINVAL  # torch.load looks before the beginning
+        why = "damaged" if torn else error.strerror or error
         raise UserError(f"{path}: {why}") from None
     except Exception as error:  # junk makes the readers raise nearly anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -1362,12 +1362,11 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
                    f"the model{hint}")
 
     convention = families()[family][1] | input_convention(model, weights)
-    if family == "fcos":
-        convention = content.get("convention", {})
-    elif family in DETECTORS and model.num_classes == 80 and not (classes or model.classes):
-        model.classes, model.category_ids = list(COCO.values()), list(COCO)
-    model.set_convention(**convention)
+    model.set_convention(**content.get("convention", {}) if family == "fcos" else convention)
     model.load_state_dict(renamed, strict=False)
+    if family in DETECTORS and family != "fcos" and model.num_classes == 80:
+        if not (classes or model.classes):
+            model.classes, model.category_ids = list(COCO.values()), list(COCO)
     return {"family": family, "convention": model.convention, "loaded": list(renamed),
             "ignored": list(unknown), "missing": missing, "new_classes": new_classes}
 
@@ -1424,7 +1423,7 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
             if value is not None and (not isinstance(value, (list, tuple)) or len(value) != length):
                 raise UserError(f"{name} {value!r:.99}: expected {length} of them")
             setattr(model, name, value)
-        range(resized_hw(1, 1, *model.test_size)[0])  # is it a size?
+        range(*model.test_size), resized_hw(1, 1, *model.test_size)  # whole pixels that fit?
         load_weights(model, weights)
     except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
         # made by hand, or damaged
@@ -1441,7 +1440,7 @@ def checkpoint(model: "FCOS") -> dict:
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb", keep=None):
-    """Open a file for writing that appears at `path` whole, when the block ends, or not at all.
+    """Open a file for writing, one process at a time, that appears whole at `path`, or not at all.
     What was there moves to `keep`, if given. UserError if it cannot be written."""
     temporary = f"{path}.fcos.tmp"
     try:

@@ -111,8 +111,8 @@ def parse_args(argv=None):
     parser.add_argument("recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x",
                         help="of RECIPES (%(default)s)")
     add = group("data").add_argument
-    add("--data", help="folder in COCO's layout, Roboflow's, or with annotations.json and images/ "
-        "(data/coco; data/shapes for shapes)")
+    add("--data", help="folder as COCO, Roboflow, CVAT or `coco split` lay it out (data/coco; for "
+        "shapes data/shapes)")
     add("--train-images", metavar="DIR", help="own data, instead of --data: all four")
     add("--train-annotations", metavar="JSON")
     add("--val-images", metavar="DIR")
@@ -435,9 +435,9 @@ def main(args):
     launch = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("SLURM_RESTART_COUNT")
     if args.fresh and not any(count and count.isdigit() and int(count) for count in restarts):
-        start, best = 0, None
+        start, best, damaged = 0, None, False
     else:
-        start, best = resume(out, settings, model, saved, say, launch if args.fresh else None)
+        start, best, damaged = resume(out, settings, model, saved, say, args.fresh and launch)
     if start == 0 and not args.fresh and (out / "model.pt").exists():
         raise UserError(f"{out}: holds a model.pt and no checkpoint; choose another --out, or "
                         "--fresh to replace it")
@@ -452,7 +452,7 @@ def main(args):
         evaluate.check_target(out / name, inputs)
 
     # ---- from here on the run is under way
-    files = RunFiles(out, start, launch) if rank == 0 else None
+    files = RunFiles(out, start, launch, damaged) if rank == 0 else None
     on_gpu = device.type == "cuda"
     workers = (4 if on_gpu else 1) if args.workers is None else args.workers
     batches = TrainBatches(train_set, settings, rank, world_size, micro_batches)
@@ -493,7 +493,8 @@ def main(args):
             if sys.platform == "linux" and not on_gpu:
                 from resource import RUSAGE_SELF, getrusage  # Windows has none, macOS other units
                 peak = getrusage(RUSAGE_SELF).ru_maxrss / 2**20
-            told = f"step {step}: AP {metrics['AP']:.3f}, memory at most {peak:.1f} GiB"
+            memory = f", memory at most {peak:.1f} GiB" * (peak > 0)
+            told = f"step {step}: AP {metrics['AP']:.3f}{memory}"
             if args.compile:
                 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
                 told += f", {graphs} compiled graphs"
@@ -615,10 +616,13 @@ class RunFiles:
     """log.jsonl, last.pt, previous.pt, model.pt and metrics.json of a run, which rank 0 writes. A
     full disk costs the write and not the run: it is told on stderr, and the older file stays."""
 
+    # of these the first three go when there is something in their place
     NAMES = ("previous.pt", "model.pt", "metrics.json", "last.pt", "log.jsonl", "log.new.jsonl")
 
-    def __init__(self, out, start, launch):
+    def __init__(self, out, start, launch, damaged):
         self.out, rows = out, []
+        if damaged:  # or the next save would keep it as previous.pt
+            os.replace(out / "last.pt", out / "damaged.pt")
         self.replaces = list(self.NAMES[:3]) if start == 0 else []
         self.made_with = {"launch": launch, "torch": str(torch.__version__)}
         renew = start == 0 and (out / "log.jsonl").exists()
@@ -651,7 +655,7 @@ class RunFiles:
         except UserError as error:
             tqdm.write(f"{error}; the older checkpoint stays", file=sys.stderr)
             return
-        for name in self.replaces:  # by --fresh: they go when there is something in their place
+        for name in self.replaces:
             (self.out / name).unlink(missing_ok=True)
         if self.replaces and self.path.exists():
             self.path = self.path.replace(self.out / "log.jsonl")
@@ -673,7 +677,7 @@ class RunFiles:
 def resume(out, settings, model, saved, say, launch=None):
     """Fill the model and what is saved beside it from last.pt, or from previous.pt where last.pt is
     damaged. -> the steps done, 0 if there is no checkpoint, or, with `launch`, none of this launch;
-    and the metrics of the best evaluation so far. UserError for a run of other settings."""
+    the metrics of the best evaluation; whether last.pt is damaged. UserError for other settings."""
     problems = []
     for path in filter(Path.exists, (out / "last.pt", out / "previous.pt")):
         try:
@@ -686,9 +690,9 @@ def resume(out, settings, model, saved, say, launch=None):
     else:
         if problems and not launch:
             raise UserError(f"{'; '.join(problems)}; --fresh starts over")
-        return 0, None
+        return 0, None, False
     if launch and (content.get("made_with") or {}).get("launch") != launch:
-        return 0, None
+        return 0, None, False
     try:
         since = {"decays": DECAYS, "ema": None, "negatives": False, "augment": False,
                  "optimizer": "SGD"}
@@ -701,7 +705,7 @@ def resume(out, settings, model, saved, say, launch=None):
             step, held, best = content["step"], content["model"], content.get("best")
             if type(step) is not int or step not in range(settings["iters"] + 1):
                 raise ValueError(f"step {step!r}")
-            best = best and best | {"AP": float(best["AP"])}
+            best = best and best | {"AP": float(best["AP"]), "step": int(best["step"])}
             fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos", None))
             for name, thing in saved.items():
                 thing.load_state_dict(content[name])
@@ -717,10 +721,8 @@ def resume(out, settings, model, saved, say, launch=None):
                         f"{path}, to train on with a schedule of its own)")
     for problem in problems:
         say(f"{problem}; {path} takes its place")
-        with contextlib.suppress(FileNotFoundError):  # another rank may have been faster
-            os.replace(out / "last.pt", out / "damaged.pt")  # or it were the next previous.pt
     say(f"{out}: resumes after step {step} of {settings['iters']}")
-    return step, best
+    return step, best, len(problems) > 0
 
 
 # ---- what a run must survive -------------------------------------------------------------------

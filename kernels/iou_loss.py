@@ -160,8 +160,8 @@ def _load(device, choice):
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
     except Exception as error:  # what is raised is not cached
-        if choice == "cupy" or torch.cuda.is_current_stream_capturing():  # too late to load it
-            raise ImportError(f"{error!r}: pip install cupy-cuda13x; warm up first") from error
+        if choice == "cupy" or torch.cuda.is_current_stream_capturing():
+            raise ImportError(f"{error!r}: pip install cupy-cuda13x, or run it earlier") from error
         warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
 
 

@@ -687,6 +687,10 @@ def test_saved_results_score_as_the_prediction_did(tmp_path, mixed, model_file, 
         "--device", "cpu", "--save-json", saved, "--per-class", *more,
     ]))
     first = capsys.readouterr().out
+    dataset, model = evaluate.CocoDataset(*mixed), fcos.load(model_file)
+    rows = evaluate.predict(model, dataset, 1, 0, tta=bool(more))
+    assert json.loads(Path(saved).read_text()) == rows
+    assert rows != evaluate.predict(model, dataset, 1, 0, tta=not more)
     argv = ["--results", saved, "--annotations", annotations, "--per-class"]
     evaluate.main(evaluate.parse_args(argv))
     assert capsys.readouterr().out == first

@@ -1205,6 +1205,26 @@ def test_predict_folds_constant_norms_once_and_sees_new_weights(norm, dtype, mon
     with pytest.raises(ValueError):
         model.predict([tmp_path / "nowhere.jpg"], 64, 96)
     assert not any(layer.folded for layer in layers)
+    monkeypatch.setattr(
+        fcos.ConvNorm, "fold", lambda self: 1 / 0 if self is layers[-1] else fold(self))
+    if norm != "gn":
+        with pytest.raises(ZeroDivisionError):
+            model.train().predict(image, 64, 96)
+        assert model.training
+    assert not any(layer.folded for layer in layers)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "bn"])
+def test_a_norm_is_folded_with_the_bias_of_its_convolution(norm):
+    layer = fcos.ConvNorm(3, 4, 3, norm=norm, bias=True).eval()
+    for x in layer.parameters(), layer.norm.buffers():
+        for tensor in x:
+            if tensor.is_floating_point():
+                torch.nn.init.uniform_(tensor, 0.5, 1.5)
+    x = torch.rand(1, 3, 5, 5)
+    expected = layer.norm(layer.conv(x))
+    layer.folded = layer.fold()
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_a_graph_is_captured_once_a_shape(monkeypatch):

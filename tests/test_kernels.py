@@ -752,7 +752,7 @@ def test_dispatch_falls_back_with_one_warning(file, without_cupy, monkeypatch):
 def test_a_failure_during_a_capture_is_not_kept(file, without_cupy, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for _ in range(2):
-        with pytest.raises(ImportError, match="warm up first"):
+        with pytest.raises(ImportError, match="run it earlier"):
             file._use_kernel(ON_GPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     module = types.SimpleNamespace(get_function=lambda name: name)

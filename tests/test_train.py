@@ -1518,7 +1518,7 @@ def poison_rank_1(monkeypatch):
 
 def folders_of_two_nodes(monkeypatch):
     step = 3 * torch.distributed.get_rank()
-    monkeypatch.setattr(train, "resume", lambda *args: (step, None))
+    monkeypatch.setattr(train, "resume", lambda *args: (step, None, False))
 
 
 def killed_at_4(monkeypatch):

@@ -644,7 +644,7 @@ def test_raw_files_give_a_model_with_names_and_evaluate_draws_with_them(tmp_path
     ]))
     drawn = json.loads((tmp_path / "out/detections.json").read_text())[0]["detections"]
     assert drawn and {row["class"] for row in drawn} <= set(fcos.COCO.values())
-    assert "inclusive True" in capsys.readouterr().err
+    assert "'inclusive': True" in capsys.readouterr().err
 
     torch.save(renamed(fcos.build(name, 5), official), path)
     loaded = fcos.load(path, name)

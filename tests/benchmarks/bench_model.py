@@ -86,6 +86,7 @@ class Inference:
         padded, sizes = fcos.pad_batch(list(self.images))
         self.padded, self.sizes = padded.to(DEVICE), sizes.to(DEVICE)
         self.reference = None  # torchvision's detections in the first image
+        self.open = contextlib.ExitStack()
 
     def torchvision(self, channels_last=False, bf16=False):
         model = torchvision_model(channels_last).eval()
@@ -106,12 +107,11 @@ class Inference:
         model = our_model().eval()
         if compiled:
             model.compile(dynamic=False, backend=self.backend)
-        folded = fcos.inference(model)  # as in predict, where it is open for all images
         with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, bf16):
-            folded.__enter__()
+            self.open.enter_context(fcos.inference(model))  # as in predict, for all its images
 
         @torch.no_grad()
-        def run(_=folded):
+        def run():
             with torch.autocast(DEVICE.type, torch.bfloat16, bf16):
                 outputs = model(self.padded, self.sizes)
             return model.decode(outputs, self.sizes)
