@@ -109,7 +109,6 @@ SCORES = {
     "mmdetection": (0.05, lambda cls, joint: cls,          lambda cls, joint: cls,   torch.clone),
 }
 
-
 ONE_IMAGE = str, os.PathLike, Image.Image, np.ndarray, Tensor  # rather than an iterable of images
 
 
@@ -1185,8 +1184,7 @@ def read_checkpoint(path):
             with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused
                 return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        torn = error.errno == errno.EINVAL  # torch.load looks before the beginning
-        why = "damaged" if torn else error.strerror or error
+        why = "damaged" if error.errno == errno.EINVAL else error.strerror or error  # torn files
         raise UserError(f"{path}: {why}") from None
     except Exception as error:  # junk makes the readers raise nearly anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -1362,7 +1360,10 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
                    f"the model{hint}")
 
     convention = families()[family][1] | input_convention(model, weights)
-    model.set_convention(**content.get("convention", {}) if family == "fcos" else convention)
+    convention = content.get("convention", {}) if family == "fcos" else convention
+    if not isinstance(convention, dict) or not convention.keys() <= CONVENTION.keys():
+        refuse(f"its convention is {convention!r:.99}")
+    model.set_convention(**convention)
     model.load_state_dict(renamed, strict=False)
     if family in DETECTORS and family != "fcos" and model.num_classes == 80:
         if not (classes or model.classes):

@@ -616,7 +616,6 @@ class RunFiles:
     """log.jsonl, last.pt, previous.pt, model.pt and metrics.json of a run, which rank 0 writes. A
     full disk costs the write and not the run: it is told on stderr, and the older file stays."""
 
-    # of these the first three go when there is something in their place
     NAMES = ("previous.pt", "model.pt", "metrics.json", "last.pt", "log.jsonl", "log.new.jsonl")
 
     def __init__(self, out, start, launch, damaged):
@@ -655,7 +654,7 @@ class RunFiles:
         except UserError as error:
             tqdm.write(f"{error}; the older checkpoint stays", file=sys.stderr)
             return
-        for name in self.replaces:
+        for name in self.replaces:  # of NAMES: they go when there is something in their place
             (self.out / name).unlink(missing_ok=True)
         if self.replaces and self.path.exists():
             self.path = self.path.replace(self.out / "log.jsonl")

@@ -218,7 +218,8 @@ TABLE = {  # by number of the point of the list that this test began with
     "14 model and results": row(SCORE.replace("evaluate.py", "evaluate.py gone.pt"), "one thing"),
     "14 best": row(TRAIN, LAST + "|float", last("best", np.inf)),
     "14 no classes": row(PLAIN, MODEL + "|classes", model("classes", [])),
-    "14 convention": row(EVAL, MODEL + "|keywords must be strings", model("convention", {1: 2})),
+    "14 convention": row(EVAL, MODEL + "|convention is {1: 2}", model("convention", {1: 2})),
+    "14 list as convention": row(FROM, MODEL + "|convention is [[]]", model("convention", [[]])),
     "14 1e308": fine(EVAL, "no targets", val(f"{BOX} bbox", [1e308] * 4)),
 }
 
