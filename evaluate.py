@@ -687,8 +687,7 @@ def main(args):
     model.test_size = min_size, max_size
     with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
         if args.images:
-            bad = draw_folder(model, args.images, args.out, args.score_threshold, args.workers)
-            if bad:
+            if bad := draw_folder(model, args.images, args.out, args.score_threshold, args.workers):
                 raise UserError(f"files that could not be read: {len(bad)}")
             return
         annotations, image_dir = coco_paths(args.data or ".", args.split)

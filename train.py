@@ -493,8 +493,7 @@ def main(args):
             if sys.platform == "linux" and not on_gpu:
                 from resource import RUSAGE_SELF, getrusage  # Windows has none, macOS other units
                 peak = getrusage(RUSAGE_SELF).ru_maxrss / 2**20
-            memory = f", memory at most {peak:.1f} GiB" * (peak > 0)
-            told = f"step {step}: AP {metrics['AP']:.3f}{memory}"
+            told = f"step {step}: AP {metrics['AP']:.3f}" + f", peak {peak:.1f} GiB" * (peak > 0)
             if args.compile:
                 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
                 told += f", {graphs} compiled graphs"
@@ -693,8 +692,7 @@ def resume(out, settings, model, saved, say, launch=None):
     if launch and (content.get("made_with") or {}).get("launch") != launch:
         return 0, None, False
     try:
-        since = {"decays": DECAYS, "ema": None, "negatives": False, "augment": False,
-                 "optimizer": "SGD"}
+        since = dict(decays=DECAYS, ema=None, negatives=False, augment=False, optimizer="SGD")
         old = since | content["settings"] | fcos.stored_keywords(content["model"])
         old["classes"] = content["model"]["classes"]
         new = settings | {"classes": model.classes}
@@ -708,6 +706,9 @@ def resume(out, settings, model, saved, say, launch=None):
             fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos", None))
             for name, thing in saved.items():
                 thing.load_state_dict(content[name])
+                for group in getattr(thing, "param_groups", []):
+                    if lacks := thing.defaults.keys() - group.keys():
+                        raise ValueError(f"a group of {name} lacks {lacks}")
                 for x in torch.utils._pytree.tree_leaves(thing.state_dict()):
                     if isinstance(x, torch.Tensor) and not x.isfinite().all():
                         raise ValueError(f"{name} holds NaN or infinity")

@@ -216,6 +216,7 @@ TABLE = {  # by number of the point of the list that this test began with
                     changes="saved.json.fcos.tmp"),
     "14 fresh log": row(FRESH + " --lr 1e30", "not finite", changes="run/log.new.jsonl"),
     "14 model and results": row(SCORE.replace("evaluate.py", "evaluate.py gone.pt"), "one thing"),
+    "14 group": row(TRAIN, LAST + "|dampening", last("optimizer param_groups 1 dampening", ...)),
     "14 best": row(TRAIN, LAST + "|float", last("best", np.inf)),
     "14 no classes": row(PLAIN, MODEL + "|classes", model("classes", [])),
     "14 convention": row(EVAL, MODEL + "|convention is {1: 2}", model("convention", {1: 2})),
