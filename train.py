@@ -322,14 +322,13 @@ def make_model(settings, dataset, say):
     keywords = settings["keywords"]
     path = find_weights(settings["weights"], keywords)
     if path:  # one of our own checkpoints says which norms it has
-        content = fcos.open_weights(path).content
-        stored = fcos.stored_keywords(content) if "num_classes" in content else {}
+        weights = fcos.open_weights(path)
+        stored = fcos.stored_keywords(weights.content) if "num_classes" in weights.content else {}
         keywords |= {name: stored[name] for name in ("norm", "frozen_stages") if name in stored}
     elif keywords["frozen_stages"] or keywords.get("norm") == "frozen":
         new = {"frozen_stages": 0} | ({"norm": "gn"} if keywords.get("norm") == "frozen" else {})
         keywords |= new
-        say(f"no pretrained weights: {new}, because random filters that stay frozen learn "
-            "nothing")
+        say(f"no pretrained weights: {new}, because frozen random filters learn nothing")
     torch.manual_seed(settings["seed"])
     try:
         model = fcos.FCOS(len(dataset.classes), **keywords)
@@ -337,7 +336,7 @@ def make_model(settings, dataset, say):
         raise UserError(f"{settings['model']} cannot be built: {error}") from None
     model.name = settings["model"]
     if path:
-        report = fcos.load_weights(model, path, dataset.classes)
+        report = fcos.load_weights(model, weights, dataset.classes)
         random = {".".join(name.split(".")[:2]) for name in report["missing"]}
         random = {name for name in random if not name.startswith("backbone.")}
         random |= {f"class {name}" for name in report["new_classes"]}
