@@ -44,6 +44,7 @@ from fcos import UserError
 
 # ---- data set ----------------------------------------------------------------------------------
 
+
 def coco_paths(data, split):
     """(annotation file, image folder) of a split such as "val2017" as COCO, Roboflow, `coco split`
     or CVAT lay them out; COCO's where there is nothing. UserError tells how to convert others."""
@@ -62,13 +63,18 @@ def coco_paths(data, split):
     images = data / str(labels.relative_to(data)).replace("labels", "images")
     convert = "coco convert --to coco --output"  # of hotcoco
     for mark, command in (
-        ("data.yaml", f"cp {data}/data.yaml {labels}; {convert} {part}.json --from yolo --input "
-                      f"{labels} --images-dir {images}"),
+        (
+            "data.yaml",
+            f"cp {data}/data.yaml {labels}; {convert} {part}.json --from yolo --input "
+            f"{labels} --images-dir {images}",
+        ),
         ("annotations.xml", f"{convert} {part}.json --from cvat --input {data}/annotations.xml"),
     ):
         if not there and (data / mark).exists():
-            raise UserError(f"{data}: no COCO JSON, but {mark}; make one of each split, for the "
-                            f"flags that name annotations and images: {command}")
+            raise UserError(
+                f"{data}: no COCO JSON, but {mark}; make one of each split, for the "
+                f"flags that name annotations and images: {command}"
+            )
     return (there or layouts)[0]
 
 
@@ -107,8 +113,10 @@ def read_coco(path):
     labels = numbered(coco["categories"], "name", f"{path}: categories")
     boxes = plain_boxes(coco["annotations"], rows, labels, path)
     if boxes and all(box["image_id"] < 0 for box in boxes):
-        raise UserError(f"{path}: no annotation is of an image of the file; the first image_id is "
-                        f"{coco['annotations'][0]['image_id']!r}, an id {next(iter(rows))!r}")
+        raise UserError(
+            f"{path}: no annotation is of an image of the file; the first image_id is "
+            f"{coco['annotations'][0]['image_id']!r}, an id {next(iter(rows))!r}"
+        )
     return coco, rows, labels, boxes
 
 
@@ -137,13 +145,25 @@ def plain_boxes(entries, rows, labels, where):
             area, crowd = entry.get("area"), float(entry.get("iscrowd") or 0)
             area = w * h if area is None or not float(area) >= 0 else float(area)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{where}: expected image_id, category_id and bbox [x, y, w, h] in "
-                            f"{entry!r:.300} ({error!r})") from None
+            raise UserError(
+                f"{where}: expected image_id, category_id and bbox [x, y, w, h] in "
+                f"{entry!r:.300} ({error!r})"
+            ) from None
         if label is None:
-            raise UserError(f"{where}: category_id {entry['category_id']!r} is not in the "
-                            f"categories {list(labels)}")
-        boxes.append({"id": id, "image_id": row, "category_id": label, "bbox": [x, y, w, h],
-                      "area": area, "iscrowd": int(crowd != 0)})
+            raise UserError(
+                f"{where}: category_id {entry['category_id']!r} is not in the "
+                f"categories {list(labels)}"
+            )
+        boxes.append(
+            {
+                "id": id,
+                "image_id": row,
+                "category_id": label,
+                "bbox": [x, y, w, h],
+                "area": area,
+                "iscrowd": int(crowd != 0),
+            }
+        )
     return boxes
 
 
@@ -171,8 +191,12 @@ class CocoDataset:
         kept = [k for k, (name, _) in enumerate(named) if k in used or name not in parents]
         self.classes = [categories[k]["name"] for k in kept]
         self.category_ids = [categories[k]["id"] for k in kept]
-        self.notes = [f"category {name!r} is no class: no box has it, and others name it as their "
-                      "supercategory" for k, (name, _) in enumerate(named) if k not in kept]
+        self.notes = [
+            f"category {name!r} is no class: no box has it, and others name it as their "
+            "supercategory"
+            for k, (name, _) in enumerate(named)
+            if k not in kept
+        ]
         self.image_ids = np.array(list(rows))
         self._set_images(sorted(coco["images"], key=lambda image: image["id"]))
         self._set_boxes(boxes, coco["annotations"], kept)
@@ -184,13 +208,24 @@ class CocoDataset:
         listed = os.listdir(folder)  # one call is faster than one for each image
         present = {Path(name).stem: name for name in listed}  # YOLO's names have no suffix
         present |= {name: name for name in listed}
-        places = [present.get(name) or next((way for way in (name, f"../{name}")  # CVAT's folders
-                                             if os.path.isfile(folder / way)), None)
-                  for name in names]
+        places = [
+            present.get(name)
+            or next(
+                (
+                    way
+                    for way in (name, f"../{name}")  # CVAT's folders
+                    if os.path.isfile(folder / way)
+                ),
+                None,
+            )
+            for name in names
+        ]
         missing = [name for name, place in zip(names, places) if place is None]
         if missing:
-            raise UserError(f"{folder}: lacks {len(missing)} of {len(names)} images of "
-                            f"{self.annotations}, the first being {missing[0]}")
+            raise UserError(
+                f"{folder}: lacks {len(missing)} of {len(names)} images of "
+                f"{self.annotations}, the first being {missing[0]}"
+            )
         self._names = np.array(places)
         self.hw = np.array([self._size(image) for image in images])
 
@@ -199,8 +234,10 @@ class CocoDataset:
         if "height" not in image or "width" not in image:
             return fcos.read_image(self.image_dir / name).shape[-2:]
         if not all(isinstance(side, int) and side > 0 for side in (height, width)):
-            raise UserError(f"{self.annotations}: {name} has height {height!r} and width "
-                            f"{width!r}, not whole numbers over 0")
+            raise UserError(
+                f"{self.annotations}: {name} has height {height!r} and width "
+                f"{width!r}, not whole numbers over 0"
+            )
         return height, width
 
     def _set_boxes(self, boxes, annotations, kept):
@@ -218,7 +255,8 @@ class CocoDataset:
         for what, which in (
             ("belong to no image of the file and are left out", homeless),
             ("have no area inside their image and are no targets", ~full & ~homeless),
-            ("reach beyond their image and are clipped", clipped & full & ~homeless)):
+            ("reach beyond their image and are clipped", clipped & full & ~homeless),
+        ):
             if which.any():
                 first = annotations[which.argmax()]
                 self.notes.append(f"{which.sum()} of {len(which)} boxes {what}, as {first!r:.150}")
@@ -254,6 +292,7 @@ class CocoDataset:
 
 # ---- prediction --------------------------------------------------------------------------------
 
+
 def start_worker(_):
     """Loader workers ignore the signals that stop a run, which often reach all of its processes:
     their parent needs them to finish its step. They end when it does."""
@@ -287,13 +326,17 @@ def check_classes(model, dataset):
         if len(names) != model.num_classes:
             raise UserError(f"{path}: has {len(names)} categories, the model {model.num_classes}")
         if not dataset.sorted:
-            raise UserError(f"{path}: its categories are not in the order of their ids, and the "
-                            "model does not say in which order it was trained on them")
+            raise UserError(
+                f"{path}: its categories are not in the order of their ids, and the "
+                "model does not say in which order it was trained on them"
+            )
     elif ours != names:
         pairs = itertools.zip_longest(ours, names)
         first = next(f"{a!r} against {b!r}" for a, b in pairs if a != b)
-        raise UserError(f"{path}: its {len(names)} categories are not the {len(ours)} that the "
-                        f"model was trained on; the first difference is {first}")
+        raise UserError(
+            f"{path}: its {len(names)} categories are not the {len(ours)} that the "
+            f"model was trained on; the first difference is {first}"
+        )
 
 
 def attempt(read, item):
@@ -306,9 +349,15 @@ def attempt(read, item):
 
 def read_ahead(read, items, workers, pin_memory=False):
     """read(item) of all items in turn, or its UserError; worker processes are ahead."""
-    return DataLoader(items, batch_size=None, collate_fn=functools.partial(attempt, read),
-                      num_workers=workers, worker_init_fn=start_worker, pin_memory=pin_memory,
-                      timeout=600 if workers else 0)
+    return DataLoader(
+        items,
+        batch_size=None,
+        collate_fn=functools.partial(attempt, read),
+        num_workers=workers,
+        worker_init_fn=start_worker,
+        pin_memory=pin_memory,
+        timeout=600 if workers else 0,
+    )
 
 
 def raised(items):
@@ -336,12 +385,22 @@ def predict(model, dataset, batch_size=1, workers=2, tta=False, **thresholds):
         batches += [images[k : k + batch_size] for k in range(0, len(images), batch_size)]
     mine = [i for batch in batches[rank::world_size] for i in batch]
     # in position 0 the bar replaces a bar of training; below it, Jupyter draws every update
-    bar = tqdm(read_ahead(dataset.image, mine, workers), "predict", unit="image", position=0,
-               leave=False, dynamic_ncols=True, disable=rank != 0)
+    bar = tqdm(
+        read_ahead(dataset.image, mine, workers),
+        "predict",
+        unit="image",
+        position=0,
+        leave=False,
+        dynamic_ncols=True,
+        disable=rank != 0,
+    )
     results, images = {}, raised(bar)
     with no_worker_left(), bar:
-        detections = model.predict_tta(images, **thresholds) if tta else model.predict(
-            images, batch_size=batch_size, **thresholds)
+        detections = (
+            model.predict_tta(images, **thresholds)
+            if tta
+            else model.predict(images, batch_size=batch_size, **thresholds)
+        )
         for i, found in zip(mine, detections, strict=True):
             rows, image_id = result_rows(found, dataset.category_ids), dataset.image_ids[i].item()
             results[i] = [{"image_id": image_id, **row} for row in rows]
@@ -359,8 +418,10 @@ def result_rows(found, category_ids):
     """Detections on one image in COCO's results format, without its image_id."""
     corners, sides = found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]
     columns = torch.cat([corners, sides], dim=1), found["scores"], found["labels"]
-    return [{"category_id": category_ids[label], "bbox": xywh, "score": score}
-            for xywh, score, label in zip(*(column.tolist() for column in columns))]
+    return [
+        {"category_id": category_ids[label], "bbox": xywh, "score": score}
+        for xywh, score, label in zip(*(column.tolist() for column in columns))
+    ]
 
 
 # ---- scoring -----------------------------------------------------------------------------------
@@ -397,8 +458,12 @@ def score(results, annotations, per_class=False):
         index.dataset = {
             "images": [{"id": row} for row in rows.values()],
             "categories": [{"id": label, "name": names[id]} for id, label in labels.items()],
-            "annotations": [box for box in boxes if box["image_id"] >= 0
-                            and all(map(math.isfinite, box["bbox"]))]}
+            "annotations": [
+                box
+                for box in boxes
+                if box["image_id"] >= 0 and all(map(math.isfinite, box["bbox"]))
+            ],
+        }
         index.createIndex()
         return index
 
@@ -417,8 +482,11 @@ def score(results, annotations, per_class=False):
         if entry and entry["aRng"] == scorer.params.areaRng[0]:  # of all sizes
             label, scores, ignored = (entry[key] for key in ("category_id", "dtScores", "gtIgnore"))
             objects[label] += len(ignored) - sum(ignored)
-            judged += [(-score, label, match > 0) for score, match, crowd
-                       in zip(scores, entry["dtMatches"][0], entry["dtIgnore"][0]) if not crowd]
+            judged += [
+                (-score, label, match > 0)
+                for score, match, crowd in zip(scores, entry["dtMatches"][0], entry["dtIgnore"][0])
+                if not crowd
+            ]
     scores, classes, right = np.array(sorted(judged)).reshape(-1, 3).T
     AP = scorer.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1)).tolist()
     for k, suffix in ((None, ""), *enumerate(suffixes)):
@@ -445,8 +513,9 @@ COLORS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 LEVEL_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")  # P3 to P7, cold to warm
 
 
-def draw(image, detections, classes=None, score_threshold=0.5, min_side=480, colors=None,
-         font_size=None):
+def draw(
+    image, detections, classes=None, score_threshold=0.5, min_side=480, colors=None, font_size=None
+):
     """A PIL image with one entry of model.predict drawn on it: boxes, class names and scores;
     without "scores" they are ground truth. `colors`: one for each box instead of one a class. An
     image whose short side has less than `min_side` pixels is enlarged; text has `font_size`."""
@@ -520,19 +589,30 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0):
         rows = result_rows(found, model.category_ids or range(model.num_classes))
         for row, label in zip(rows, found["labels"].tolist()):
             row["class"] = model.classes[label] if model.classes else label
-        report.append({"file": str(path), "drawn": name, "height": image.shape[1],
-                       "width": image.shape[2], "detections": rows})
+        report.append(
+            {
+                "file": str(path),
+                "drawn": name,
+                "height": image.shape[1],
+                "width": image.shape[2],
+                "detections": rows,
+            }
+        )
         clocks.append(time.perf_counter())
     with fcos.atomic_write(out / "detections.json", "w") as file:
         json.dump(report, file, indent=1)
     network, drawing, read = (sum(np.diff(clocks)[stage::3]) for stage in range(3))
     boxes = sum(len(entry["detections"]) for entry in report)
-    print(f"{len(report)} images, {boxes} boxes drawn, {len(unreadable)} left out; {read:.1f} s "
-          f"waiting for images, {network:.1f} s network, {drawing:.1f} s drawing", file=sys.stderr)
+    print(
+        f"{len(report)} images, {boxes} boxes drawn, {len(unreadable)} left out; {read:.1f} s "
+        f"waiting for images, {network:.1f} s network, {drawing:.1f} s drawing",
+        file=sys.stderr,
+    )
     return unreadable
 
 
 # ---- command line ------------------------------------------------------------------------------
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """Shows the script's docstring as help, and a mistake as one line without the usage."""
@@ -595,8 +675,9 @@ def start_process(device, make_store=None):
         timeout, store = datetime.timedelta(hours=2), None  # long enough for rank 0 to score
         if make_store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = make_store(rank, world_size, timeout)
-        dist.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank,
-                                store=store)
+        dist.init_process_group(
+            backend, timeout=timeout, world_size=world_size, rank=rank, store=store
+        )
     return *rank_and_world_size(), device
 
 
@@ -649,16 +730,24 @@ def parse_args(argv=None):
     add = parser.add_argument_group("draw what it finds").add_argument
     add("--images", nargs="+", metavar="FILE|DIR", help="pictures; needs --out")
     add("--out", metavar="DIR", help="for the drawn ones, and detections.json")
-    add("--score-threshold", type=number(float, 0, 1), default=0.5,
-        help="of drawn boxes (%(default)s)")
+    add(
+        "--score-threshold",
+        type=number(float, 0, 1),
+        default=0.5,
+        help="of drawn boxes (%(default)s)",
+    )
     return parser.parse_args(argv)
 
 
 def main(args):
     # ---- everything that can be wrong, before anything is computed
     for flag, *needs in (
-        ("results", "annotations"), ("image_dir", "annotations"), ("images", "out"),
-        ("out", "images"), ("per_class", "data", "annotations"), ("save_json", "data", "image_dir"),
+        ("results", "annotations"),
+        ("image_dir", "annotations"),
+        ("images", "out"),
+        ("out", "images"),
+        ("per_class", "data", "annotations"),
+        ("save_json", "data", "image_dir"),
         ("tta", "data", "image_dir"),
     ):
         if getattr(args, flag) and not any(getattr(args, name) for name in needs):
@@ -672,8 +761,10 @@ def main(args):
     if args.model is None:
         raise UserError("name a model: a file such as runs/shapes/model.pt, or coco")
     if len(given) != 1 or args.results or (args.annotations and not args.image_dir):
-        raise UserError("say one thing to do: --data, or --annotations with --image-dir or with "
-                        "--results, --images with --out, or --export")
+        raise UserError(
+            "say one thing to do: --data, or --annotations with --image-dir or with "
+            "--results, --images with --out, or --export"
+        )
     rank, _, device = start_process(args.device)
     model = fcos.load(args.model, args.row).to(device)
     if args.row and rank == 0:

@@ -67,6 +67,7 @@ RT = dict(levels=(3, 4, 5), ranges=(64, 128), test_size=(512, 736))
 VISION = IMPRV | dict(scales=False, grid="corner")
 TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=16, channels=64, norm="gn")
 HALVED = dict(ranges=(32, 64, 128, 256))  # so that small pictures use several levels
+# fmt: off
 MODELS = {
     "fcos_R_50_FPN":                    R_50        | PLAIN,
     "fcos_R_101_FPN":                   R_101       | PLAIN,
@@ -88,14 +89,21 @@ MODELS = {
     "fcos_torchvision_R_50_FPN":        V_50        | VISION,
     "shapes":                           TINY        | IMPRV | HALVED,
 }
+# fmt: on
 
 # How pixels enter a network and boxes leave it. This travels with weights, not with architecture.
 # Pixels: Caffe's ImageNet weights take BGR in 0..255 minus a mean, and their norms have no epsilon.
 # Boxes: the official FCOS learned inclusive ones (x2 = x + w - 1), to which decoding adds the
 # missing pixel. Locations lie at the "centre" of their cells, or in torchvision at the "corner".
 CONVENTION = dict(
-    bgr=True, mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), bn_eps=0.0,
-    inclusive=False, grid="centre", score="fcos")
+    bgr=True,
+    mean=(102.9801, 115.9465, 122.7717),
+    std=(1.0, 1.0, 1.0),
+    bn_eps=0.0,
+    inclusive=False,
+    grid="centre",
+    score="fcos",
+)
 CAFFE = {name: CONVENTION[name] for name in ("bgr", "mean", "std", "bn_eps")}
 MSRA = CAFFE | dict(mean=(103.53, 116.28, 123.675), bn_eps=1e-5)
 TORCH = dict(bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bn_eps=1e-5)
@@ -104,9 +112,9 @@ TORCH = dict(bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.3
 # a class, and joint = cls * centerness: the threshold of a candidate and what it is compared with,
 # what the candidates of a level are ranked by, and the final score as a function of joint.
 SCORES = {
-    "fcos":        (0.05, lambda cls, joint: cls,          lambda cls, joint: joint, torch.sqrt),
+    "fcos": (0.05, lambda cls, joint: cls, lambda cls, joint: joint, torch.sqrt),
     "torchvision": (0.20, lambda cls, joint: joint.sqrt(), lambda cls, joint: joint, torch.sqrt),
-    "mmdetection": (0.05, lambda cls, joint: cls,          lambda cls, joint: cls,   torch.clone),
+    "mmdetection": (0.05, lambda cls, joint: cls, lambda cls, joint: cls, torch.clone),
 }
 
 ONE_IMAGE = str, os.PathLike, Image.Image, np.ndarray, Tensor  # rather than an iterable of images
@@ -117,6 +125,7 @@ class UserError(ValueError):
 
 
 # ---- images ------------------------------------------------------------------------------------
+
 
 def regular(path):
     """The path, unless it is of a pipe, device or folder: they would hang or be lost. OSError"""
@@ -223,8 +232,15 @@ class DeformConv(nn.Conv2d):
         dtype = torch.promote_types(weight.dtype, torch.float32)  # deform_conv2d knows no bf16
         offset, mask = self.offset(x).to(dtype).split((18, 9), 1)
         bias = bias if bias is None else bias.to(dtype)
-        y = deform_conv2d(x.to(dtype), offset, weight.to(dtype), bias, self.stride, self.padding,
-                          mask=mask.sigmoid())
+        y = deform_conv2d(
+            x.to(dtype),
+            offset,
+            weight.to(dtype),
+            bias,
+            self.stride,
+            self.padding,
+            mask=mask.sigmoid(),
+        )
         return y.to(x.dtype)
 
 
@@ -349,6 +365,7 @@ def freeze(stages, number):
 class ResNet(nn.Module):
     """ResNet and ResNeXt without the classifier (He et al., arXiv 1512.03385, 1611.05431)."""
 
+    # fmt: off
     def __init__(
         self,
         block="bottleneck",    # or "basic"
@@ -360,6 +377,7 @@ class ResNet(nn.Module):
         dcn=(),                # stages whose last 3x3s are deformable, of 2..5 (STAGE_WITH_DCN)
         norm="frozen",         # one of NORMS
     ):
+        # fmt: on
         super().__init__()
         if not {2, 3, 4, 5}.issuperset(dcn):
             raise UserError(f"dcn {dcn}: expected some of the stages 2, 3, 4 and 5")
@@ -429,7 +447,8 @@ class InvertedResidual(nn.Sequential):
         super().__init__(
             *([ConvNorm(c_in, c_mid, 1, norm=norm)] if expand > 1 else []),
             ConvNorm(c_mid, c_mid, 3, stride, groups=c_mid, norm=norm),
-            ConvNorm(c_mid, c_out, 1, norm=norm))
+            ConvNorm(c_mid, c_out, 1, norm=norm),
+        )
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x):
@@ -484,8 +503,10 @@ class MobileNetV2(nn.Module):
     ]
     nested_names = [  # torchvision nests its layers, and so counts them in twos
         (r"^features\.1\.conv\.([12])\.(?=\D)", lambda m: f"features.1.conv.{int(m[1]) + 2}."),
-        (r"^features\.(\d\d|[2-9])\.conv\.([23])\.(?=\D)",
-         lambda m: f"features.{m[1]}.conv.{int(m[2]) + 4}."),
+        (
+            r"^features\.(\d\d|[2-9])\.conv\.([23])\.(?=\D)",
+            lambda m: f"features.{m[1]}.conv.{int(m[2]) + 4}.",
+        ),
         (r"\.conv\.([01])\.([01])\.", lambda m: f".conv.{3 * int(m[1]) + int(m[2])}."),
     ]
 
@@ -494,6 +515,7 @@ BACKBONES = {"resnet": ResNet, "mobilenet": MobileNetV2}
 
 
 # ---- feature pyramid and head ------------------------------------------------------------------
+
 
 class FPN(nn.Module):
     """C3, C4, C5 -> P3, P4, P5, and a strided convolution for each further of `levels`, P6 and P7
@@ -569,8 +591,9 @@ class Head(nn.Module):
         a further output, (B, C, h, w) or (B, h, w), become (B, P, C) or (B, P) alike. Under
         autocast cls, by far the largest, stays in 16 bits: its loss reads them as they are."""
         levels = [self.level(*each) for each in zip(features, self.scale, self.strides)]
-        return {name: torch.cat([by_location(level[name]) for level in levels], 1)
-                for name in levels[0]}
+        return {
+            name: torch.cat([by_location(level[name]) for level in levels], 1) for name in levels[0]
+        }
 
     def level(self, x, scale, stride):
         """The maps of one level, by name, before they are flattened."""
@@ -580,7 +603,8 @@ class Head(nn.Module):
         return {
             "cls": self.cls(cls_features),
             "ltrb": ACTIVATIONS[self.activation](distance, stride),
-            "ctr": self.ctr(ctr_features).squeeze(1).to(scale.dtype)}
+            "ctr": self.ctr(ctr_features).squeeze(1).to(scale.dtype),
+        }
 
 
 def by_location(x):
@@ -614,8 +638,10 @@ def make_points(hw, strides=STRIDES, ranges=RANGES, device=None, grid="centre") 
     """
     points, ends = [], (-1, *ranges, math.inf)
     for stride, lo, hi, (rows, columns) in zip(strides, ends, ends[1:], level_sizes(hw, strides)):
-        y, x = (GRIDS[grid](torch.arange(n, device=device), stride, side)
-                for n, side in ((rows, hw[0]), (columns, hw[1])))
+        y, x = (
+            GRIDS[grid](torch.arange(n, device=device), stride, side)
+            for n, side in ((rows, hw[0]), (columns, hw[1]))
+        )
         level = torch.empty(rows, columns, 5, device=device)
         level[..., 0], level[..., 1] = x, y[:, None]
         level[..., 2], level[..., 3], level[..., 4] = stride, lo, hi
@@ -640,7 +666,8 @@ def encode(points: Tensor, boxes: list[Tensor], labels: list[Tensor], index: Ten
     return {
         "labels": labels.gather(1, row).where(positive, -1),
         "ltrb": ltrb.where(positive[..., None], 0),
-        "index": index}
+        "index": index,
+    }
 
 
 def centerness(ltrb: Tensor) -> Tensor:
@@ -654,6 +681,7 @@ def centerness(ltrb: Tensor) -> Tensor:
 
 # ---- losses ------------------------------------------------------------------------------------
 
+
 def loss_normalizers(targets: dict) -> Tensor:
     """-> float32 (2,): the number of positive locations and the sum of their centerness. Sum it
     over everything that makes up one optimizer step, then pass it to fcos_loss."""
@@ -661,8 +689,14 @@ def loss_normalizers(targets: dict) -> Tensor:
     return torch.stack([positives, centerness(targets["ltrb"]).sum()])
 
 
-def fcos_loss(outputs: dict, targets: dict, normalizers: Tensor, box_loss: str = "giou",
-              unit: str = "stride", quality: str = "centerness") -> dict[str, Tensor]:
+def fcos_loss(
+    outputs: dict,
+    targets: dict,
+    normalizers: Tensor,
+    box_loss: str = "giou",
+    unit: str = "stride",
+    quality: str = "centerness",
+) -> dict[str, Tensor]:
     """Focal loss on the classes, IoU loss on the boxes, and cross entropy on the quality of the
     boxes (eq. 2 and section 3.3), as named scalars. train.py sums, logs and shows whatever names
     there are, so that a further loss is one entry more. Divide a sum over locations by one of the
@@ -690,16 +724,25 @@ def fcos_loss(outputs: dict, targets: dict, normalizers: Tensor, box_loss: str =
     cls = sigmoid_focal_loss(outputs["cls"].flatten(0, 1), labels.flatten())
     box = iou_loss(ltrb.flatten(0, 1), target.flatten(0, 1), weight.flatten(), box_loss)
     ctr = F.binary_cross_entropy_with_logits(
-        outputs["ctr"], learned, weight=positive.float(), reduction="sum")
+        outputs["ctr"], learned, weight=positive.float(), reduction="sum"
+    )
     return {"cls": cls / positives, "box": box / normalizer, "ctr": ctr / positives}
 
 
 # ---- the model ---------------------------------------------------------------------------------
 
 CHOICES = dict(
-    norm=NORMS, block=BLOCKS, activation=ACTIVATIONS, ctr_on=("cls", "box"),
-    quality=("centerness", "iou"), box_loss=KINDS, unit=("pixel", "stride"), grid=GRIDS,
-    score=SCORES, levels=((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)))
+    norm=NORMS,
+    block=BLOCKS,
+    activation=ACTIVATIONS,
+    ctr_on=("cls", "box"),
+    quality=("centerness", "iou"),
+    box_loss=KINDS,
+    unit=("pixel", "stride"),
+    grid=GRIDS,
+    score=SCORES,
+    levels=((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)),
+)
 
 
 def check_choices(**keywords):
@@ -755,6 +798,7 @@ class FCOS(nn.Module):
     name = "FCOS"  # or the row of MODELS that it was made from
     loss_keywords = list(defaults(fcos_loss))  # read now: what takes its place may have others
 
+    # fmt: off
     def __init__(
         self,
         num_classes,            # without a background class (the official NUM_CLASSES has one)
@@ -776,6 +820,7 @@ class FCOS(nn.Module):
         test_size=(800, 1333),  # pixels in prediction (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST)
         **backbone_keywords,
     ):
+        # fmt: on
         keywords = dict(locals())
         super().__init__()
         given = {name: keywords[name] for name in defaults(FCOS)} | backbone_keywords
@@ -994,8 +1039,12 @@ def replay(function):
     def run(*inputs):
         kinds = tuple((x.shape, x.dtype) for x in inputs)
         if kinds not in graphs:  # casts in autocast's cache would not be captured
-            with torch.cuda.device_of(inputs[0]), torch.autocast(
-                    "cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+            with (
+                torch.cuda.device_of(inputs[0]),
+                torch.autocast(
+                    "cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False
+                ),
+            ):
                 graphs[kinds] = torch.cuda.make_graphed_callables(function, inputs, pool=memory)
         return graphs[kinds](*inputs)
 
@@ -1003,8 +1052,9 @@ def replay(function):
 
 
 @torch.library.custom_op("fcos::nms", mutates_args=())
-def nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float,
-        max_detections: int) -> Tensor:
+def nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_detections: int
+) -> Tensor:
     """batched_nms as one operator, which an exported graph can hold."""
     return batched_nms(boxes, scores, labels, iou_threshold, max_detections)
 
@@ -1024,8 +1074,10 @@ def as_image(source):
         if len(source) == 3 and source.numel():
             return source.cpu()
     what = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else repr(source)
-    raise ValueError(f"image {what}: expected a path, a PIL image, an RGB uint8 array (H, W, 3) or "
-                     "an RGB uint8 tensor (3, H, W)")
+    raise ValueError(
+        f"image {what}: expected a path, a PIL image, an RGB uint8 array (H, W, 3) or "
+        "an RGB uint8 tensor (3, H, W)"
+    )
 
 
 def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
@@ -1042,6 +1094,7 @@ def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
 
 
 # ---- export ------------------------------------------------------------------------------------
+
 
 class Deployed(nn.Module):
     """What is exported, or captured: images uint8 (B, 3, H, W) RGB, padded at the bottom and right,
@@ -1078,13 +1131,20 @@ def export_onnx(model: "FCOS", path, height: int, width: int):
         return op.Where(op.Greater(best, 0.0), index, -1)
 
     device, B = model.pixel_mean.device, torch.export.Dim("B", min=1)
-    example = (torch.zeros(2, 3, height, width, dtype=torch.uint8, device=device),
-               torch.tensor([[height, width]] * 2, device=device))
+    example = (
+        torch.zeros(2, 3, height, width, dtype=torch.uint8, device=device),
+        torch.tensor([[height, width]] * 2, device=device),
+    )
     program = torch.onnx.export(
-        Deployed(model).eval(), example, input_names=["images", "sizes"],
-        output_names=["boxes", "scores", "labels"], dynamo=True, verbose=False,
+        Deployed(model).eval(),
+        example,
+        input_names=["images", "sizes"],
+        output_names=["boxes", "scores", "labels"],
+        dynamo=True,
+        verbose=False,
         dynamic_shapes={"images": {0: B}, "sizes": {0: B}},
-        custom_translation_table={torch.ops.fcos.nms.default: onnx_nms})
+        custom_translation_table={torch.ops.fcos.nms.default: onnx_nms},
+    )
     for name in ("classes", "category_ids", "test_size"):
         program.model.metadata_props[name] = json.dumps(getattr(model, name))
     with atomic_write(path) as file:
@@ -1138,10 +1198,14 @@ DETECTORS = {  # family: (a key by which its files are known, the convention of 
     "fcos": (r"head\.cls\.weight", {}),
     "official": (r"rpn\.head\.cls_logits\.weight", CONVENTION | dict(inclusive=True)),
     "adelaidet": (r"proposal_generator\.fcos_head\.cls_logits\.weight", CONVENTION | MSRA),
-    "torchvision": (r"head\.classification_head\.cls_logits\.weight",
-                    CONVENTION | TORCH | dict(grid="corner", score="torchvision")),
-    "mmdetection": (r"bbox_head\.(conv|fcos)_cls\.weight",
-                    CONVENTION | dict(bn_eps=1e-5, score="mmdetection")),
+    "torchvision": (
+        r"head\.classification_head\.cls_logits\.weight",
+        CONVENTION | TORCH | dict(grid="corner", score="torchvision"),
+    ),
+    "mmdetection": (
+        r"bbox_head\.(conv|fcos)_cls\.weight",
+        CONVENTION | dict(bn_eps=1e-5, score="mmdetection"),
+    ),
 }
 
 
@@ -1189,8 +1253,10 @@ def read_checkpoint(path):
     except Exception as error:  # junk makes the readers raise nearly anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
-            raise UserError(f"{path}: refused, because it holds {refused[1]} and could run any "
-                            "program; save its state dict alone") from None
+            raise UserError(
+                f"{path}: refused, because it holds {refused[1]} and could run any "
+                "program; save its state dict alone"
+            ) from None
         raise UserError(f"{path}: not a checkpoint or damaged ({type(error).__name__})") from None
 
 
@@ -1210,8 +1276,10 @@ def open_weights(source) -> Weights:
             break
         content, state = state, inner[0]
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise UserError(f"{path}: holds no state dict, tensors with their names as keys, but a "
-                        f"{type(state).__name__}")
+        raise UserError(
+            f"{path}: holds no state dict, tensors with their names as keys, but a "
+            f"{type(state).__name__}"
+        )
     for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -1220,8 +1288,9 @@ def open_weights(source) -> Weights:
             if re.fullmatch(mark, key) and getattr(value, "ndim", 0):
                 return Weights(path, content, state, family, key)
     first = ", ".join(list(state)[:3]) or "none"
-    raise UserError(f"{path}: of no family known here ({', '.join(families())}); its first keys "
-                    f"are {first}")
+    raise UserError(
+        f"{path}: of no family known here ({', '.join(families())}); its first keys are {first}"
+    )
 
 
 def stored_keywords(content: dict) -> dict:
@@ -1340,8 +1409,10 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
     told = {}  # what shapes do not tell
     if family == "fcos" and "name" in content:
         stored = stored_keywords(content)
-        told = {keyword: stored.get(keyword) for keyword in
-                ("activation", "ctr_on", "quality", "levels", "scales", "stride_in_1x1")}
+        told = {
+            keyword: stored.get(keyword)
+            for keyword in ("activation", "ctr_on", "quality", "levels", "scales", "stride_in_1x1")
+        }
     elif family not in DETECTORS and isinstance(model.backbone, ResNet):
         if "res3.0.conv3.conv.weight" in model.backbone.state_dict():
             in_1x1 = family in ("caffe2", "detectron2") and model.keywords["groups"] == 1
@@ -1356,8 +1427,10 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
     for name, value in renamed.items():
         if value.shape != own[name].shape:
             hint = "; `classes` says whose rows to take" if name.startswith("head.cls.") else ""
-            refuse(f"{name} is {tuple(value.shape)} in the file and {tuple(own[name].shape)} in "
-                   f"the model{hint}")
+            refuse(
+                f"{name} is {tuple(value.shape)} in the file and {tuple(own[name].shape)} in "
+                f"the model{hint}"
+            )
 
     convention = families()[family][1] | input_convention(model, weights)
     convention = content.get("convention", {}) if family == "fcos" else convention
@@ -1368,16 +1441,24 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
     if family in DETECTORS and family != "fcos" and model.num_classes == 80:
         if not (classes or model.classes):
             model.classes, model.category_ids = list(COCO.values()), list(COCO)
-    return {"family": family, "convention": model.convention, "loaded": list(renamed),
-            "ignored": list(unknown), "missing": missing, "new_classes": new_classes}
+    return {
+        "family": family,
+        "convention": model.convention,
+        "loaded": list(renamed),
+        "ignored": list(unknown),
+        "missing": missing,
+        "new_classes": new_classes,
+    }
 
 
 def hub_file(name: str, classifier: str | None = None) -> Path:
     """Where torch's hub folder keeps weights of torchvision: "coco", its FCOS (box AP 39.2), or
     "imagenet", a classifier by its name there. A download checks the hash of the file."""
     if not (classifier or name == "coco"):
-        raise UserError("imagenet: torchvision has no weights for this model; its ResNets have "
-                        "the stride in the 3x3 convolution, the Caffe-style rows in the 1x1")
+        raise UserError(
+            "imagenet: torchvision has no weights for this model; its ResNets have "
+            "the stride in the 3x3 convolution, the Caffe-style rows in the 1x1"
+        )
     choices = get_model_weights("fcos_resnet50_fpn" if name == "coco" else classifier)
     weights = choices.COCO_V1 if name == "coco" else choices.IMAGENET1K_V1
     path = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
@@ -1386,8 +1467,10 @@ def hub_file(name: str, classifier: str | None = None) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(weights.url, str(path), path.stem.split("-")[-1])
         except (OSError, RuntimeError, HTTPException) as error:
-            raise UserError(f"{name}: download {weights.url} and put it into {path.parent}, since "
-                            f"this process cannot ({error})") from None
+            raise UserError(
+                f"{name}: download {weights.url} and put it into {path.parent}, since "
+                f"this process cannot ({error})"
+            ) from None
     return path
 
 
@@ -1403,8 +1486,9 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
         if family == "torchvision":
             name = name or "fcos_torchvision_R_50_FPN"
         if name is None:
-            raise UserError(f"{path}: does not say which model it is; name one of "
-                            f"{', '.join(MODELS)}")
+            raise UserError(
+                f"{path}: does not say which model it is; name one of {', '.join(MODELS)}"
+            )
         num_classes = 80 if family == "torchvision" and len(state[mark]) == 91 else len(state[mark])
         model = build(name, num_classes)
         load_weights(model, weights)
@@ -1434,8 +1518,15 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
 
 def checkpoint(model: "FCOS") -> dict:
     """All that `load` needs to rebuild the model, as tensors and plain Python values."""
-    names = ("name", "num_classes", "keywords", "classes", "category_ids", "convention",
-             "test_size")
+    names = (
+        "name",
+        "num_classes",
+        "keywords",
+        "classes",
+        "category_ids",
+        "convention",
+        "test_size",
+    )
     return {name: getattr(model, name) for name in names} | {"model": model.state_dict()}
 
 

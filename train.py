@@ -46,6 +46,7 @@ from fcos import UserError
 
 # ---- recipes -----------------------------------------------------------------------------------
 
+
 def row(model):
     """The row of fcos.MODELS that a recipe trains."""
     return dict(model=model)
@@ -64,6 +65,7 @@ R_50, R_101 = dict(weights="R-50.pkl"), dict(weights="R-101.pkl")
 MSRA_R_50 = dict(weights="MSRA-R-50.pkl")  # Detectron2's, whose norms have statistics
 X_32, X_64 = dict(weights="X-101-32x8d.pkl"), dict(weights="X-101-64x4d.pkl")
 MNV2, IMAGENET = dict(weights="mobilenet_v2-ecbe2b5.pth"), dict(weights="imagenet")
+# fmt: off
 RECIPES = {
     "fcos_R_50_FPN_1x":                     R_50  | X1 | row("fcos_R_50_FPN"),
     "fcos_R_101_FPN_2x":                    R_101 | X2 | row("fcos_R_101_FPN"),
@@ -92,8 +94,10 @@ RECIPES = {
     "shapes": dict(model="shapes", weights="none", data="data/shapes", iters=1500, batch_size=8,
                    lr=0.02, warmup=50, min_size=[128], max_size=160),
 }
+# fmt: on
 
 # ---- settings ----------------------------------------------------------------------------------
+
 
 def keyword_value(text):
     """argparse type: "KEYWORD=VALUE" -> (keyword, value), a Python literal or else a string."""
@@ -108,11 +112,15 @@ def keyword_value(text):
 def parse_args(argv=None):
     parser, positive_int = evaluate.ArgumentParser(__doc__), evaluate.positive_int
     not_negative, group = evaluate.not_negative, parser.add_argument_group
-    parser.add_argument("recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x",
-                        help="of RECIPES (%(default)s)")
+    parser.add_argument(
+        "recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="of RECIPES (%(default)s)"
+    )
     add = group("data").add_argument
-    add("--data", help="folder as COCO, Roboflow, CVAT or `coco split` lay it out (data/coco; for "
-        "shapes data/shapes)")
+    add(
+        "--data",
+        help="folder as COCO, Roboflow, CVAT or `coco split` lay it out (data/coco; for "
+        "shapes data/shapes)",
+    )
     add("--train-images", metavar="DIR", help="own data, instead of --data: all four")
     add("--train-annotations", metavar="JSON")
     add("--val-images", metavar="DIR")
@@ -121,23 +129,42 @@ def parse_args(argv=None):
     add("--augment", action="store_true", help="vary colours and crop, for small data sets")
     add("--workers", type=not_negative, help="loaders for each rank (4 on a GPU, 1 elsewhere)")
     add = group("what is trained, instead of the recipe's").add_argument
-    add("--weights", metavar="PATH|coco|imagenet|none",
-        help="start from a detector or ImageNet classifier, torchvision's, or nothing")
-    add("--set", type=keyword_value, nargs="+", action="extend", metavar="KEYWORD=VALUE",
-        default=[], help="keywords of the model, such as radius=0 quality=iou: see fcos.FCOS")
+    add(
+        "--weights",
+        metavar="PATH|coco|imagenet|none",
+        help="start from a detector or ImageNet classifier, torchvision's, or nothing",
+    )
+    add(
+        "--set",
+        type=keyword_value,
+        nargs="+",
+        action="extend",
+        metavar="KEYWORD=VALUE",
+        default=[],
+        help="keywords of the model, such as radius=0 quality=iou: see fcos.FCOS",
+    )
     add("--batch-size", type=positive_int, help="images a step, over all GPUs and micro-batches")
     add("--iters", type=positive_int, help="steps; the schedule keeps its proportions")
     add("--lr", type=float, help="by default in proportion to --batch-size")
     add("--min-size", type=positive_int, nargs="+", help="choices for the short side, in pixels")
     add("--max-size", type=positive_int, help="most pixels of the long side")
-    add("--ema", type=float, metavar="DECAY",
-        help="evaluate and keep the moving average of the weights, 0.999 for example (none)")
+    add(
+        "--ema",
+        type=float,
+        metavar="DECAY",
+        help="evaluate and keep the moving average of the weights, 0.999 for example (none)",
+    )
     add("--seed", type=not_negative, default=0, help="(%(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
     add = group("how it runs").add_argument
     add("--out", help="folder of the run (runs/RECIPE)")
-    add("--accumulate", type=positive_int, default=1, metavar="N",
-        help="compute a step in N micro-batches, one after the other")
+    add(
+        "--accumulate",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="compute a step in N micro-batches, one after the other",
+    )
     add("--eval-every", type=positive_int, help="steps between evaluations (only at the end)")
     add("--checkpoint-every", type=positive_int, default=2500, help="steps (%(default)s)")
     add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
@@ -154,8 +181,10 @@ def resolve(args):
     needed = {"model", "weights"} | X1.keys()
     unknown, lacks = recipe.keys() - needed - {"data", "decays"}, needed - recipe.keys()
     if unknown or lacks:
-        raise UserError(f"recipe {args.recipe}: lacks {lacks or 'nothing'}; has no use for "
-                        f"{unknown or 'nothing'}")
+        raise UserError(
+            f"recipe {args.recipe}: lacks {lacks or 'nothing'}; has no use for "
+            f"{unknown or 'nothing'}"
+        )
     given = {name: value for name, value in vars(args).items() if value is not None}
     settings = {"recipe": args.recipe, "decays": DECAYS} | recipe
     settings |= {name: given[name] for name in recipe.keys() & given.keys() - {"data"}}
@@ -169,17 +198,23 @@ def resolve(args):
     names = ("train_annotations", "train_images", "val_annotations", "val_images")
     paths, data = [getattr(args, name) for name in names], settings.pop("data", "data/coco")
     if any(paths) and (args.data or not all(paths)):
-        raise UserError("own data needs all of --train-images, --train-annotations, --val-images "
-                        "and --val-annotations, and no --data")
+        raise UserError(
+            "own data needs all of --train-images, --train-annotations, --val-images "
+            "and --val-annotations, and no --data"
+        )
     if not any(paths):
-        paths = [path for split in ("train2017", "val2017")
-                 for path in evaluate.coco_paths(args.data or data, split)]
+        paths = [
+            path
+            for split in ("train2017", "val2017")
+            for path in evaluate.coco_paths(args.data or data, split)
+        ]
     settings |= {name: str(path) for name, path in zip(names, paths)}
     for name in ("ema", "seed", "precision", "negatives", "augment"):
         settings[name] = getattr(args, name)
     if settings["model"] not in fcos.MODELS:
-        raise UserError(f"recipe {args.recipe}: its model {settings['model']!r} is no row of "
-                        "fcos.MODELS")
+        raise UserError(
+            f"recipe {args.recipe}: its model {settings['model']!r} is no row of fcos.MODELS"
+        )
     keywords = fcos.MODELS[settings["model"]] | dict(args.set)
     if "test_size" not in keywords:  # as it is trained
         keywords["test_size"] = max(settings["min_size"]), settings["max_size"]
@@ -244,8 +279,10 @@ class TrainBatches(Dataset):
         epochs, places = np.divmod(positions, len(self.groups[group]))
         rows = [self.order(group, epoch)[place].item() for epoch, place in zip(epochs, places)]
         min_sizes = self.rng("sizes", step).choice(self.min_size, self.batch_size)
-        sizes = [fcos.resized_hw(*self.dataset.hw[row].tolist(), min_size, self.max_size)
-                 for row, min_size in zip(rows, min_sizes.tolist())]
+        sizes = [
+            fcos.resized_hw(*self.dataset.hw[row].tolist(), min_size, self.max_size)
+            for row, min_size in zip(rows, min_sizes.tolist())
+        ]
         return Plan(rows, sizes, fcos.padded_hw(sizes))
 
     def __len__(self):
@@ -303,6 +340,7 @@ def augment_more(image, boxes, labels, rng):
 
 # ---- the model ---------------------------------------------------------------------------------
 
+
 def find_weights(name, keywords):
     """The path that a recipe's or the user's --weights means for a model of these keywords; None
     for "none"."""
@@ -313,8 +351,10 @@ def find_weights(name, keywords):
     path, cached = Path(name), Path.home() / ".torch" / "models" / name
     if path.exists() or (path.name == name and cached.exists()):
         return path if path.exists() else cached
-    raise UserError(f"{name}: no such weights, neither here nor in {cached.parent}; the README has "
-                    "where to get a recipe's; coco is torchvision's detector, none a random start")
+    raise UserError(
+        f"{name}: no such weights, neither here nor in {cached.parent}; the README has "
+        "where to get a recipe's; coco is torchvision's detector, none a random start"
+    )
 
 
 def make_model(settings, dataset, say):
@@ -340,8 +380,10 @@ def make_model(settings, dataset, say):
         random = {".".join(name.split(".")[:2]) for name in report["missing"]}
         random = {name for name in random if not name.startswith("backbone.")}
         random |= {f"class {name}" for name in report["new_classes"]}
-        say(f"{path}: {len(report['loaded'])} tensors of the {report['family']} family; random: "
-            f"{', '.join(sorted(random)) or 'nothing'}")
+        say(
+            f"{path}: {len(report['loaded'])} tensors of the {report['family']} family; random: "
+            f"{', '.join(sorted(random)) or 'nothing'}"
+        )
         say(", ".join(f"{name} {value}" for name, value in report["convention"].items()))
     model.set_convention(inclusive=False, score="fcos")  # the data set's boxes are continuous
     model.classes, model.category_ids = dataset.classes, dataset.category_ids
@@ -350,12 +392,14 @@ def make_model(settings, dataset, say):
 
 # ---- optimisation ------------------------------------------------------------------------------
 
+
 def parameter_groups(model):
     """Weights decay; biases, those of the norms included, do not and learn twice as fast."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for name, p in named if "bias" not in name], "rate": 1, "weight_decay": 1e-4},
-        {"params": [p for name, p in named if "bias" in name], "rate": 2, "weight_decay": 0.0}]
+        {"params": [p for name, p in named if "bias" in name], "rate": 2, "weight_decay": 0.0},
+    ]
 
 
 def lr_at(step, lr, iters, warmup, decays=DECAYS):
@@ -365,6 +409,7 @@ def lr_at(step, lr, iters, warmup, decays=DECAYS):
 
 
 # ---- training ----------------------------------------------------------------------------------
+
 
 def load_data(settings, rank, world_size, say):
     """-> the training and the validation set, after saying what is odd about them."""
@@ -378,11 +423,15 @@ def load_data(settings, rank, world_size, say):
     for split in ("train", "val"):
         path = settings[f"{split}_annotations"]
         if not Path(path).exists():
-            raise UserError(f"{path}: no such file; {evaluate.what_is_there(path)}; other places "
-                            "are named by --train-annotations, --train-images and so on")
+            raise UserError(
+                f"{path}: no such file; {evaluate.what_is_there(path)}; other places "
+                "are named by --train-annotations, --train-images and so on"
+            )
         datasets.append(data := evaluate.CocoDataset(path, settings[f"{split}_images"]))
-        say(f"{path}: {len(data)} images, {len(data.boxes)} boxes of {len(data.classes)} classes: "
-            f"{', '.join(map(str, data.classes)):.100}")
+        say(
+            f"{path}: {len(data)} images, {len(data.boxes)} boxes of {len(data.classes)} classes: "
+            f"{', '.join(map(str, data.classes)):.100}"
+        )
         for note in data.notes:
             say(f"{path}: {note}")
     train, val = datasets
@@ -393,8 +442,10 @@ def load_data(settings, rank, world_size, say):
     if not trainable.any():
         raise UserError(f"{path}: has no image with a box to learn")
     if not trainable.all():
-        say(f"{path}: {(~trainable).sum()} of {len(trainable)} images have no boxes to learn and "
-            f"are {'negatives' if settings['negatives'] else 'left out; --negatives takes them'}")
+        say(
+            f"{path}: {(~trainable).sum()} of {len(trainable)} images have no boxes to learn and "
+            f"are {'negatives' if settings['negatives'] else 'left out; --negatives takes them'}"
+        )
     return datasets
 
 
@@ -406,8 +457,10 @@ def main(args):
     recipe, out = RECIPES[args.recipe], Path(args.out or f"runs/{args.recipe}")
     iters, batch_size, micro_batches = settings["iters"], settings["batch_size"], args.accumulate
     if batch_size < world_size * micro_batches:
-        raise UserError(f"--batch-size {batch_size}: less than an image for each of {world_size} "
-                        f"processes and {micro_batches} micro-batches")
+        raise UserError(
+            f"--batch-size {batch_size}: less than an image for each of {world_size} "
+            f"processes and {micro_batches} micro-batches"
+        )
     train_set, val_set = load_data(settings, rank, world_size, say)
     model = make_model(settings, train_set, say).to(device)
     del settings["keywords"]  # the model has settled them
@@ -417,8 +470,10 @@ def main(args):
             value = f"{value[0]} to {value[-1]}"
         say(f"{name:18s} {value}")
     if settings["lr"] != recipe["lr"] and args.lr is None:
-        say(f"the learning rate {recipe['lr']} for {recipe['batch_size']} images a step becomes "
-            f"{settings['lr']:g} for {batch_size}")
+        say(
+            f"the learning rate {recipe['lr']} for {recipe['batch_size']} images a step becomes "
+            f"{settings['lr']:g} for {batch_size}"
+        )
     if model.keywords.get("norm") == "syncbn" and world_size > 1:
         if device.type == "cuda":
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -438,8 +493,10 @@ def main(args):
     else:
         start, best, damaged = resume(out, settings, model, saved, say, args.fresh and launch)
     if start == 0 and not args.fresh and (out / "model.pt").exists():
-        raise UserError(f"{out}: holds a model.pt and no checkpoint; choose another --out, or "
-                        "--fresh to replace it")
+        raise UserError(
+            f"{out}: holds a model.pt and no checkpoint; choose another --out, or "
+            "--fresh to replace it"
+        )
     if world_size > 1:
         starts = [None] * world_size
         dist.all_gather_object(starts, start)
@@ -461,8 +518,9 @@ def main(args):
     network = model
     if world_size > 1:  # no buffer is of use in training, so none is broadcast
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # since torch 2.15
-        network = DistributedDataParallel(model, broadcast_buffers=False,
-                                          gradient_as_bucket_view=True)
+        network = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
         # After its first backward pass DDP sums the gradients in another order. With a pass that
         # counts for nothing, a resumed run is in the same order as one that never stopped.
         outputs = network.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
@@ -491,6 +549,7 @@ def main(args):
             peak = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
             if sys.platform == "linux" and not on_gpu:
                 from resource import RUSAGE_SELF, getrusage  # Windows has none, macOS other units
+
                 peak = getrusage(RUSAGE_SELF).ru_maxrss / 2**20
             told = f"step {step}: AP {metrics['AP']:.3f}" + f", peak {peak:.1f} GiB" * (peak > 0)
             if args.compile:
@@ -504,8 +563,15 @@ def main(args):
     log_every = max(1, min(20, iters // 100))
     diverged = torch.tensor(iters, device=device)  # the first step whose loss was not finite
     clock, clock_step = time.perf_counter(), start
-    bar = tqdm(range(start, iters), args.recipe, iters, initial=start, disable=rank != 0,
-               unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        range(start, iters),
+        args.recipe,
+        iters,
+        initial=start,
+        disable=rank != 0,
+        unit="step",
+        dynamic_ncols=True,
+    )
     with evaluate.no_worker_left(), stop_signals() as signals, bar:
         for step in bar:
             # ---- an evaluation is due. Its model is saved: a run that is stopped here repeats it
@@ -542,8 +608,11 @@ def main(args):
                     (values.sum() * world_size).backward()  # DDP averages what is to be added
                 step_losses = step_losses + values.detach()
             if step == start:
-                idle = [name for name, p in model.named_parameters()
-                        if p.requires_grad and p.grad is None]
+                idle = [
+                    name
+                    for name, p in model.named_parameters()
+                    if p.requires_grad and p.grad is None
+                ]
                 if idle:
                     raise UserError(f"no loss depends on {', '.join(idle)}")
                 if losses.keys() & {"step", "loss", "lr", "AP"}:
@@ -578,20 +647,29 @@ def main(args):
                 text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
                 if diverged.item() < iters:
                     ids = train_set.image_ids[batches.plan(diverged.item()).rows].tolist()
-                    raise UserError("the loss or its gradient is not finite since step "
-                                    f"{diverged.item() + 1}, of the images {ids}; the losses are "
-                                    f"now {text}; nothing of it is in {out / 'last.pt'}")
+                    raise UserError(
+                        "the loss or its gradient is not finite since step "
+                        f"{diverged.item() + 1}, of the images {ids}; the losses are "
+                        f"now {text}; nothing of it is in {out / 'last.pt'}"
+                    )
                 speed = (done - clock_step) * batch_size / (time.perf_counter() - clock)
                 clock, clock_step = time.perf_counter(), done
                 if rank == 0:
-                    files.log(done, loss=sum(losses.values()), **losses, lr=rate,
-                              images_per_second=round(speed, 2))
+                    files.log(
+                        done,
+                        loss=sum(losses.values()),
+                        **losses,
+                        lr=rate,
+                        images_per_second=round(speed, 2),
+                    )
                 bar.set_postfix_str(f"{text} lr {rate:.2g} {speed:.1f} img/s")
             if rank == 0 and (saving or stopping):
                 files.checkpoint(done, settings, model, saved, best)
             if stopping and done < iters:
-                say(f"{signals[0] if signals else 'a signal elsewhere'}: stopped after step {done} "
-                    f"of {iters}; the same command resumes from there")
+                say(
+                    f"{signals[0] if signals else 'a signal elsewhere'}: stopped after step {done} "
+                    f"of {iters}; the same command resumes from there"
+                )
                 return
 
     # ---- the result
@@ -600,15 +678,18 @@ def main(args):
     if rank == 0 and best is None:
         raise UserError(f"{out / 'model.pt'}: cannot be written; last.pt holds the model")
     if rank == 0:
-        print(f"AP {best['AP']:.3f} after step {best['step']}, the best, is of {out / 'model.pt'}; "
-              f"{time.process_time():.0f} s of CPU time. To see what it finds:\n"
-              f"python evaluate.py {out / 'model.pt'} --images PHOTO.jpg --out drawn/")
+        print(
+            f"AP {best['AP']:.3f} after step {best['step']}, the best, is of {out / 'model.pt'}; "
+            f"{time.process_time():.0f} s of CPU time. To see what it finds:\n"
+            f"python evaluate.py {out / 'model.pt'} --images PHOTO.jpg --out drawn/"
+        )
         print(json.dumps(best))
     if world_size > 1:  # torchrun restarts all ranks if one fails before it is here
         dist.barrier()
 
 
 # ---- what a run leaves -------------------------------------------------------------------------
+
 
 class RunFiles:
     """log.jsonl, last.pt, previous.pt, model.pt and metrics.json of a run, which rank 0 writes. A
@@ -641,8 +722,13 @@ class RunFiles:
             tqdm.write(f"{self.path}: {error.strerror}", file=sys.stderr)
 
     def checkpoint(self, step, settings, model, saved, best):
-        content = {"settings": settings, "step": step, "best": best, "made_with": self.made_with,
-                   "model": fcos.checkpoint(model)}
+        content = {
+            "settings": settings,
+            "step": step,
+            "best": best,
+            "made_with": self.made_with,
+            "model": fcos.checkpoint(model),
+        }
         assert not saved.keys() & content.keys(), f"{list(saved)}: other names than {list(content)}"
         content |= {name: thing.state_dict() for name, thing in saved.items()}
         keep = None if self.replaces else self.out / "previous.pt"
@@ -695,8 +781,11 @@ def resume(out, settings, model, saved, say, launch=None):
         old = since | content["settings"] | fcos.stored_keywords(content["model"])
         old["classes"] = content["model"]["classes"]
         new = settings | {"classes": model.classes}
-        changed = [f"{key} {old[key]} there, {new[key]} here"
-                   for key in new if key != "model" and new[key] != old[key]]
+        changed = [
+            f"{key} {old[key]} there, {new[key]} here"
+            for key in new
+            if key != "model" and new[key] != old[key]
+        ]
         if not changed:
             step, held, best = content["step"], content["model"], content.get("best")
             if type(step) is not int or step not in range(settings["iters"] + 1):
@@ -715,9 +804,11 @@ def resume(out, settings, model, saved, say, launch=None):
         what = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise UserError(f"{path}: cannot be resumed ({what}); --fresh starts over") from None
     if changed:
-        raise UserError(f"{out}: holds a run of other settings ({'; '.join(changed)}); repeat "
-                        "them, start over with --fresh, or choose another --out (and --weights "
-                        f"{path}, to train on with a schedule of its own)")
+        raise UserError(
+            f"{out}: holds a run of other settings ({'; '.join(changed)}); repeat "
+            "them, start over with --fresh, or choose another --out (and --weights "
+            f"{path}, to train on with a schedule of its own)"
+        )
     for problem in problems:
         say(f"{problem}; {path} takes its place")
     say(f"{out}: resumes after step {step} of {settings['iters']}")
@@ -725,6 +816,7 @@ def resume(out, settings, model, saved, say, launch=None):
 
 
 # ---- what a run must survive -------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def stop_signals():
@@ -779,11 +871,20 @@ def fresh_store(rank, world_size, timeout):
 # ---- the shapes data set ------------------------------------------------------------------------
 
 SHAPES = {  # category id (with gaps, as in COCO): name, distances of corners at equal angles, hole
-    1: ("ellipse", [1] * 72, 0), 3: ("rectangle", [0.71, 1] * 4, 0), 4: ("triangle", [1] * 3, 0),
-    7: ("star", [1, 0.45] * 5, 0), 9: ("ring", [1] * 72, 0.55), 10: ("cross", [0.37, 1, 1] * 4, 0)}
-PAPERS, INKS = (np.array([list(bytes.fromhex(c)) for c in row.split()], np.float32) for row in (
-    "22303f 39463b 43374d 5a4a42 2f5061 1d3557 24404a 4a3038 333a56 3c4a3a",
-    "ff6b6b ff9f43 ffd166 6ee7a8 4dd0c4 7cb8ff b79cff ff8fc2 fff8e7 c7f06a"))
+    1: ("ellipse", [1] * 72, 0),
+    3: ("rectangle", [0.71, 1] * 4, 0),
+    4: ("triangle", [1] * 3, 0),
+    7: ("star", [1, 0.45] * 5, 0),
+    9: ("ring", [1] * 72, 0.55),
+    10: ("cross", [0.37, 1, 1] * 4, 0),
+}
+PAPERS, INKS = (
+    np.array([list(bytes.fromhex(c)) for c in row.split()], np.float32)
+    for row in (
+        "22303f 39463b 43374d 5a4a42 2f5061 1d3557 24404a 4a3038 333a56 3c4a3a",
+        "ff6b6b ff9f43 ffd166 6ee7a8 4dd0c4 7cb8ff b79cff ff8fc2 fff8e7 c7f06a",
+    )
+)
 
 
 def _background(rng, w, h):
@@ -814,15 +915,22 @@ def _scene(rng):
             ImageDraw.Draw(drawn).polygon(corners.view(float).tolist(), fill)
         x0, y0, x1, y1 = (edge / 4 for edge in drawn.getbbox())
         mask = np.asarray(drawn.reduce(4), np.float32) / 255
-        if ((x1 - x0) * (y1 - y0) < 0.7 * size**2 * np.ptp(z.real) * np.ptp(z.imag)
-                or any((mask * m).sum() > 0.3 * min(mask.sum(), m.sum()) for m in masks)):
+        if (x1 - x0) * (y1 - y0) < 0.7 * size**2 * np.ptp(z.real) * np.ptp(z.imag) or any(
+            (mask * m).sum() > 0.3 * min(mask.sum(), m.sum()) for m in masks
+        ):
             continue  # too little of it is inside the picture, or too much on another
         shadow = drawn.transform((w, h), Image.AFFINE, (4, 0, -4, 0, 4, -8))  # right 1, down 2
         image *= 1 - np.asarray(shadow.filter(ImageFilter.GaussianBlur(2)))[..., None] / 640
         image += (ink - image) * mask[..., None]
         masks.append(mask)
-        objects.append(dict(category_id=category, bbox=[x0, y0, x1 - x0, y1 - y0],
-                            area=round(float(mask.sum()), 2), iscrowd=0))
+        objects.append(
+            dict(
+                category_id=category,
+                bbox=[x0, y0, x1 - x0, y1 - y0],
+                area=round(float(mask.sum()), 2),
+                iscrowd=0,
+            )
+        )
     image += rng.uniform(1, 4) * rng.standard_normal((h, w, 1), np.float32)
     return np.clip(image, 0, 255).astype(np.uint8), objects
 
@@ -838,8 +946,11 @@ def make_shapes(root, seed=0, train=1400, val=200):
             path, folder = evaluate.coco_paths(part, name)
             folder.mkdir(parents=True)
             path.parent.mkdir(exist_ok=True)
-            coco = dict(images=[], annotations=[], categories=[
-                dict(id=id, name=name) for id, (name, *_) in SHAPES.items()])
+            coco = dict(
+                images=[],
+                annotations=[],
+                categories=[dict(id=id, name=name) for id, (name, *_) in SHAPES.items()],
+            )
             for i in range(count):
                 picture, objects = _scene(np.random.Generator(np.random.PCG64([seed, split, i])))
                 number, (h, w, _) = 1_000_000 * split + i + 1, picture.shape
@@ -847,7 +958,8 @@ def make_shapes(root, seed=0, train=1400, val=200):
                 Image.fromarray(picture).save(folder / name, quality=90)
                 coco["images"].append(dict(id=number, file_name=name, width=w, height=h))
                 coco["annotations"] += [
-                    dict(id=n, image_id=number) | o for n, o in enumerate(objects, first)]
+                    dict(id=n, image_id=number) | o for n, o in enumerate(objects, first)
+                ]
             path.write_text(json.dumps(coco))
         os.replace(part, root)
 

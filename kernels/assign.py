@@ -20,6 +20,7 @@ from torch import Tensor
 
 # ---- reference
 
+
 def assign_ref(points, boxes, center_radius):
     """`assign` in plain PyTorch: what the kernel must reproduce, and what runs on the CPU."""
     x, y, stride, lo, hi = points.T
@@ -106,6 +107,7 @@ THREADS, MAX_IMAGES = 256, 256  # as in the CUDA text
 
 # ---- launcher: the same lines in every kernel file, because a file is copied whole
 
+
 @torch.compiler.disable
 @functools.cache
 def _load(device, choice):
@@ -113,6 +115,7 @@ def _load(device, choice):
     FCOS_KERNELS=cupy, or while a CUDA graph is captured, an ImportError."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
+
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
@@ -134,6 +137,7 @@ def _launch(name, grid, threads, *args):
     """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
     must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
     import cupy
+
     device = args[0].device
     values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
     with torch.cuda.device(device), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
@@ -141,6 +145,7 @@ def _launch(name, grid, threads, *args):
 
 
 # ---- operator
+
 
 @torch.compiler.disable
 def _assign_kernel(points, boxes, center_radius):

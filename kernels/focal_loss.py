@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 # ---- reference
 
+
 def sigmoid_focal_loss_ref(logits, labels, alpha=0.25, gamma=2.0):
     """The loss in plain PyTorch: what the kernels must reproduce, and what runs on the CPU."""
     x = logits if logits.dtype == torch.float64 else logits.float()
@@ -147,6 +148,7 @@ OPTIONS, THREADS = (), 256
 
 # ---- launcher: the same lines in every kernel file, because a file is copied whole
 
+
 @torch.compiler.disable
 @functools.cache
 def _load(device, choice):
@@ -154,6 +156,7 @@ def _load(device, choice):
     FCOS_KERNELS=cupy, or while a CUDA graph is captured, an ImportError."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
+
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
@@ -175,6 +178,7 @@ def _launch(name, grid, threads, *args):
     """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
     must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
     import cupy
+
     device = args[0].device
     values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
     with torch.cuda.device(device), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
@@ -182,6 +186,7 @@ def _launch(name, grid, threads, *args):
 
 
 # ---- operator
+
 
 class _SigmoidFocalLoss(torch.autograd.Function):
     @staticmethod
@@ -228,11 +233,15 @@ def sigmoid_focal_loss(
     Raises ValueError for another shape, type or device.
     """
     if logits.ndim != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
-        raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; it must be (N, K) "
-                         "floating point with K > 0: flatten the leading dimensions")
+        raise ValueError(
+            f"logits is {tuple(logits.shape)} {logits.dtype}; it must be (N, K) "
+            "floating point with K > 0: flatten the leading dimensions"
+        )
     if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"labels is {tuple(labels.shape)} {labels.dtype}; it must be "
-                         f"{(len(logits),)} int64, a class of each row, -1 for background")
+        raise ValueError(
+            f"labels is {tuple(labels.shape)} {labels.dtype}; it must be "
+            f"{(len(logits),)} int64, a class of each row, -1 for background"
+        )
     if labels.device != logits.device:
         raise ValueError(f"logits is on {logits.device}; move labels there as well")
     if len(logits) and logits.dtype != torch.float64 and _use_kernel(logits):

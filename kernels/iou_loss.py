@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 # ---- reference
 
+
 def iou(pred: Tensor, target: Tensor) -> Tensor:
     """(I + 1) / (U + 1), the official code's IoU, of two boxes around the same location.
 
@@ -149,6 +150,7 @@ KERNELS, OPTIONS, THREADS = ("iou_loss",), (), 256
 
 # ---- launcher: the same lines in every kernel file, because a file is copied whole
 
+
 @torch.compiler.disable
 @functools.cache
 def _load(device, choice):
@@ -156,6 +158,7 @@ def _load(device, choice):
     FCOS_KERNELS=cupy, or while a CUDA graph is captured, an ImportError."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
+
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
@@ -177,6 +180,7 @@ def _launch(name, grid, threads, *args):
     """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
     must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
     import cupy
+
     device = args[0].device
     values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
     with torch.cuda.device(device), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
@@ -184,6 +188,7 @@ def _launch(name, grid, threads, *args):
 
 
 # ---- operator
+
 
 class _IoULoss(torch.autograd.Function):
     @staticmethod
@@ -234,8 +239,10 @@ def iou_loss(pred: Tensor, target: Tensor, weight: Tensor, kind: str = "giou") -
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}")
     if weight.ndim != 1 or not pred.shape == target.shape == (len(weight), 4):
-        raise ValueError(f"pred is {tuple(pred.shape)}, target is {tuple(target.shape)}, weight is "
-                         f"{tuple(weight.shape)}; they must be (N, 4), (N, 4) and (N,): flatten")
+        raise ValueError(
+            f"pred is {tuple(pred.shape)}, target is {tuple(target.shape)}, weight is "
+            f"{tuple(weight.shape)}; they must be (N, 4), (N, 4) and (N,): flatten"
+        )
     if not pred.device == target.device == weight.device:
         raise ValueError(f"pred is on {pred.device}; move target and weight there as well")
     target, weight = target.detach(), weight.detach()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 # ---- reference
 
+
 def batched_nms_ref(boxes, scores, labels, iou_threshold, max_detections):
     """`batched_nms` in plain PyTorch: what the kernel must reproduce, and what runs on the CPU."""
     (B, N), D = scores.shape, max_detections
@@ -136,6 +137,7 @@ KERNELS, OPTIONS = ("nms",), ("--fmad=false",)  # no fused rounding: bit for bit
 
 # ---- launcher: the same lines in every kernel file, because a file is copied whole
 
+
 @torch.compiler.disable
 @functools.cache
 def _load(device, choice):
@@ -143,6 +145,7 @@ def _load(device, choice):
     FCOS_KERNELS=cupy, or while a CUDA graph is captured, an ImportError."""
     try:
         import cupy  # only here: importing this file needs neither CuPy nor a GPU
+
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
@@ -164,6 +167,7 @@ def _launch(name, grid, threads, *args):
     """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
     must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
     import cupy
+
     device = args[0].device
     values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
     with torch.cuda.device(device), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
@@ -171,6 +175,7 @@ def _launch(name, grid, threads, *args):
 
 
 # ---- operator
+
 
 @torch.compiler.disable
 def _nms_kernel(boxes, scores, labels, iou_threshold, max_detections):
@@ -203,8 +208,10 @@ def batched_nms(
     """
     shape = scores.shape
     if len(shape) != 2 or boxes.shape != (*shape, 4) or labels.shape != shape:
-        raise ValueError(f"boxes is {tuple(boxes.shape)}, scores {tuple(shape)}, labels "
-                         f"{tuple(labels.shape)}; not (B, N, 4), (B, N), (B, N): add [None]")
+        raise ValueError(
+            f"boxes is {tuple(boxes.shape)}, scores {tuple(shape)}, labels "
+            f"{tuple(labels.shape)}; not (B, N, 4), (B, N), (B, N): add [None]"
+        )
     if not boxes.device == scores.device == labels.device:
         raise ValueError(f"boxes is on {boxes.device}; move scores and labels there as well")
     if not 0 <= iou_threshold <= 1:

@@ -18,9 +18,7 @@ STAND_IN = DEVICE.type == "cpu"
 
 needs_gpu = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (STAND_IN or torch.cuda.is_available()), reason="needs a CUDA device"
-    ),
+    pytest.mark.skipif(not (STAND_IN or torch.cuda.is_available()), reason="needs a CUDA device"),
 ]
 only_cuda = pytest.mark.skipif(STAND_IN, reason="means nothing on the stand-in for a GPU")
 

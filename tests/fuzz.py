@@ -44,8 +44,10 @@ import train  # noqa: E402
 MODEL, LAST, FOUND = "run/model.pt", "run/last.pt", "found.json"
 VAL, PHOTO = "data/annotations/instances_val2017.json", "data/val2017/000001000001.jpg"
 SMALL = "--min-size 64 --max-size 96 --workers 0 --device cpu"
-TRAIN = (f"train.py shapes --data data --out run --iters 4 --batch-size 4 {SMALL} "
-         "--set stem=16 channels=64 --checkpoint-every 2")
+TRAIN = (
+    f"train.py shapes --data data --out run --iters 4 --batch-size 4 {SMALL} "
+    "--set stem=16 channels=64 --checkpoint-every 2"
+)
 FROM = TRAIN.replace("out run", "out new") + " --weights " + MODEL
 EVAL = f"evaluate.py {MODEL} --data data {SMALL}"
 DRAW = f"evaluate.py {MODEL} --images {PHOTO} --out drawn {SMALL}"
@@ -58,24 +60,37 @@ def make_folder():
     code, _, err = call(TRAIN)
     assert code == 0, err
     truth = json.loads(Path(VAL).read_text())["annotations"]
-    Path(FOUND).write_text(json.dumps([
-        {key: box[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9 - i / 99}
-        for i, box in enumerate(truth)]))
+    Path(FOUND).write_text(
+        json.dumps(
+            [
+                {key: box[key] for key in ("image_id", "category_id", "bbox")}
+                | {"score": 0.9 - i / 99}
+                for i, box in enumerate(truth)
+            ]
+        )
+    )
 
 
 def call(line):
     """-> exit code, stdout and stderr of a command line, or of a function, in this process."""
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, errors, write_through=True)
-                for errors in ("strict", "backslashreplace"))  # as Python's own
+    out, err = (
+        io.TextIOWrapper(io.BytesIO(), encoding, errors, write_through=True)
+        for errors in ("strict", "backslashreplace")
+    )  # as Python's own
     code, (script, *argv) = 0, ("", "") if callable(line) else shlex.split(line)
     module = {"train.py": train, "evaluate.py": evaluate}.get(script)
-    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-          warnings.catch_warnings(record=True) as told):
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(record=True) as told,
+    ):
         warnings.simplefilter("always")
         try:
-            evaluate.run(module.main if module else lambda _: line(),
-                         module.parse_args(argv) if module else argparse.Namespace())
+            evaluate.run(
+                module.main if module else lambda _: line(),
+                module.parse_args(argv) if module else argparse.Namespace(),
+            )
         except SystemExit as end:
             code = end.code
         finally:
@@ -92,32 +107,41 @@ def lines_of(err):
 
 def files():
     """{path: content, or what else is there} of all that lies here."""
-    return {str(path): path.read_bytes() if path.is_file() else path.lstat().st_mode
-            for path in Path().rglob("*")}
+    return {
+        str(path): path.read_bytes() if path.is_file() else path.lstat().st_mode
+        for path in Path().rglob("*")
+    }
 
 
 def change(path, where, value):
     """-> a function. Set what has keys such as "annotations 0 bbox" (or a list of them) in a JSON
     file or a checkpoint. A function changes what is there, and ... removes it."""
+
     def prepare():
         ours = path.endswith(".pt")
         content = torch.load(path) if ours else json.loads(Path(path).read_text())
-        keys = where if isinstance(where, list) else [
-            int(key) if key.isdigit() else key for key in where.split()]
+        keys = (
+            where
+            if isinstance(where, list)
+            else [int(key) if key.isdigit() else key for key in where.split()]
+        )
         place, key = reduce(operator.getitem, keys[:-1], content), keys[-1]
         place[key] = value(place[key]) if isinstance(value, types.FunctionType) else value
         if value is ...:
             del place[key]
         torch.save(content, path) if ours else Path(path).write_text(json.dumps(content))
+
     return prepare
 
 
 def damage(path, length, at=None):
     """-> a function that turns bytes of a file, in its middle unless told otherwise."""
+
     def prepare():
         content = np.fromfile(path, np.uint8)
         content[len(content) // 2 if at is None else int(at * len(content)) :][:length] ^= 255
         content.tofile(path)
+
     return prepare
 
 
@@ -131,35 +155,119 @@ def little_memory(more=2):
 
 TRAIN_JSON = VAL.replace("val", "train")
 NEW, SAVE = FROM.replace(" --weights " + MODEL, ""), EVAL + " --save-json saved.json"
-WORDS = ["", " ", "-1", "0", "nan", "inf", "-inf", "1e308", "1e-308", "9" * 25, "0x10", "1_0",
-         "None", "[]", "true", "\u0663", "\u00e9", "/", ".", "..", "/dev/null", "/dev/zero", "pipe",
-         "gone/gone", "x" * 300, "%s{}", "*", "~", "\udcff", VAL, MODEL, PHOTO]
+WORDS = [
+    "",
+    " ",
+    "-1",
+    "0",
+    "nan",
+    "inf",
+    "-inf",
+    "1e308",
+    "1e-308",
+    "9" * 25,
+    "0x10",
+    "1_0",
+    "None",
+    "[]",
+    "true",
+    "\u0663",
+    "\u00e9",
+    "/",
+    ".",
+    "..",
+    "/dev/null",
+    "/dev/zero",
+    "pipe",
+    "gone/gone",
+    "x" * 300,
+    "%s{}",
+    "*",
+    "~",
+    "\udcff",
+    VAL,
+    MODEL,
+    PHOTO,
+]
 FLAGS = {
-    NEW: ("data out weights batch-size iters lr min-size max-size ema seed precision accumulate "
-          "eval-every checkpoint-every train-images val-annotations device set workers").split(),
-    SAVE: ("model device precision min-size max-size workers data split annotations image-dir "
-           "batch-size save-json").split(),
+    NEW: (
+        "data out weights batch-size iters lr min-size max-size ema seed precision accumulate "
+        "eval-every checkpoint-every train-images val-annotations device set workers"
+    ).split(),
+    SAVE: (
+        "model device precision min-size max-size workers data split annotations image-dir "
+        "batch-size save-json"
+    ).split(),
     DRAW: "images out score-threshold min-size max-size model".split(),
     SCORE: "results annotations save-json split".split(),
 }
-VALUES = [None, "", "\u00e9", "1", -1, 0, 1, 0.5, 1e308, -1e308, 1e-320, np.nan, np.inf, 10**400,
-          2**63, 2**31, [], {}, [1], [[]], {"id": 1}, True, False, "x" * 10_000, ...]
+VALUES = [
+    None,
+    "",
+    "\u00e9",
+    "1",
+    -1,
+    0,
+    1,
+    0.5,
+    1e308,
+    -1e308,
+    1e-320,
+    np.nan,
+    np.inf,
+    10**400,
+    2**63,
+    2**31,
+    [],
+    {},
+    [1],
+    [[]],
+    {"id": 1},
+    True,
+    False,
+    "x" * 10_000,
+    ...,
+]
 TENSORS = {
-    "of NaN": lambda x: x * torch.nan, "empty": lambda x: x[:0], "flat": lambda x: x.flatten(),
-    "of whole numbers": lambda x: x.to(torch.int32), "double": lambda x: x.double(),
-    "half": lambda x: x.half(), "complex": lambda x: x.to(torch.complex64),
-    "huge": lambda x: x * 0 + 3e38, "a number": lambda x: x.sum(),
+    "of NaN": lambda x: x * torch.nan,
+    "empty": lambda x: x[:0],
+    "flat": lambda x: x.flatten(),
+    "of whole numbers": lambda x: x.to(torch.int32),
+    "double": lambda x: x.double(),
+    "half": lambda x: x.half(),
+    "complex": lambda x: x.to(torch.complex64),
+    "huge": lambda x: x * 0 + 3e38,
+    "a number": lambda x: x.sum(),
     "of one dimension more": lambda x: x[..., None],
-    "of one value, expanded": lambda x: x.flatten()[:1].expand(x.shape), "a list": lambda x: [1.0]}
+    "of one value, expanded": lambda x: x.flatten()[:1].expand(x.shape),
+    "a list": lambda x: [1.0],
+}
 TEXTS = {
-    "nothing": b"", "null": b"null", "[]": b"[]", "{}": b"{}", "brackets": b"[" * 100_000,
-    "UTF-16": '{"images": []}'.encode("utf-16"), "bytes": bytes(range(256)), "NaN": b"NaN",
-    "twice": b"{}{}", "lists": b'{"images": [], "annotations": [], "categories": []}'}
+    "nothing": b"",
+    "null": b"null",
+    "[]": b"[]",
+    "{}": b"{}",
+    "brackets": b"[" * 100_000,
+    "UTF-16": '{"images": []}'.encode("utf-16"),
+    "bytes": bytes(range(256)),
+    "NaN": b"NaN",
+    "twice": b"{}{}",
+    "lists": b'{"images": [], "annotations": [], "categories": []}',
+}
 IMAGES = {
-    "CMYK": ("CMYK", "JPEG"), "palette": ("P", "PNG"), "a bit": ("1", "PNG"), "grey": ("L", "BMP"),
-    "alpha": ("RGBA", "PNG"), "grey alpha": ("LA", "PNG"), "16 bits": ("I;16", "PNG"),
-    "floats": ("F", "TIFF"), "WebP": ("RGB", "WEBP"), "GIF": ("P", "GIF"), "32 bits": ("I", "TIFF"),
-    "YCbCr": ("YCbCr", "TIFF")}
+    "CMYK": ("CMYK", "JPEG"),
+    "palette": ("P", "PNG"),
+    "a bit": ("1", "PNG"),
+    "grey": ("L", "BMP"),
+    "alpha": ("RGBA", "PNG"),
+    "grey alpha": ("LA", "PNG"),
+    "16 bits": ("I;16", "PNG"),
+    "floats": ("F", "TIFF"),
+    "WebP": ("RGB", "WEBP"),
+    "GIF": ("P", "GIF"),
+    "32 bits": ("I", "TIFF"),
+    "YCbCr": ("YCbCr", "TIFF"),
+}
 
 
 def random_place(rng, path):
@@ -229,8 +337,11 @@ def weights(rng):
         at, length = rng.random(), rng.choice([1, 64, 4096])
         if rng.random() < 0.5:
             return f"{path}: {length} bytes at {at:.3f}", [damage(path, length, at)], line
-        return f"{path}: cut at {at:.2f}", [
-            lambda: os.truncate(path, int(at * os.path.getsize(path)))], line
+        return (
+            f"{path}: cut at {at:.2f}",
+            [lambda: os.truncate(path, int(at * os.path.getsize(path)))],
+            line,
+        )
     keys, here = random_place(rng, path)
     if isinstance(here, torch.Tensor):
         name = rng.choice(list(TENSORS))
@@ -245,8 +356,11 @@ def weights(rng):
 def result(line, told):
     """What a run has found, to compare."""
     code, out, _ = told
-    found = [Path(name).read_bytes() for name in ("saved.json", "drawn/detections.json")
-             if Path(name).exists()]
+    found = [
+        Path(name).read_bytes()
+        for name in ("saved.json", "drawn/detections.json")
+        if Path(name).exists()
+    ]
     out = re.sub(r"; \d+ s\.|[\d.]+ img", "", out)
     return code, found, out if line.startswith("evaluate") else out.splitlines()[-1:]
 
@@ -264,8 +378,13 @@ def attempt(steps, line):
         return "traceback", "".join(traceback.format_exc().splitlines(True)[-3:])
     after = files()
     resumed = told[0] == 0 and "--out run" in line
-    lost = [path for path, content in before.items() if after.get(path) != content
-            and path != "run/log.jsonl" and not (resumed and path.startswith("run/"))]
+    lost = [
+        path
+        for path, content in before.items()
+        if after.get(path) != content
+        and path != "run/log.jsonl"
+        and not (resumed and path.startswith("run/"))
+    ]
     return "ended", *told, result(line, told), lost + [p for p in after if p.endswith(".tmp")]
 
 
@@ -339,8 +458,14 @@ def main():
         for number in range(args.count) if args.only is None else [args.only]:
             kind = (flag, field, picture, weights)[number % 4]
             what, steps, line = kind(random.Random(f"{args.seed} {number}"))
-            base = next((known for known in (SCORE, SAVE, DRAW, FROM, NEW, TRAIN)
-                         if line.startswith(known)), line)
+            base = next(
+                (
+                    known
+                    for known in (SCORE, SAVE, DRAW, FROM, NEW, TRAIN)
+                    if line.startswith(known)
+                ),
+                line,
+            )
             if base not in clean:
                 clean[base] = copied([], base)
                 assert clean[base][:2] == ("ended", 0), clean[base]

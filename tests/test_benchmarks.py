@@ -24,7 +24,8 @@ def benchmark(monkeypatch):
 def test_the_table_of_the_readme_is_what_was_measured(benchmark):
     text = (ROOT / "README.md").read_text()
     assert text == benchmark("readme_table").replaced(text), (
-        "run python tests/benchmarks/readme_table.py")
+        "run python tests/benchmarks/readme_table.py"
+    )
 
 
 def test_a_row_is_on_disk_as_it_comes_and_an_error_costs_no_other_row(benchmark, tmp_path):

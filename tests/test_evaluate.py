@@ -59,8 +59,10 @@ def write_coco(root, images, annotations, categories=CATEGORIES, **extra):
 
 def box(id, image_id, bbox, category_id=3, **extra):
     area = bbox[2] * bbox[3] if len(bbox) == 4 else 0
-    return dict(id=id, image_id=image_id, category_id=category_id, bbox=bbox,
-                area=area, iscrowd=0) | extra
+    return (
+        dict(id=id, image_id=image_id, category_id=category_id, bbox=bbox, area=area, iscrowd=0)
+        | extra
+    )
 
 
 def edit(path, **changes):
@@ -75,12 +77,18 @@ def edit(path, **changes):
 
 
 def test_dataset_is_flat_arrays_in_the_order_of_ids(tmp_path):
-    dataset = evaluate.CocoDataset(*write_coco(tmp_path, {9: (60, 40), 2: (30, 50), 5: (20, 20)}, [
-        box(11, 9, [1.5, 2, 10, 20], 90),
-        box(10, 2, [0, 0, 5, 6], 3),
-        box(12, 9, [3, 4, 5, 6.25], 7),
-        box(13, 9, [0, 0, 60, 40], 7, iscrowd=1),
-    ]))
+    dataset = evaluate.CocoDataset(
+        *write_coco(
+            tmp_path,
+            {9: (60, 40), 2: (30, 50), 5: (20, 20)},
+            [
+                box(11, 9, [1.5, 2, 10, 20], 90),
+                box(10, 2, [0, 0, 5, 6], 3),
+                box(12, 9, [3, 4, 5, 6.25], 7),
+                box(13, 9, [0, 0, 60, 40], 7, iscrowd=1),
+            ],
+        )
+    )
     assert dataset.image_ids.tolist() == [2, 5, 9]
     assert dataset.hw.tolist() == [[50, 30], [20, 20], [40, 60]]
     assert (dataset.classes, dataset.category_ids) == (["three", "seven", "ninety"], [3, 7, 90])
@@ -99,18 +107,24 @@ def test_dataset_is_flat_arrays_in_the_order_of_ids(tmp_path):
 
 
 def test_boxes_without_area_or_image_are_left_out_and_others_clipped_all_counted(tmp_path, recwarn):
-    dataset = evaluate.CocoDataset(*write_coco(tmp_path, {1: (100, 50), 2: (40, 40)}, [
-        box(1, 1, [90, 40, 30, 30]),            # reaches beyond: clipped
-        box(2, 1, [-5, -5, 20, 20]),            # starts outside: clipped
-        box(3, 1, [99.7, 10, 0.8, 5]),          # by less than a pixel: rounding, not told
-        box(4, 1, [200, 10, 5, 5]),             # outside
-        box(5, 1, [10, 10, 0, 5]),              # empty
-        box(6, 1, [10, 10, 5, -5]),             # negative
-        box(7, 1, [math.nan, 10, 5, 5]),
-        box(8, 1, [10, 10, math.inf, 5]),
-        box(9, 77, [10, 10, 5, 5]),             # of no image
-        box(10, 2, [10, 10, 1, 1]),             # fine, but too small for the official filter
-    ]))
+    dataset = evaluate.CocoDataset(
+        *write_coco(
+            tmp_path,
+            {1: (100, 50), 2: (40, 40)},
+            [
+                box(1, 1, [90, 40, 30, 30]),  # reaches beyond: clipped
+                box(2, 1, [-5, -5, 20, 20]),  # starts outside: clipped
+                box(3, 1, [99.7, 10, 0.8, 5]),  # by less than a pixel: rounding, not told
+                box(4, 1, [200, 10, 5, 5]),  # outside
+                box(5, 1, [10, 10, 0, 5]),  # empty
+                box(6, 1, [10, 10, 5, -5]),  # negative
+                box(7, 1, [math.nan, 10, 5, 5]),
+                box(8, 1, [10, 10, math.inf, 5]),
+                box(9, 77, [10, 10, 5, 5]),  # of no image
+                box(10, 2, [10, 10, 1, 1]),  # fine, but too small for the official filter
+            ],
+        )
+    )
     expected = [[90, 40, 100, 50], [0, 0, 15, 15], [99.7, 10, 100, 15], [10, 10, 11, 11]]
     np.testing.assert_allclose(dataset.boxes, expected, rtol=1e-6)
     assert dataset.offsets.tolist() == [0, 3, 4]
@@ -122,9 +136,16 @@ def test_boxes_without_area_or_image_are_left_out_and_others_clipped_all_counted
 
 
 def test_crowds_are_no_targets_but_keep_their_image_as_in_the_official_filter(tmp_path):
-    dataset = evaluate.CocoDataset(*write_coco(tmp_path, {1: (20, 20), 2: (20, 20)}, [
-        box(1, 1, [2, 2, 9, 9], iscrowd=1), box(2, 2, [2, 2, 9, 1]),
-    ]))
+    dataset = evaluate.CocoDataset(
+        *write_coco(
+            tmp_path,
+            {1: (20, 20), 2: (20, 20)},
+            [
+                box(1, 1, [2, 2, 9, 9], iscrowd=1),
+                box(2, 2, [2, 2, 9, 1]),
+            ],
+        )
+    )
     assert len(dataset.boxes) == 1 and dataset.target(0)[0].shape == (0, 4)
     assert dataset.trainable.tolist() == [True, False]
 
@@ -144,10 +165,13 @@ def test_annotations_without_iscrowd_or_area_are_ordinary(tmp_path):
 @pytest.mark.parametrize("missing", [("width", "height"), ("height",)])
 def test_sizes_missing_from_the_json_are_read_from_the_files(tmp_path, missing):
     path, folder = write_coco(tmp_path, {1: (30, 20), 2: (25, 20)}, [box(1, 1, [1, 1, 5, 5])])
-    edit(path, images=lambda rows: [
-        {key: value for key, value in row.items() if key not in missing or row["id"] == 2}
-        for row in rows
-    ])
+    edit(
+        path,
+        images=lambda rows: [
+            {key: value for key, value in row.items() if key not in missing or row["id"] == 2}
+            for row in rows
+        ],
+    )
     assert evaluate.CocoDataset(path, folder).hw.tolist() == [[20, 30], [20, 25]]
 
 
@@ -163,26 +187,41 @@ def first_row(**changes):
     return lambda rows: [rows[0] | changes, *rows[1:]]
 
 
-BAD_ROWS = {  # the list of the JSON, what becomes of it, and what the error names
-    "no category": ("annotations", first_row(category_id=5), r"category_id 5 .*\[3, 7, 90\]"),
-    "short bbox": ("annotations", first_row(bbox=[1, 2, 3]), r"bbox.*\[1, 2, 3\].*got 3"),
-    "bbox of words": ("annotations", first_row(bbox=["a", 2, 3, 4]), "bbox.*float: 'a'"),
-    "no bbox": ("annotations", first_row(bbox=None), "bbox.*None"),
-    "area of a word": ("annotations", first_row(area="large"), "float: 'large'"),
-    "an annotation of a number": ("annotations", lambda rows: [5], "bbox.* in 5 "),
-    "image_id a list": ("annotations", first_row(image_id=[1]), r"image_id.*\[1\]"),
-    "an image twice": ("images", lambda rows: rows + rows[:1], "images: id 1 .* 2 times"),
-    "a category twice": ("categories", lambda rows: rows + rows[:1], "categories: id 7 .* 2 times"),
-    "a category without a name": ("categories", lambda rows: [dict(id=3)], "no id and name"),
-    "too long a file name": ("images", first_row(file_name="a" * 300), "instances|lacks"),
-} | {  # ids that scoring could not tell apart
-    f"{part} id {id}": (part, first_row(id=id), f"{part}: .*whole numbers")
-    for part, id in [("images", 1.0), ("images", 2**70), ("images", math.nan), ("images", None),
-                     ("images", True), ("categories", 3.0), ("categories", None)]
-} | {
-    f"height {height}": ("images", first_row(height=height), r"1\.png")
-    for height in (0, -5, None, "tall")
-}
+BAD_ROWS = (
+    {  # the list of the JSON, what becomes of it, and what the error names
+        "no category": ("annotations", first_row(category_id=5), r"category_id 5 .*\[3, 7, 90\]"),
+        "short bbox": ("annotations", first_row(bbox=[1, 2, 3]), r"bbox.*\[1, 2, 3\].*got 3"),
+        "bbox of words": ("annotations", first_row(bbox=["a", 2, 3, 4]), "bbox.*float: 'a'"),
+        "no bbox": ("annotations", first_row(bbox=None), "bbox.*None"),
+        "area of a word": ("annotations", first_row(area="large"), "float: 'large'"),
+        "an annotation of a number": ("annotations", lambda rows: [5], "bbox.* in 5 "),
+        "image_id a list": ("annotations", first_row(image_id=[1]), r"image_id.*\[1\]"),
+        "an image twice": ("images", lambda rows: rows + rows[:1], "images: id 1 .* 2 times"),
+        "a category twice": (
+            "categories",
+            lambda rows: rows + rows[:1],
+            "categories: id 7 .* 2 times",
+        ),
+        "a category without a name": ("categories", lambda rows: [dict(id=3)], "no id and name"),
+        "too long a file name": ("images", first_row(file_name="a" * 300), "instances|lacks"),
+    }
+    | {  # ids that scoring could not tell apart
+        f"{part} id {id}": (part, first_row(id=id), f"{part}: .*whole numbers")
+        for part, id in [
+            ("images", 1.0),
+            ("images", 2**70),
+            ("images", math.nan),
+            ("images", None),
+            ("images", True),
+            ("categories", 3.0),
+            ("categories", None),
+        ]
+    }
+    | {
+        f"height {height}": ("images", first_row(height=height), r"1\.png")
+        for height in (0, -5, None, "tall")
+    }
+)
 
 
 @pytest.mark.parametrize("part, change, names", BAD_ROWS.values(), ids=BAD_ROWS)
@@ -206,17 +245,29 @@ BAD_FILES = {
     "not text": (b"\xff\xfe\x00\x80", ("cannot be read as JSON",)),
     "a list": (b"[]", ("not COCO instances", "'images'")),
     "captions": (b'{"images": [], "annotations": []}', ("not COCO instances", "'categories'")),
-    "no images": (b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
-                  ("images: expected one or more",)),
-    "no categories": (b'{"images": [{"id": 1, "file_name": "1.png"}], "annotations": [], '
-                      b'"categories": []}', ("categories: expected one or more",)),
-    "rows of numbers": (b'{"images": [1], "annotations": [], "categories": [2]}',
-                        ("images: no id and file_name in 1",)),
-    "no image_id": (b'{"images": [{"id": 1, "file_name": "1.png", "height": 5, "width": 5}], '
-                    b'"annotations": [{"id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}], '
-                    b'"categories": [{"id": 1, "name": "a"}]}', ("image_id",)),
-    "no size in a broken file": (b'{"images": [{"id": 1, "file_name": "bad.png"}], "annotations": '
-                                 b'[], "categories": [{"id": 1, "name": "a"}]}', ("bad.png",)),
+    "no images": (
+        b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
+        ("images: expected one or more",),
+    ),
+    "no categories": (
+        b'{"images": [{"id": 1, "file_name": "1.png"}], "annotations": [], "categories": []}',
+        ("categories: expected one or more",),
+    ),
+    "rows of numbers": (
+        b'{"images": [1], "annotations": [], "categories": [2]}',
+        ("images: no id and file_name in 1",),
+    ),
+    "no image_id": (
+        b'{"images": [{"id": 1, "file_name": "1.png", "height": 5, "width": 5}], '
+        b'"annotations": [{"id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}], '
+        b'"categories": [{"id": 1, "name": "a"}]}',
+        ("image_id",),
+    ),
+    "no size in a broken file": (
+        b'{"images": [{"id": 1, "file_name": "bad.png"}], "annotations": '
+        b'[], "categories": [{"id": 1, "name": "a"}]}',
+        ("bad.png",),
+    ),
 }
 
 
@@ -377,12 +428,23 @@ def noisy_results(coco, seed=0):
         for _ in range(rng.integers(0, 4)):
             bbox = np.array(a["bbox"]) * rng.uniform(0.8, 1.2, 4) + rng.uniform(-2, 2, 4)
             category = a["category_id"] if rng.random() < 0.9 else int(rng.choice(ids))
-            results.append(dict(image_id=a["image_id"], category_id=category,
-                                bbox=bbox.clip(0.1).tolist(), score=rng.random()))
+            results.append(
+                dict(
+                    image_id=a["image_id"],
+                    category_id=category,
+                    bbox=bbox.clip(0.1).tolist(),
+                    score=rng.random(),
+                )
+            )
     for _ in range(len(images)):
-        results.append(dict(image_id=images[rng.integers(len(images))]["id"],
-                            category_id=int(rng.choice(ids)), score=rng.random(),
-                            bbox=rng.uniform(1, 80, 4).tolist()))
+        results.append(
+            dict(
+                image_id=images[rng.integers(len(images))]["id"],
+                category_id=int(rng.choice(ids)),
+                score=rng.random(),
+                bbox=rng.uniform(1, 80, 4).tolist(),
+            )
+        )
     return results
 
 
@@ -395,8 +457,18 @@ def synthetic(tmp_path_factory):
     return path
 
 
-def write_scene(path, seed=0, images=12, classes=(7, 3, 90), objects=6, noise=4, crowd=0.1,
-                rounded=False, areas=None, id_of=int):
+def write_scene(
+    path,
+    seed=0,
+    images=12,
+    classes=(7, 3, 90),
+    objects=6,
+    noise=4,
+    crowd=0.1,
+    rounded=False,
+    areas=None,
+    id_of=int,
+):
     """Random annotations, and results near and far from them. -> results
     rounded: whole pixels and two scores, for ties. areas: what annotations have in turn."""
     rng, annotations, results = np.random.default_rng(seed), [], []
@@ -407,10 +479,21 @@ def write_scene(path, seed=0, images=12, classes=(7, 3, 90), objects=6, noise=4,
             if rounded:
                 bbox = [float(round(x)) for x in bbox]
             extra = dict(area=areas[k % len(areas)]) if areas else {}
-            annotations.append(box(len(annotations) + 1, image, bbox, int(rng.choice(classes)),
-                                   iscrowd=int(rng.random() < crowd), **extra))
-    content = dict(images=[dict(id=id_of(k), file_name="") for k in range(images)],
-                   annotations=annotations, categories=[dict(id=k, name=f"{k}") for k in classes])
+            annotations.append(
+                box(
+                    len(annotations) + 1,
+                    image,
+                    bbox,
+                    int(rng.choice(classes)),
+                    iscrowd=int(rng.random() < crowd),
+                    **extra,
+                )
+            )
+    content = dict(
+        images=[dict(id=id_of(k), file_name="") for k in range(images)],
+        annotations=annotations,
+        categories=[dict(id=k, name=f"{k}") for k in classes],
+    )
     path.write_text(json.dumps(content))
     for _ in range(noise):
         results += noisy_results(content, int(rng.integers(1 << 30)))
@@ -421,10 +504,13 @@ def write_scene(path, seed=0, images=12, classes=(7, 3, 90), objects=6, noise=4,
 
 SCENES = {
     **{f"random {seed}": dict(seed=seed) for seed in range(4)},
-    "crowds": dict(crowd=0.6), "all crowds": dict(crowd=1),
-    "ties": dict(rounded=True), "ties of crowds": dict(rounded=True, crowd=0.5),
+    "crowds": dict(crowd=0.6),
+    "all crowds": dict(crowd=1),
+    "ties": dict(rounded=True),
+    "ties of crowds": dict(rounded=True, crowd=0.5),
     "area borders": dict(areas=[0, 32**2 - 1e-9, 32**2, 32**2 + 1e-9, 96**2, 1e10, 1e11]),
-    "no detections": dict(noise=0), "no ground truth": dict(objects=0, noise=2),
+    "no detections": dict(noise=0),
+    "no ground truth": dict(objects=0, noise=2),
     "neither": dict(objects=0, noise=0),
     "more than 100 detections": dict(images=2, objects=60, noise=12, classes=(3,)),
     "many classes": dict(classes=tuple(range(600, 5, -1)), images=60),
@@ -459,15 +545,21 @@ def test_only_what_boxes_need_reaches_the_scorer(tmp_path, scorer):
     path = tmp_path / "instances.json"
     results = write_scene(path, seed=1)
     metrics = evaluate.score(results, path)
-    edit(path, images=lambda rows: [row | dict(license="MIT", width=1.5) for row in rows],
-         annotations=lambda rows: [row | dict(num_keypoints="x", score="x") for row in rows])
+    edit(
+        path,
+        images=lambda rows: [row | dict(license="MIT", width=1.5) for row in rows],
+        annotations=lambda rows: [row | dict(num_keypoints="x", score="x") for row in rows],
+    )
     odd = [result | dict(area=1, iscrowd=1, segmentation=5, id="x") for result in results]
     assert evaluate.score(odd, path) == metrics
 
 
 def perfect(annotations):
-    return [dict(image_id=a["image_id"], category_id=a["category_id"], bbox=a["bbox"], score=0.9)
-            for a in annotations if not a.get("iscrowd")]
+    return [
+        dict(image_id=a["image_id"], category_id=a["category_id"], bbox=a["bbox"], score=0.9)
+        for a in annotations
+        if not a.get("iscrowd")
+    ]
 
 
 def test_annotation_id_0_and_ids_given_twice_lose_no_match(tmp_path, scorer):
@@ -480,11 +572,17 @@ def test_missing_area_and_iscrowd_are_made_up_for(tmp_path, synthetic):
     results = noisy_results(json.loads(synthetic.read_text()))
     path = tmp_path / "bare.json"
     path.write_text(synthetic.read_text())
-    edit(path, annotations=lambda rows: [
-        {key: value for key, value in row.items()
-         if key != "area" and (key != "iscrowd" or row["iscrowd"])}
-        for row in rows
-    ])
+    edit(
+        path,
+        annotations=lambda rows: [
+            {
+                key: value
+                for key, value in row.items()
+                if key != "area" and (key != "iscrowd" or row["iscrowd"])
+            }
+            for row in rows
+        ],
+    )
     assert evaluate.score(results, path) == evaluate.score(results, synthetic)
 
 
@@ -643,13 +741,34 @@ def test_two_processes_predict_what_one_does(tmp_path, mixed, model_file):
     one_image = write_coco(tmp_path / "one", {5: (40, 30)}, [box(1, 5, [1, 1, 9, 9])])
     calls = []
     for k, ((annotations, folder), batch) in enumerate([(mixed, 1), (mixed, 4), (one_image, 1)]):
-        calls.append([model_file, "--annotations", str(annotations), "--image-dir", str(folder),
-                      "--device", "cpu", "--workers", "0", "--batch-size", str(batch),
-                      "--save-json", str(tmp_path / f"{k}.json")])
+        calls.append(
+            [
+                model_file,
+                "--annotations",
+                str(annotations),
+                "--image-dir",
+                str(folder),
+                "--device",
+                "cpu",
+                "--workers",
+                "0",
+                "--batch-size",
+                str(batch),
+                "--save-json",
+                str(tmp_path / f"{k}.json"),
+            ]
+        )
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(script), json.dumps(calls)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+        json.dumps(calls),
+    ]
     env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -682,10 +801,25 @@ def test_a_data_set_is_predicted_as_its_images_are(mixed, inclusive, tta):
 def test_saved_results_score_as_the_prediction_did(tmp_path, mixed, model_file, capsys, more):
     annotations, folder = map(str, mixed)
     saved = str(tmp_path / "results.json")
-    evaluate.main(evaluate.parse_args([
-        model_file, "--annotations", annotations, "--image-dir", folder, "--workers", "0",
-        "--device", "cpu", "--save-json", saved, "--per-class", *more,
-    ]))
+    evaluate.main(
+        evaluate.parse_args(
+            [
+                model_file,
+                "--annotations",
+                annotations,
+                "--image-dir",
+                folder,
+                "--workers",
+                "0",
+                "--device",
+                "cpu",
+                "--save-json",
+                saved,
+                "--per-class",
+                *more,
+            ]
+        )
+    )
     first = capsys.readouterr().out
     dataset, model = evaluate.CocoDataset(*mixed), fcos.load(model_file)
     rows = evaluate.predict(model, dataset, 1, 0, tta=bool(more))
@@ -695,8 +829,9 @@ def test_saved_results_score_as_the_prediction_did(tmp_path, mixed, model_file, 
     evaluate.main(evaluate.parse_args(argv))
     assert capsys.readouterr().out == first
     names = [line.split()[0] for line in first.splitlines()]
-    of_class = [f"{name}/{c}" for c in ("three", "seven", "ninety")
-                for name in ("AP", "F1", "threshold")]
+    of_class = [
+        f"{name}/{c}" for c in ("three", "seven", "ninety") for name in ("AP", "F1", "threshold")
+    ]
     assert names == [*evaluate.METRICS, "F1", "threshold", *of_class]
     row = json.loads(Path(saved).read_text())[0]
     assert row.keys() == {"image_id", "category_id", "bbox", "score"}
@@ -746,14 +881,19 @@ def test_the_layouts_of_coco_of_roboflow_and_of_one_folder_are_known(tmp_path):
     assert nothing[0] == tmp_path / "none" / "annotations" / "instances_train2017.json"
 
 
-@pytest.mark.skipif(shutil.which("coco", path=Path(sys.executable).parent) is None,
-                    reason="hotcoco's command is not installed")
+@pytest.mark.skipif(
+    shutil.which("coco", path=Path(sys.executable).parent) is None,
+    reason="hotcoco's command is not installed",
+)
 @pytest.mark.parametrize("kind", ["yolo", "flat yolo", "cvat"])
 def test_what_yolo_and_cvat_export_is_converted_by_the_command_that_is_named(tmp_path, kind):
     from hotcoco import COCO
 
-    path, folder = write_coco(tmp_path / "coco", {1: (60, 40), 2: (40, 60)},
-                              [box(1, 1, [4, 6, 20, 10], 90), box(2, 2, [8, 4, 16, 30])])
+    path, folder = write_coco(
+        tmp_path / "coco",
+        {1: (60, 40), 2: (40, 60)},
+        [box(1, 1, [4, 6, 20, 10], 90), box(2, 2, [8, 4, 16, 30])],
+    )
     data = tmp_path / "data"
     part = data if kind == "flat yolo" else data / "valid"
     shutil.copytree(folder, part / "images")
@@ -779,10 +919,12 @@ def test_what_yolo_and_cvat_export_is_converted_by_the_command_that_is_named(tmp
 
 def test_a_category_that_only_names_others_is_no_class(tmp_path):
     """The first that Roboflow exports: no box has it, and it is the supercategory of all others."""
-    categories = [dict(id=0, name="cells", supercategory="none"),
-                  dict(id=1, name="red", supercategory="cells"),
-                  dict(id=2, name="rare", supercategory="cells"),
-                  dict(id=3, name="person", supercategory="person")]
+    categories = [
+        dict(id=0, name="cells", supercategory="none"),
+        dict(id=1, name="red", supercategory="cells"),
+        dict(id=2, name="rare", supercategory="cells"),
+        dict(id=3, name="person", supercategory="person"),
+    ]
     path, folder = write_coco(tmp_path, {1: (60, 40)}, [box(1, 1, [4, 6, 20, 10], 1)], categories)
     dataset = evaluate.CocoDataset(path, folder)
     assert dataset.classes == ["red", "rare", "person"] and dataset.category_ids == [1, 2, 3]
@@ -814,18 +956,27 @@ def slow_f1(results, truth, threshold, label=None):
     """F1 at an IoU of 0.5, by greedy matching in the order of the scores, one image at a time."""
     right = found = total = 0
     for image_id in {row["image_id"] for row in truth}:
-        objects = [row for row in truth if row["image_id"] == image_id
-                   and label in (None, row["category_id"])]
+        objects = [
+            row
+            for row in truth
+            if row["image_id"] == image_id and label in (None, row["category_id"])
+        ]
         total, taken = total + len(objects), set()
-        rows = [row for row in results if row["image_id"] == image_id
-                and row["score"] >= threshold and label in (None, row["category_id"])]
+        rows = [
+            row
+            for row in results
+            if row["image_id"] == image_id
+            and row["score"] >= threshold
+            and label in (None, row["category_id"])
+        ]
         for row in sorted(rows, key=lambda row: -row["score"]):
             x, y, w, h = row["bbox"]
             overlaps = {}
             for k, other in enumerate(objects):
                 a, b, c, d = other["bbox"]
-                inter = (max(0, min(x + w, a + c) - max(x, a))
-                         * max(0, min(y + h, b + d) - max(y, b)))
+                inter = max(0, min(x + w, a + c) - max(x, a)) * max(
+                    0, min(y + h, b + d) - max(y, b)
+                )
                 if k not in taken and other["category_id"] == row["category_id"]:
                     overlaps[k] = inter / (w * h + c * d - inter)
             best = max(overlaps, key=overlaps.get, default=None)
@@ -841,15 +992,22 @@ def test_the_best_f1_and_its_threshold_are_those_of_a_slow_count(tmp_path, score
     for image in (1, 2, 3, 4):
         for _ in range(6):
             (x, y), (w, h) = rng.uniform(0, 60, 2), rng.uniform(10, 30, 2)
-            annotations.append(box(len(annotations) + 1, image, [x, y, w, h],
-                                   int(rng.choice([3, 7]))))
+            annotations.append(
+                box(len(annotations) + 1, image, [x, y, w, h], int(rng.choice([3, 7])))
+            )
     path, _ = write_coco(tmp_path, dict.fromkeys((1, 2, 3, 4), (96, 96)), annotations)
     results = []
     for row in annotations:
         x, y, w, h = row["bbox"]
         (dx, dy), label = rng.normal(0, 3, 2), int(rng.choice([3, 3, 7]))
-        results.append(dict(image_id=row["image_id"], category_id=label, score=rng.uniform(0, 1),
-                            bbox=[x + dx, y + dy, w, h]))
+        results.append(
+            dict(
+                image_id=row["image_id"],
+                category_id=label,
+                score=rng.uniform(0, 1),
+                bbox=[x + dx, y + dy, w, h],
+            )
+        )
     metrics = evaluate.score(results, path, per_class=True)
     for name, label in ("", None), ("/three", 3), ("/seven", 7):
         f1, threshold = metrics[f"F1{name}"], metrics[f"threshold{name}"]
@@ -873,9 +1031,11 @@ def changed(before, after, box, margin=3):
     """Whether any pixel within `margin` of the outline of box (xyxy) differs, side by side."""
     different = (np.asarray(before) != np.asarray(after)).any(2)
     x1, y1, x2, y2 = (round(value) for value in box)
-    sides = (different[y1 : y2 + 1, max(x1 - margin, 0) : x1 + margin],
-             different[y1 : y2 + 1, x2 - margin : x2 + margin],
-             different[y2 - margin : y2 + margin, x1 : x2 + 1])
+    sides = (
+        different[y1 : y2 + 1, max(x1 - margin, 0) : x1 + margin],
+        different[y1 : y2 + 1, x2 - margin : x2 + margin],
+        different[y2 - margin : y2 + margin, x1 : x2 + 1],
+    )
     return [side.any() for side in sides]
 
 
@@ -895,9 +1055,15 @@ def test_boxes_over_the_threshold_are_drawn_where_they_are():
 def test_class_names_are_written_and_classes_have_colours():
     grey = Image.new("RGB", (600, 500), (128, 128, 128))
     row = [100.0, 100.0, 200.0, 300.0]
-    pictures = [evaluate.draw(grey, detections((row, 0.9, label)), classes).tobytes()
-                for label, classes in [(0, None), (0, ["cat", "dog"]), (1, ["cat", "dog"]),
-                                       (1, ["cat", "cat"])]]
+    pictures = [
+        evaluate.draw(grey, detections((row, 0.9, label)), classes).tobytes()
+        for label, classes in [
+            (0, None),
+            (0, ["cat", "dog"]),
+            (1, ["cat", "dog"]),
+            (1, ["cat", "cat"]),
+        ]
+    ]
     assert len(set(pictures)) == 4
 
 
@@ -958,7 +1124,11 @@ def test_draw_folder_writes_pictures_and_their_detections(tmp_path):
     assert unreadable == []
     report = json.loads((out / "detections.json").read_text())
     assert [Path(row["file"]).relative_to(tmp_path).as_posix() for row in report] == [
-        "a/x.png", "b/x.jpg", "d/x_2.png", "c.PNG"]
+        "a/x.png",
+        "b/x.jpg",
+        "d/x_2.png",
+        "c.PNG",
+    ]
     drawn = [row["drawn"] for row in report]
     assert drawn == ["x.jpg", "x_2.jpg", "x_2_2.jpg", "c.jpg"]  # photos of one name
     assert sorted(path.name for path in out.iterdir()) == sorted([*drawn, "detections.json"])
@@ -995,7 +1165,11 @@ def test_folders_are_searched_to_their_end_and_patterns_are_expanded(tmp_path):
     (tmp_path / "a" / "notes.txt").write_text("not a picture")
     found = evaluate.find_pictures([tmp_path / "a", f"{tmp_path}/*.png", f"{tmp_path}/**/y.*"])
     assert [p.relative_to(tmp_path).as_posix() for p in found] == [
-        "a/b/c/y.JPG", "a/x.png", "z.png", "a/b/c/y.JPG"]
+        "a/b/c/y.JPG",
+        "a/x.png",
+        "z.png",
+        "a/b/c/y.JPG",
+    ]
     with pytest.raises(UserError, match="no such image"):
         evaluate.find_pictures([f"{tmp_path}/*.gif"])
 
@@ -1005,8 +1179,9 @@ def test_of_many_pictures_exactly_the_broken_ones_are_left_out(tmp_path, capsys,
     paths = [photo(tmp_path / f"in/{i % 3}/{i}.png", value=i) for i in range(12)]
     for path in paths[::4]:
         path.write_bytes(b"junk")
-    left_out = evaluate.draw_folder(tiny_model(), [tmp_path / "in"], tmp_path / "out",
-                                    workers=workers)
+    left_out = evaluate.draw_folder(
+        tiny_model(), [tmp_path / "in"], tmp_path / "out", workers=workers
+    )
     assert sorted(left_out) == sorted(paths[::4])
     assert re.search("9 images, [0-9]+ boxes drawn, 3 left out; .* s wait", capsys.readouterr().err)
     assert len(list((tmp_path / "out").glob("*.jpg"))) == 9
@@ -1062,29 +1237,41 @@ MISTAKES = {
     "results alone": ("--results {json}", "--annotations"),
     "no such results": ("--results {tmp}/none.json --annotations {json}", "none.json"),
     "results that are none": ("--results {json} --annotations {json}", "list"),
-    "results against no COCO": ("--results {tmp}/list.json --annotations {tmp}/list.json",
-                                "list.json"),
+    "results against no COCO": (
+        "--results {tmp}/list.json --annotations {tmp}/list.json",
+        "list.json",
+    ),
     "unknown model name": ("{tmp}/state.pt --model fcos_R_51 --data {tmp}", "fcos_R_51"),
     "another model's name": ("{model} --model fcos_R_50_FPN --data {tmp}", "fcos_R_50_FPN"),
     "a foreign file without name": ("{tmp}/state.pt --data {tmp}", "name one of"),
-    "other categories": ("{model} --annotations {tmp}/other/instances.json --image-dir {dir}",
-                         "eight"),
-    "a broken image, read here": ("{model} --annotations {tmp}/torn/instances.json "
-                                  "--image-dir {tmp}/torn/images --workers 0", "1.png"),
-    "a broken image, read by a worker": ("{model} --annotations {tmp}/torn/instances.json "
-                                         "--image-dir {tmp}/torn/images --workers 1", "1.png"),
+    "other categories": (
+        "{model} --annotations {tmp}/other/instances.json --image-dir {dir}",
+        "eight",
+    ),
+    "a broken image, read here": (
+        "{model} --annotations {tmp}/torn/instances.json --image-dir {tmp}/torn/images --workers 0",
+        "1.png",
+    ),
+    "a broken image, read by a worker": (
+        "{model} --annotations {tmp}/torn/instances.json --image-dir {tmp}/torn/images --workers 1",
+        "1.png",
+    ),
     "nowhere to save": ("{here} --workers 0 --save-json {tmp}/none/results.json", "results.json"),
     "an input to save over": ("{here} --workers 0 --save-json {json}", "input of this run"),
-    "pictures to save": ("{model} --images {dir} --out {tmp}/o --save-json {tmp}/r.json",
-                         "needs --data"),
+    "pictures to save": (
+        "{model} --images {dir} --out {tmp}/o --save-json {tmp}/r.json",
+        "needs --data",
+    ),
     "out without pictures": ("{here} --out {tmp}/o", "--images"),
     "two things to do": ("{here} --images {dir} --out {tmp}/o", "one thing"),
     "a threshold of NaN": ("{model} --images {dir} --out {tmp}/o --score-threshold nan", "nan"),
     "a pipe as model": ("{tmp}/pipe --data {tmp}", "pipe"),
     "a pipe as results": ("--results {tmp}/pipe --annotations {json}", "pipe"),
     "a pipe as a picture": ("{model} --images {tmp}/pipe --out {tmp}/o", "could not be read"),
-    "annotations of no image": ("{model} --annotations {tmp}/alien.json --image-dir {dir}",
-                                "no annotation is of an image"),
+    "annotations of no image": (
+        "{model} --annotations {tmp}/alien.json --image-dir {dir}",
+        "no annotation is of an image",
+    ),
     "export into nowhere": ("{model} --export {tmp}/none/m.onnx", "m.onnx"),
     "no GPU": ("{model} --data {tmp} --device cuda", "--device cpu"),
     "unknown flag": ("{here} --min-siz 5", "--min-siz"),

@@ -26,7 +26,8 @@ import train
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = {  # model: its recording
-    "fcos_imprv_R_50_FPN": "fcos_imprv_R_50_FPN_1x", "fcos_R_50_FPN": "fcos_R_50_FPN_1x",
+    "fcos_imprv_R_50_FPN": "fcos_imprv_R_50_FPN_1x",
+    "fcos_R_50_FPN": "fcos_R_50_FPN_1x",
     "fcos_imprv_dcnv2_R_50_FPN": "fcos_imprv_dcnv2_R_50_FPN_1x",
     "fcos_syncbn_c128_MNV2_FPN": "fcos_syncbn_bs32_c128_MNV2_FPN_1x",
 }
@@ -99,8 +100,10 @@ def silent_outputs(hw, K):
     points = fcos.make_points(hw)
     P = len(points)
     return {
-        "cls": torch.full((1, P, K), -20.0), "ltrb": torch.zeros(1, P, 4),
-        "ctr": torch.full((1, P), 20.0), "points": points,
+        "cls": torch.full((1, P, K), -20.0),
+        "ltrb": torch.zeros(1, P, 4),
+        "ctr": torch.full((1, P), 20.0),
+        "points": points,
         "levels": [rows * columns for rows, columns in fcos.level_sizes(hw)],
     }
 
@@ -144,11 +147,18 @@ def test_resized_sizes_are_the_official_ones(shared):
         assert list(fcos.padded_hw(batch["image_sizes_hw"])) == batch["padded_hw"]
 
 
-@pytest.mark.parametrize("wh, hw", [
-    ((640, 480), (800, 1066)), ((640, 427), (800, 1199)), ((640, 360), (750, 1333)),
-    ((480, 640), (1066, 800)), ((500, 375), (800, 1066)), ((800, 800), (800, 800)),
-    ((10_000, 1), (1, 10_000)),
-])
+@pytest.mark.parametrize(
+    "wh, hw",
+    [
+        ((640, 480), (800, 1066)),
+        ((640, 427), (800, 1199)),
+        ((640, 360), (750, 1333)),
+        ((480, 640), (1066, 800)),
+        ((500, 375), (800, 1066)),
+        ((800, 800), (800, 800)),
+        ((10_000, 1), (1, 10_000)),
+    ],
+)
 def test_resized_size_truncates_the_long_side(wh, hw):
     assert fcos.resized_hw(wh[1], wh[0], 800, 1333) == hw
 
@@ -215,9 +225,15 @@ def pil_images():
     rgb = Image.fromarray(synth_image(1, 40, 60))
     grey = np.asarray(rgb.convert("L"))
     return {
-        "RGB": rgb, "L": rgb.convert("L"), "1": rgb.convert("1"), "LA": rgb.convert("LA"),
-        "RGBA": rgb.convert("RGBA"), "P": rgb.convert("P"), "CMYK": rgb.convert("CMYK"),
-        "YCbCr": rgb.convert("YCbCr"), "I;16": Image.fromarray(grey.astype(np.uint16) * 257),
+        "RGB": rgb,
+        "L": rgb.convert("L"),
+        "1": rgb.convert("1"),
+        "LA": rgb.convert("LA"),
+        "RGBA": rgb.convert("RGBA"),
+        "P": rgb.convert("P"),
+        "CMYK": rgb.convert("CMYK"),
+        "YCbCr": rgb.convert("YCbCr"),
+        "I;16": Image.fromarray(grey.astype(np.uint16) * 257),
         "I": Image.fromarray(grey.astype(np.int32) * 257),
     }
 
@@ -278,9 +294,15 @@ def jpeg_bytes(**options):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("content, why", [
-    (b"", "not an image"), (b"this is text", "not an image"), (jpeg_bytes()[:-300], "truncated"),
-], ids=["empty", "text", "cut"])
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"", "not an image"),
+        (b"this is text", "not an image"),
+        (jpeg_bytes()[:-300], "truncated"),
+    ],
+    ids=["empty", "text", "cut"],
+)
 def test_unreadable_image_is_named(content, why, tmp_path):
     path = tmp_path / "broken.jpg"
     path.write_bytes(content)
@@ -369,13 +391,19 @@ def test_locations_learn_the_box_that_an_index_of_ones_own_names():
     points = fcos.make_points((32, 64))
     index = torch.full((3, len(points)), -1)
     index[0, 5], index[0, 9], index[2, 0] = 1, 0, 0
-    boxes = [torch.tensor([[0.0, 0, 64, 32], [40, 2, 50, 30]]), NO_BOXES,
-             torch.tensor([[1.0, 1, 7, 9]])]
+    boxes = [
+        torch.tensor([[0.0, 0, 64, 32], [40, 2, 50, 30]]),
+        NO_BOXES,
+        torch.tensor([[1.0, 1, 7, 9]]),
+    ]
     labels = [torch.tensor([4, 7]), NO_LABELS, torch.tensor([2])]
     targets = fcos.encode(points, boxes, labels, index)
     assert targets["index"] is index and targets["labels"].dtype == torch.int64
-    expected = {(0, 5): (7, [4, 2, 6, 26]), (0, 9): (4, [12, 12, 52, 20]),
-                (2, 0): (2, [3, 3, 3, 5])}
+    expected = {
+        (0, 5): (7, [4, 2, 6, 26]),
+        (0, 9): (4, [12, 12, 52, 20]),
+        (2, 0): (2, [3, 3, 3, 5]),
+    }
     for (image, row), (label, ltrb) in expected.items():
         assert targets["labels"][image, row] == label
         assert targets["ltrb"][image, row].tolist() == ltrb
@@ -417,14 +445,20 @@ def test_losses_and_gradients_are_the_official_ones(golden):
     for case, fact in facts.items():
         hw, N, norm = fact["padded_hw"], fact["batch"], fact["norm_reg_targets"]
         if f"{case}.cls_L0" in arrays:
-            maps = [[arrays[f"{case}.{kind}_L{level}"].astype(np.float32) for level in range(5)]
-                    for kind in ("cls", "reg", "ctr")]
+            maps = [
+                [arrays[f"{case}.{kind}_L{level}"].astype(np.float32) for level in range(5)]
+                for kind in ("cls", "reg", "ctr")
+            ]
         else:
             maps = zip(*generated_inputs(fact["seed"], hw, N, norm))
         cls, reg, ctr = ([torch.from_numpy(x).requires_grad_() for x in level] for level in maps)
         scaled = [x * stride for x, stride in zip(reg, fcos.STRIDES)] if norm else reg
-        outputs = {"cls": rows_of(cls), "ltrb": rows_of(scaled), "ctr": rows_of(ctr).squeeze(2),
-                   "points": fcos.make_points(hw)}
+        outputs = {
+            "cls": rows_of(cls),
+            "ltrb": rows_of(scaled),
+            "ctr": rows_of(ctr).squeeze(2),
+            "points": fcos.make_points(hw),
+        }
         model = fcos.build("shapes", radius=fact["center_sampling_radius"], ranges=fcos.RANGES)
         targets = model.targets(hw, *golden_boxes(case, fact, arrays))
         normalizers = fcos.loss_normalizers(targets)
@@ -432,8 +466,11 @@ def test_losses_and_gradients_are_the_official_ones(golden):
         for kind in ("giou", "iou", "linear_iou"):
             unit = "stride" if norm else "pixel"
             losses = fcos.fcos_loss(outputs, targets, normalizers, kind, unit)
-            expected = {"cls": fact["cls_loss_cuda_formula"], "box": fact[f"reg_loss_{kind}"],
-                        "ctr": fact["centerness_loss"]}
+            expected = {
+                "cls": fact["cls_loss_cuda_formula"],
+                "box": fact[f"reg_loss_{kind}"],
+                "ctr": fact["centerness_loss"],
+            }
             for part, value in expected.items():
                 assert losses[part].item() == pytest.approx(value, rel=1e-5, abs=1e-9), (case, part)
             grads = torch.autograd.grad(sum(losses.values()), cls + reg + ctr, retain_graph=True)
@@ -468,9 +505,14 @@ def test_losses_are_divided_by_the_sums_of_the_whole_step():
     torch.testing.assert_close(nothing["cls"], once["cls"])  # of no positives: by 1
 
 
-@pytest.mark.parametrize("keyword, choices", [
-    ("unit", "pixel, stride"), ("box_loss", "iou, .*giou"), ("quality", "centerness, iou"),
-])
+@pytest.mark.parametrize(
+    "keyword, choices",
+    [
+        ("unit", "pixel, stride"),
+        ("box_loss", "iou, .*giou"),
+        ("quality", "centerness, iou"),
+    ],
+)
 def test_loss_rejects_unknown_choices(keyword, choices):
     outputs, targets = {"ltrb": NO_BOXES}, {"labels": NO_LABELS, "ltrb": NO_BOXES}
     with pytest.raises(ValueError, match=f"{keyword} 'none': expected one of {choices}"):
@@ -506,13 +548,15 @@ def test_quality_is_what_ctr_learns_and_how_boxes_weigh(quality, unit):
     box_loss = 0.0
     for image, row in positives:
         stride = outputs["points"][row, 2].item() if unit == "stride" else 1
-        predicted, target = ([side / stride for side in x[image, row].tolist()]
-                             for x in (ltrb, targets["ltrb"]))
+        predicted, target = (
+            [side / stride for side in x[image, row].tolist()] for x in (ltrb, targets["ltrb"])
+        )
         iou = iou_of(predicted, target)
         left, top, right, bottom = target
         central = (min(left, right) * min(top, bottom) / max(left, right) / max(top, bottom)) ** 0.5
         assert learned[image, row].item() == pytest.approx(
-            iou if quality == "iou" else central, abs=1e-5)
+            iou if quality == "iou" else central, abs=1e-5
+        )
         box_loss += (1 - iou) / 8 if quality == "iou" else central * (1 - iou) / 0.25
     assert losses["box"].item() == pytest.approx(box_loss, rel=1e-4)
 
@@ -524,9 +568,17 @@ def test_quality_is_what_ctr_learns_and_how_boxes_weigh(quality, unit):
     assert torch.autograd.grad(sum(again.values()), spoilt)[0].equal(ltrb.grad)
 
 
-@pytest.mark.parametrize("overrides", [
-    {}, fcos.PLAIN, {"norm": "frozen"}, {"norm": "bn"}, {"quality": "iou"},
-], ids=["imprv", "plain", "frozen", "bn", "iou quality"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        fcos.PLAIN,
+        {"norm": "frozen"},
+        {"norm": "bn"},
+        {"quality": "iou"},
+    ],
+    ids=["imprv", "plain", "frozen", "bn", "iou quality"],
+)
 def test_batch_without_a_box_gives_every_parameter_a_gradient(overrides):
     model = fcos.build("shapes", 3, **overrides).train()
     images, sizes = fcos.pad_batch([picture(64, 90), picture(60, 64)])
@@ -590,7 +642,8 @@ def test_outputs_and_detections_on_photos_are_the_official_ones(name, shared):
     else:
         model = recipe_model(name, [key for key, *_ in facts["state_dict"]])
     variants = {
-        "img0": {}, "all": dict(max_detections=3000),
+        "img0": {},
+        "all": dict(max_detections=3000),
         "var": dict(candidate_threshold=0.3, nms_threshold=0.5, topk=100, max_detections=1000),
     }
     for photo, pixels, size in zip(("885", "1000"), photos, sizes):
@@ -682,11 +735,16 @@ def test_parameter_groups_are_the_official_ones(shared):
     with torch.device("meta"):
         model = fcos.build("fcos_imprv_R_50_FPN")
     names = {parameter: name for name, parameter in model.named_parameters()}
-    ours = {names[p]: (0.01 * group["rate"], group["weight_decay"])
-            for group in train.parameter_groups(model) for p in group["params"]}
-    assert ours == {rename(model, name): (group["lr"], group["weight_decay"])
-                    for group in facts["optimizer_groups_before_scheduler"]
-                    for name in group["names"]}
+    ours = {
+        names[p]: (0.01 * group["rate"], group["weight_decay"])
+        for group in train.parameter_groups(model)
+        for p in group["params"]
+    }
+    assert ours == {
+        rename(model, name): (group["lr"], group["weight_decay"])
+        for group in facts["optimizer_groups_before_scheduler"]
+        for name in group["names"]
+    }
 
 
 def test_learning_rates_are_the_official_ones(shared):
@@ -863,8 +921,11 @@ def test_one_location_can_be_several_classes_and_the_threshold_is_strict():
 
 CUSTOMS = {  # family: what a candidate must pass, what ranks candidates, the final score
     "fcos": (lambda p, c: p > 0.05, lambda p, c: p * c, lambda p, c: (p * c) ** 0.5),
-    "torchvision": (lambda p, c: (p * c) ** 0.5 > 0.2, lambda p, c: p * c,
-                    lambda p, c: (p * c) ** 0.5),
+    "torchvision": (
+        lambda p, c: (p * c) ** 0.5 > 0.2,
+        lambda p, c: p * c,
+        lambda p, c: (p * c) ** 0.5,
+    ),
     "mmdetection": (lambda p, c: p > 0.05, lambda p, c: p, lambda p, c: p * c),
 }
 
@@ -877,8 +938,12 @@ def decode_slowly(outputs, hw, family, topk, nms_threshold, max_detections):
     centerness = outputs["ctr"][0].double().sigmoid().tolist()
     chosen, first = [], 0
     for size in outputs["levels"]:
-        pairs = [(row, k) for row in range(first, first + size) for k in range(K)
-                 if passes(probability[row][k], centerness[row])]
+        pairs = [
+            (row, k)
+            for row in range(first, first + size)
+            for k in range(K)
+            if passes(probability[row][k], centerness[row])
+        ]
         pairs.sort(key=lambda pair: -rank(probability[pair[0]][pair[1]], centerness[pair[0]]))
         chosen, first = chosen + pairs[:topk], first + size
     chosen.sort(key=lambda pair: -probability[pair[0]][pair[1]] * centerness[pair[0]])
@@ -898,16 +963,28 @@ def decode_slowly(outputs, hw, family, topk, nms_threshold, max_detections):
     return kept
 
 
-@pytest.mark.parametrize("options", [
-    {}, dict(topk=20), dict(topk=3, nms_threshold=0.99), dict(max_detections=7, nms_threshold=0.3),
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(topk=20),
+        dict(topk=3, nms_threshold=0.99),
+        dict(max_detections=7, nms_threshold=0.3),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("family", CUSTOMS)
 def test_decode_follows_the_customs_of_each_family(family, options):
     generator = torch.Generator().manual_seed(0)
     points = fcos.make_points((96, 128))
     P, random = len(points), functools.partial(torch.randn, generator=generator)
-    outputs = {"cls": 2 * random(1, P, 3) - 2, "ltrb": 40 * random(1, P, 4).sigmoid(),
-               "ctr": 2 * random(1, P), "points": points, "levels": [192, 48, 12, 4, 1]}
+    outputs = {
+        "cls": 2 * random(1, P, 3) - 2,
+        "ltrb": 40 * random(1, P, 4).sigmoid(),
+        "ctr": 2 * random(1, P),
+        "points": points,
+        "levels": [192, 48, 12, 4, 1],
+    }
     model = fcos.build("shapes", 3)
     model.set_convention(score=family)
     found = model.detect(outputs, [(90, 120)], **options)[0]
@@ -947,7 +1024,9 @@ def test_decoded_shapes_are_fixed(K, hw):
         assert scores.isneginf().all() and labels.eq(-1).all()
     found = fcos.build("shapes", K).detect(outputs, [hw])[0]
     assert {name: tuple(value.shape) for name, value in found.items()} == {
-        "boxes": (0, 4), "scores": (0,), "labels": (0,),
+        "boxes": (0, 4),
+        "scores": (0,),
+        "labels": (0,),
     }
 
 
@@ -967,19 +1046,26 @@ def test_nan_is_never_a_detection(part):
 
 def test_detections_of_recorded_outputs_are_the_official_ones(shared):
     facts, arrays = read_golden(shared / "golden/postprocess")
-    options = {"MODEL.FCOS.PRE_NMS_TOP_N": "topk", "MODEL.FCOS.NMS_TH": "nms_threshold",
-               "MODEL.FCOS.INFERENCE_TH": "candidate_threshold",
-               "TEST.DETECTIONS_PER_IMG": "max_detections"}
+    options = {
+        "MODEL.FCOS.PRE_NMS_TOP_N": "topk",
+        "MODEL.FCOS.NMS_TH": "nms_threshold",
+        "MODEL.FCOS.INFERENCE_TH": "candidate_threshold",
+        "TEST.DETECTIONS_PER_IMG": "max_detections",
+    }
     for case in [name for name in facts if name.startswith("p")]:
         fact, given = facts[case], facts[case]["opts"]
         model = fcos.build("shapes", fact["num_classes"])
         model.set_convention(inclusive=True)
         given = dict(zip(given[::2], given[1::2]))
         keywords = {options[key]: value or 5000 for key, value in given.items() if key in options}
-        maps = [[torch.from_numpy(arrays[f"{case}.{kind}_L{level}"]) for level in range(5)]
-                for kind in ("cls", "reg", "ctr")]
+        maps = [
+            [torch.from_numpy(arrays[f"{case}.{kind}_L{level}"]) for level in range(5)]
+            for kind in ("cls", "reg", "ctr")
+        ]
         outputs = {
-            "cls": rows_of(maps[0]), "ltrb": rows_of(maps[1]), "ctr": rows_of(maps[2]).squeeze(2),
+            "cls": rows_of(maps[0]),
+            "ltrb": rows_of(maps[1]),
+            "ctr": rows_of(maps[2]).squeeze(2),
             "points": fcos.make_points(fact["padded_hw"]),
             "levels": [h * w for h, w in fcos.level_sizes(fact["padded_hw"])],
         }
@@ -995,8 +1081,14 @@ def test_predict_takes_paths_pil_images_arrays_and_tensors(tmp_path):
     array = pixels.permute(1, 2, 0).numpy()
     Image.fromarray(array).save(tmp_path / "photo.png")
     backwards = np.ascontiguousarray(array[:, ::-1])[:, ::-1]  # negative strides
-    sources = [tmp_path / "photo.png", str(tmp_path / "photo.png"), Image.fromarray(array), array,
-               backwards, pixels]
+    sources = [
+        tmp_path / "photo.png",
+        str(tmp_path / "photo.png"),
+        Image.fromarray(array),
+        array,
+        backwards,
+        pixels,
+    ]
     results = model.predict(sources, min_size=64, max_size=128)
     assert len(results) == len(sources)
     for found in results:
@@ -1053,8 +1145,9 @@ def test_scaled_boxes_are_those_of_the_official_json(shared):
         facts, arrays = read_golden(path)
         for tag, run in facts["runs"].items():
             for i, size in enumerate(run["resized_hw"]):
-                recorded = {name: arrays[f"{tag}.img{i}.det_{name}"] for name in (
-                    "boxes_net", "xywh")}
+                recorded = {
+                    name: arrays[f"{tag}.img{i}.det_{name}"] for name in ("boxes_net", "xywh")
+                }
                 boxes = torch.from_numpy(recorded["boxes_net"]) + torch.tensor([0, 0, 1, 1])
                 boxes = model.rescale(boxes, size, original[size[1]])
                 boxes[:, 2:] -= boxes[:, :2]
@@ -1071,8 +1164,10 @@ def test_predict_and_evaluate_give_the_same_boxes(inclusive, tmp_path):
     photos = [Image.fromarray(synth_image(1, *hw)) for hw in ((90, 120), (75, 51))]
     for i, photo in enumerate(photos):
         photo.save(tmp_path / f"{i}.png")
-    images = [dict(id=i, file_name=f"{i}.png", width=photo.width, height=photo.height)
-              for i, photo in enumerate(photos)]
+    images = [
+        dict(id=i, file_name=f"{i}.png", width=photo.width, height=photo.height)
+        for i, photo in enumerate(photos)
+    ]
     categories = [dict(id=i, name=str(i)) for i in range(3)]
     content = dict(images=images, annotations=[], categories=categories)
     (tmp_path / "instances.json").write_text(json.dumps(content))
@@ -1114,13 +1209,17 @@ def slow_tta(model, image, sizes, extra):
             cls, ctr = outputs["cls"][0].sigmoid(), outputs["ctr"][0].sigmoid()
             start = 0
             for count in outputs["levels"]:
-                pairs = [((cls[p, k] * ctr[p]).item(), p, k)
-                         for p, k in (cls[start : start + count] > 0.05).nonzero().tolist()
-                         for p in [p + start]]
+                pairs = [
+                    ((cls[p, k] * ctr[p]).item(), p, k)
+                    for p, k in (cls[start : start + count] > 0.05).nonzero().tolist()
+                    for p in [p + start]
+                ]
                 start += count
                 for joint, p, k in sorted(pairs, reverse=True)[:1000]:
-                    (x, y), (l, t, r, b) = outputs["points"][p, :2].tolist(), outputs["ltrb"][
-                        0, p].tolist()
+                    (x, y), (l, t, r, b) = (
+                        outputs["points"][p, :2].tolist(),
+                        outputs["ltrb"][0, p].tolist(),
+                    )
                     x1, x2 = (min(max(side, 0), w - extra) for side in (x - l, x + r))
                     y1, y2 = (min(max(side, 0), h - extra) for side in (y - t, y + b))
                     if mirrored:
@@ -1132,10 +1231,10 @@ def slow_tta(model, image, sizes, extra):
     kept = []
     for score, k, x1, y1, x2, y2 in found:
         for _, other, a1, b1, a2, b2 in kept:
-            inter = (max(min(x2, a2) - max(x1, a1) + extra, 0)
-                     * max(min(y2, b2) - max(y1, b1) + extra, 0))
-            area = ((x2 - x1 + extra) * (y2 - y1 + extra)
-                    + (a2 - a1 + extra) * (b2 - b1 + extra))
+            inter = max(min(x2, a2) - max(x1, a1) + extra, 0) * max(
+                min(y2, b2) - max(y1, b1) + extra, 0
+            )
+            area = (x2 - x1 + extra) * (y2 - y1 + extra) + (a2 - a1 + extra) * (b2 - b1 + extra)
             if other == k and inter / (area - inter) > 0.6:
                 break
         else:
@@ -1143,8 +1242,10 @@ def slow_tta(model, image, sizes, extra):
         if len(kept) == 100:
             break
     kx, ky = W / first_w, H / first_h
-    return [(score, k, x1 * kx, y1 * ky, x2 * kx + extra, y2 * ky + extra)
-            for score, k, x1, y1, x2, y2 in kept]
+    return [
+        (score, k, x1 * kx, y1 * ky, x2 * kx + extra, y2 * ky + extra)
+        for score, k, x1, y1, x2, y2 in kept
+    ]
 
 
 @pytest.mark.parametrize("inclusive", [True, False])
@@ -1154,9 +1255,12 @@ def test_test_time_augmentation_is_the_official_one(inclusive, tmp_path):
     model.test_size, seen = (64, 100), (32, 40, 48, 56, 72, 80, 88, 96)
     for h, w in (75, 131), (120, 80):
         image = picture(h, w)
-        image.numpy()[:] = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
-            (w // 4, h // 4)).resize((w, h), Image.BICUBIC)).transpose(2, 0, 1)
-        found, = model.predict_tta([image])
+        image.numpy()[:] = np.asarray(
+            Image.fromarray(image.permute(1, 2, 0).numpy())
+            .resize((w // 4, h // 4))
+            .resize((w, h), Image.BICUBIC)
+        ).transpose(2, 0, 1)
+        (found,) = model.predict_tta([image])
         sizes = [(64, 100), *((size, 150) for size in seen)]
         expected = torch.tensor(slow_tta(model, image, sizes, int(inclusive)))
         assert len(expected) == 100 and found["labels"].tolist() == expected[:, 1].tolist()
@@ -1164,9 +1268,13 @@ def test_test_time_augmentation_is_the_official_one(inclusive, tmp_path):
         torch.testing.assert_close(found["boxes"], expected[:, 2:], rtol=0, atol=1e-3)
     model.test_size = 800, 1333
     sizes = []
-    model.predict = lambda images, *size, **_: sizes.append(size) or [
-        dict(boxes=torch.ones(1, 4), scores=torch.ones(1), labels=torch.zeros(1).long())
-        for _ in images]
+    model.predict = lambda images, *size, **_: (
+        sizes.append(size)
+        or [
+            dict(boxes=torch.ones(1, 4), scores=torch.ones(1), labels=torch.zeros(1).long())
+            for _ in images
+        ]
+    )
     model.predict_tta([picture(60, 90)])
     assert sizes == [(800, 1333), *((100 * n, 2000) for n in (4, 5, 6, 7, 9, 10, 11, 12))]
 
@@ -1187,7 +1295,7 @@ def test_predict_folds_constant_norms_once_and_sees_new_weights(norm, dtype, mon
     for shift in 0, 0.05:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16):
             layers[3].conv.weight += shift
-            expected, = model.detect(model(image[None]), [(64, 96)])
+            (expected,) = model.detect(model(image[None]), [(64, 96)])
             folds.clear()
             model.train()
             found, again = model.predict([image, image], 64, 96)
@@ -1206,7 +1314,8 @@ def test_predict_folds_constant_norms_once_and_sees_new_weights(norm, dtype, mon
         model.predict([tmp_path / "nowhere.jpg"], 64, 96)
     assert not any(layer.folded for layer in layers)
     monkeypatch.setattr(
-        fcos.ConvNorm, "fold", lambda self: 1 / 0 if self is layers[-1] else fold(self))
+        fcos.ConvNorm, "fold", lambda self: 1 / 0 if self is layers[-1] else fold(self)
+    )
     if norm != "gn":
         with pytest.raises(ZeroDivisionError):
             model.train().predict(image, 64, 96)
@@ -1261,13 +1370,25 @@ def test_predict_survives_tiny_images(hw):
     assert found["boxes"].isfinite().all() and len(found["boxes"]) == len(found["labels"])
 
 
-@pytest.mark.parametrize("image", [
-    np.zeros((20, 30), np.uint8), np.zeros((20, 30, 4), np.uint8),
-    np.zeros((20, 30, 3), np.float32), np.zeros((3, 20, 30), np.uint8),
-    np.zeros((0, 30, 3), np.uint8), torch.zeros(3, 20, 30),
-    torch.zeros(20, 30, 3, dtype=torch.uint8), torch.zeros(1, 3, 20, 30, dtype=torch.uint8),
-    np.zeros((20, 30, 3), bool), None, 7, b"photo.jpg", {"image": 1},
-], ids=lambda image: f"{type(image).__name__}{getattr(image, 'shape', '')}")
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((20, 30), np.uint8),
+        np.zeros((20, 30, 4), np.uint8),
+        np.zeros((20, 30, 3), np.float32),
+        np.zeros((3, 20, 30), np.uint8),
+        np.zeros((0, 30, 3), np.uint8),
+        torch.zeros(3, 20, 30),
+        torch.zeros(20, 30, 3, dtype=torch.uint8),
+        torch.zeros(1, 3, 20, 30, dtype=torch.uint8),
+        np.zeros((20, 30, 3), bool),
+        None,
+        7,
+        b"photo.jpg",
+        {"image": 1},
+    ],
+    ids=lambda image: f"{type(image).__name__}{getattr(image, 'shape', '')}",
+)
 def test_predict_says_what_an_image_is(image):
     with pytest.raises(ValueError, match=r"expected a path, a PIL image, an RGB uint8 array"):
         fcos.build("shapes", 1).predict([image])
@@ -1289,38 +1410,53 @@ def test_rows_resolve_to_all_their_keywords(name):
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("keywords, said", [
-    (dict(depth=50), "keyword 'depth': expected one of backbone.*frozen_stages.*blocks.*norm"),
-    (dict(backbone="vgg"), "backbone 'vgg': expected one of resnet, mobilenet"),
-    (dict(backbone="mobilenet", groups=2), "'groups': expected one of.*blocks, stem, norm"),
-    (dict(radius="1.5"), "radius '1.5': expected a value like 1.5"),
-    (dict(radius=None), "radius None: expected a value like 1.5"),
-    (dict(channels=256.0), "channels 256.0: expected a value like 256"),
-    (dict(blocks=3), r"blocks 3: expected a value like \(3, 4, 6, 3\)"),
-    (dict(scales="no"), "scales 'no': expected a value like True"),
-    (dict(levels=3), "levels 3: expected"),
-    (dict(levels=(2, 3, 4)), r"levels \(2, 3, 4\): expected one of \(3, 4, 5\), "),
-    (dict(norm="batch"), "norm 'batch': expected one of frozen, gn, bn, syncbn"),
-    (dict(block="wide"), "block 'wide': expected one of bottleneck, basic"),
-    (dict(activation="softplus"), "activation 'softplus': expected one of exp, relu"),
-    (dict(ctr_on="both"), "ctr_on 'both': expected one of cls, box"),
-    (dict(box_loss="diou"), "box_loss 'diou': expected one of iou, linear_iou, giou"),
-    (dict(quality="area"), "quality 'area': expected one of centerness, iou"),
-    (dict(unit="metre"), "unit 'metre': expected one of pixel, stride"),
-    (dict(grid="center"), "grid 'center': expected one of centre, corner"),
-], ids=str)
+@pytest.mark.parametrize(
+    "keywords, said",
+    [
+        (dict(depth=50), "keyword 'depth': expected one of backbone.*frozen_stages.*blocks.*norm"),
+        (dict(backbone="vgg"), "backbone 'vgg': expected one of resnet, mobilenet"),
+        (dict(backbone="mobilenet", groups=2), "'groups': expected one of.*blocks, stem, norm"),
+        (dict(radius="1.5"), "radius '1.5': expected a value like 1.5"),
+        (dict(radius=None), "radius None: expected a value like 1.5"),
+        (dict(channels=256.0), "channels 256.0: expected a value like 256"),
+        (dict(blocks=3), r"blocks 3: expected a value like \(3, 4, 6, 3\)"),
+        (dict(scales="no"), "scales 'no': expected a value like True"),
+        (dict(levels=3), "levels 3: expected"),
+        (dict(levels=(2, 3, 4)), r"levels \(2, 3, 4\): expected one of \(3, 4, 5\), "),
+        (dict(norm="batch"), "norm 'batch': expected one of frozen, gn, bn, syncbn"),
+        (dict(block="wide"), "block 'wide': expected one of bottleneck, basic"),
+        (dict(activation="softplus"), "activation 'softplus': expected one of exp, relu"),
+        (dict(ctr_on="both"), "ctr_on 'both': expected one of cls, box"),
+        (dict(box_loss="diou"), "box_loss 'diou': expected one of iou, linear_iou, giou"),
+        (dict(quality="area"), "quality 'area': expected one of centerness, iou"),
+        (dict(unit="metre"), "unit 'metre': expected one of pixel, stride"),
+        (dict(grid="center"), "grid 'center': expected one of centre, corner"),
+    ],
+    ids=str,
+)
 def test_keywords_that_mean_nothing_are_refused_with_the_choices(keywords, said):
-    calls = [fcos.resolve, lambda keywords: fcos.FCOS(2, **keywords),
-             lambda keywords: fcos.build("fcos_imprv_R_50_FPN", 2, **keywords)]
+    calls = [
+        fcos.resolve,
+        lambda keywords: fcos.FCOS(2, **keywords),
+        lambda keywords: fcos.build("fcos_imprv_R_50_FPN", 2, **keywords),
+    ]
     for call in calls:
         with pytest.raises(ValueError, match=said):
             call(keywords)
 
 
-@pytest.mark.parametrize("keywords", [
-    dict(frozen_stages=-1), dict(frozen_stages=6), dict(num_classes=0), dict(levels=(3, 4, 5)),
-    dict(ranges=(64, 128)), dict(levels=(3, 4, 5), ranges=(64,)),
-], ids=str)
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        dict(frozen_stages=-1),
+        dict(frozen_stages=6),
+        dict(num_classes=0),
+        dict(levels=(3, 4, 5)),
+        dict(ranges=(64, 128)),
+        dict(levels=(3, 4, 5), ranges=(64,)),
+    ],
+    ids=str,
+)
 def test_numbers_that_do_not_fit_are_refused(keywords):
     named = "ranges" if "levels" in keywords else next(iter(keywords))
     with pytest.raises(ValueError, match=f"{named}.*expected"):
@@ -1341,7 +1477,8 @@ class Patches(torch.nn.Module):
         super().__init__()
         self.steps = torch.nn.ModuleList(
             torch.nn.Conv2d(c_in, c_out, kernel, kernel)
-            for c_in, c_out, kernel in ((3, 8, 8), (8, 12, 2), (12, 16, 2)))
+            for c_in, c_out, kernel in ((3, 8, 8), (8, 12, 2), (12, 16, 2))
+        )
 
     def forward(self, images):
         features = [images / 50]
@@ -1380,10 +1517,15 @@ def test_a_module_of_ones_own_is_a_backbone(tmp_path):
         fcos.FCOS(3, backbone=Patches(), blocks=(1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("norm, kind", [
-    ("gn", torch.nn.GroupNorm), ("bn", torch.nn.BatchNorm2d), ("syncbn", torch.nn.BatchNorm2d),
-    ("frozen", fcos.FrozenBatchNorm2d),
-])
+@pytest.mark.parametrize(
+    "norm, kind",
+    [
+        ("gn", torch.nn.GroupNorm),
+        ("bn", torch.nn.BatchNorm2d),
+        ("syncbn", torch.nn.BatchNorm2d),
+        ("frozen", fcos.FrozenBatchNorm2d),
+    ],
+)
 def test_norm_is_that_of_the_backbone_only(norm, kind):
     model = fcos.build("shapes", 2, norm=norm)
     norms = [layer.norm for layer in model.backbone.modules() if isinstance(layer, fcos.ConvNorm)]
@@ -1428,8 +1570,11 @@ def test_stride_sits_where_the_keyword_says():
 def small_detector(name):
     """A detector of three classes that finds a hundred things in noise."""
     torch.manual_seed(0)
-    small = dict(fcos_imprv_R_50_FPN=dict(blocks=(1, 1, 1, 1), norm="gn", frozen_stages=0),
-                 fcos_bn_MNV2_FPN=dict(blocks=(1,) * 7), shapes={})[name]
+    small = dict(
+        fcos_imprv_R_50_FPN=dict(blocks=(1, 1, 1, 1), norm="gn", frozen_stages=0),
+        fcos_bn_MNV2_FPN=dict(blocks=(1,) * 7),
+        shapes={},
+    )[name]
     model = fcos.build(name, 3, **small).eval()
     torch.nn.init.normal_(model.head.cls.weight, std=0.1)
     torch.nn.init.normal_(model.head.box.weight, std=0.05)
@@ -1478,8 +1623,9 @@ def test_onnxruntime_finds_what_the_model_finds(name, tmp_path):
     assert json.loads(facts["test_size"]) == list(model.test_size)
     for count in (1, 3):
         images, sizes = noise_and_sizes(count)
-        got = session.run(["boxes", "scores", "labels"],
-                          {"images": images.numpy(), "sizes": sizes.numpy()})
+        got = session.run(
+            ["boxes", "scores", "labels"], {"images": images.numpy(), "sizes": sizes.numpy()}
+        )
         got = [torch.from_numpy(x) for x in got]
         with torch.no_grad():
             expected = fcos.Deployed(model)(images, sizes)
@@ -1497,8 +1643,10 @@ def test_an_export_of_odd_size_is_refused(tmp_path):
 def test_a_list_is_predicted_in_batches_as_one_by_one():
     model = small_detector("shapes")
     model.test_size = 64, 96
-    images = [torch.randint(256, (3, *hw), dtype=torch.uint8)
-              for hw in ((64, 96), (60, 90), (64, 90), (96, 64), (64, 96), (64, 95))]
+    images = [
+        torch.randint(256, (3, *hw), dtype=torch.uint8)
+        for hw in ((64, 96), (60, 90), (64, 90), (96, 64), (64, 96), (64, 95))
+    ]
     shapes = []
     model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     alone, batched = model.predict(images), model.predict(iter(images), batch_size=2)

@@ -196,8 +196,10 @@ def test_raw_outputs_and_detections_equal_the_cpus(name):
         found = model.decode(here, sizes.to(DEVICE))
         model.cpu()
         there = model(pixels, sizes)
-        same = {key: value.cpu() if isinstance(value, torch.Tensor) else value
-                for key, value in here.items()}
+        same = {
+            key: value.cpu() if isinstance(value, torch.Tensor) else value
+            for key, value in here.items()
+        }
         expected = model.decode(same, sizes)  # of the same numbers: near ties must not matter
     for key in ("cls", "ctr"):
         torch.testing.assert_close(here[key].cpu(), there[key], rtol=1e-3, atol=1e-3)
@@ -275,8 +277,28 @@ def world_of_one(monkeypatch, folder, backend):
 
 def run(data, out, *more, recipe="shapes"):
     """A run of 3 steps. -> its rows of log.jsonl with losses, its weights at the end."""
-    argv = [recipe, "--data", data, "--out", out, "--iters", 3, "--batch-size", 4, "--min-size", 96,
-            "--max-size", 128, "--workers", 2, "--device", DEVICE.type, "--weights", "none", *more]
+    argv = [
+        recipe,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--iters",
+        3,
+        "--batch-size",
+        4,
+        "--min-size",
+        96,
+        "--max-size",
+        128,
+        "--workers",
+        2,
+        "--device",
+        DEVICE.type,
+        "--weights",
+        "none",
+        *more,
+    ]
     train.main(train.parse_args(list(map(str, argv))))
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     state = torch.load(out / "last.pt", weights_only=True)["model"]["model"]
@@ -336,8 +358,11 @@ def test_synchronised_batchnorms_wait_for_the_gpu_three_times_a_layer(tmp_path, 
     assert sum("synchronizing" in str(warning.message) for warning in caught) <= 3
 
 
-@pytest.mark.parametrize("more", [("--precision", "bf16"), ("--compile",), ("--ema", 0.9)],
-                         ids=["bf16", "compile", "ema"])
+@pytest.mark.parametrize(
+    "more",
+    [("--precision", "bf16"), ("--compile",), ("--ema", 0.9)],
+    ids=["bf16", "compile", "ema"],
+)
 def test_a_short_run(shapes, tmp_path, no_scores, more):
     """The whole trainer, with an evaluation and another start."""
     rows, _ = run(shapes, tmp_path / "run", *SMALL, *more, "--eval-every", 2)

@@ -108,9 +108,12 @@ def test_iou_is_one_number_a_location(dtype):
     corners = [torch.cat((-x[..., :2], x[..., 2:]), 2).double() for x in (pred, target)]
     expected = torch.stack([torchvision.ops.box_iou(*pair).diag() for pair in zip(*corners)])
     torch.testing.assert_close(ratio.double(), expected, rtol=0, atol=1e-3)  # the smoothing
-    loss = torch.autograd.grad(ratio.sum(), pred)[0] + torch.autograd.grad(
-        iou_loss(pred.flatten(0, 1), target.flatten(0, 1), torch.ones(10), "linear_iou"), pred
-    )[0]
+    loss = (
+        torch.autograd.grad(ratio.sum(), pred)[0]
+        + torch.autograd.grad(
+            iou_loss(pred.flatten(0, 1), target.flatten(0, 1), torch.ones(10), "linear_iou"), pred
+        )[0]
+    )
     torch.testing.assert_close(loss, torch.zeros_like(loss))
     with pytest.raises(ValueError, match=r"\(2, 5, 4\) and target \(5, 4\)"):
         iou(pred, target[0])
@@ -821,8 +824,12 @@ def test_the_launcher_follows_pytorch(monkeypatch):
 
 
 WIDE = {  # the arguments that a kernel reads or writes 16 bytes at a time
-    "iou_loss": (0, 1, 3), "nms": (0,), "assign": (1,),
-    "forward_fp32": (0,), "backward_fp32": (0, 3)}
+    "iou_loss": (0, 1, 3),
+    "nms": (0,),
+    "assign": (1,),
+    "forward_fp32": (0,),
+    "backward_fp32": (0, 3),
+}
 
 
 def test_what_is_read_16_bytes_at_a_time_is_aligned(on_shim, monkeypatch):

@@ -21,9 +21,25 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 
 ARROWS = {  # what each may import of this repository
-    "kernels": set(), "fcos": {"kernels"}, "evaluate": {"fcos"}, "train": {"evaluate", "fcos"}}
-TOP_LEVEL = {"kernels", "fcos.py", "evaluate.py", "train.py", "notebooks", "tests", "README.md",
-             "LICENSE", "requirements.txt", "pyproject.toml", ".ci", ".gitignore"}
+    "kernels": set(),
+    "fcos": {"kernels"},
+    "evaluate": {"fcos"},
+    "train": {"evaluate", "fcos"},
+}
+TOP_LEVEL = {
+    "kernels",
+    "fcos.py",
+    "evaluate.py",
+    "train.py",
+    "notebooks",
+    "tests",
+    "README.md",
+    "LICENSE",
+    "requirements.txt",
+    "pyproject.toml",
+    ".ci",
+    ".gitignore",
+}
 
 
 def repository_files():
@@ -71,8 +87,13 @@ assert not loaded, loaded
 assert not torch.cuda.is_initialized()
 assert not torch.distributed.is_initialized()
 """
-    done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", code],
-                          cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == done.stderr == ""
 
@@ -111,14 +132,17 @@ def test_no_file_is_large():
 
 # ---- the README --------------------------------------------------------------------------------
 
+
 def code_blocks():
     """(language, text) of the fenced and the indented code blocks of the README."""
     text = README.read_text()
     fenced = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
     blocks = [(match[1], match[2]) for match in fenced.finditer(text)]
     indented = re.compile(r"(?:^(?: {4}|\t).*\n(?:[ \t]*\n)*)+", re.M)
-    blocks += [("", re.sub(r"^(?: {4}|\t)", "", match[0], flags=re.M))
-               for match in indented.finditer(fenced.sub("", text))]
+    blocks += [
+        ("", re.sub(r"^(?: {4}|\t)", "", match[0], flags=re.M))
+        for match in indented.finditer(fenced.sub("", text))
+    ]
     return blocks
 
 
@@ -219,6 +243,7 @@ def test_the_python_of_the_readme_names_what_exists():
 def write_clip(path, frames):
     """A video of grey frames."""
     import av
+
     with av.open(path, "w") as clip:
         stream = clip.add_stream("mpeg4", 5)
         stream.width, stream.height, stream.pix_fmt = 66, 98, "yuv420p"
@@ -235,10 +260,16 @@ PYTHON = [text for language, text in code_blocks() if language == "python" and "
 def test_the_python_of_the_readme_runs(code, tmp_path, monkeypatch):
     """Beside a data set, a model, a log, drawn pictures and, where they are needed and can be made,
     an ONNX file: what the commands of the README leave."""
-    for module in {name.split(".")[0] for node in ast.walk(ast.parse(code))
-                   if isinstance(node, (ast.Import, ast.ImportFrom))
-                   for name in ([node.module] if isinstance(node, ast.ImportFrom)
-                                else [alias.name for alias in node.names])}:
+    for module in {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in (
+            [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+        )
+    }:
         pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
@@ -263,6 +294,7 @@ def test_the_python_of_the_readme_runs(code, tmp_path, monkeypatch):
     exec(code, {})
     if "clip.mp4" in code:
         import av
+
         with av.open("drawn/clip.mp4") as clip:
             pictures = [frame.to_image() for frame in clip.decode(video=0)]
         assert len(pictures) == 3 and min(pictures[0].size) >= 480

@@ -24,8 +24,9 @@ PICTURES = {  # photographs, by the notebook and the expression that draws them
 }
 PHOTOGRAPHS = {  # what they put in the place of a notebook's lines
     r"(?m)^DATA, SPLIT = .*": 'DATA, SPLIT = "data/bccd", "val2017"',
-    r"(?m)^MODEL, DATA, SPLIT = .*":
-        'MODEL, DATA, SPLIT = "runs/bccd/model.pt", "data/bccd", "val2017"',
+    r"(?m)^MODEL, DATA, SPLIT = .*": (
+        'MODEL, DATA, SPLIT = "runs/bccd/model.pt", "data/bccd", "val2017"'
+    ),
 }
 ALL_LEVELS = "for level in range(3, 8):\n    heat_map(plt.gca(), c, level)"  # of 03_predictions
 FLAGS = "--iters 60 --batch-size 8 --lr 0.02 --min-size 96 --max-size 136 --workers 0"
@@ -47,7 +48,10 @@ def execute(path, folder, then=None, replace=None):
         for pattern, text in (replace or {}).items():
             cell.source = re.sub(pattern, text, cell.source)
     client = nbclient.NotebookClient(
-        notebook, timeout=3600, record_timing=False, coalesce_streams=True,
+        notebook,
+        timeout=3600,
+        record_timing=False,
+        coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )
     client.execute()
@@ -65,8 +69,9 @@ def code_cells(notebook):
 
 def kinds(cell):
     """What a cell shows: "stdout", or the richest form of a result or picture."""
-    return [o["name"] if o["output_type"] == "stream" else sorted(o["data"])[0]
-            for o in cell["outputs"]]
+    return [
+        o["name"] if o["output_type"] == "stream" else sorted(o["data"])[0] for o in cell["outputs"]
+    ]
 
 
 # ---- the committed form ------------------------------------------------------------------------

@@ -29,8 +29,10 @@ import train
 HANGS = 60  # seconds; the slowest row takes 2
 LOG, PREVIOUS, DRAWN = "run/log.jsonl", "run/previous.pt", "drawn/000001000001.jpg"
 LONG, BOX, FRESH = "x" * 5000, "annotations 0", TRAIN + " --fresh"
-OWN = (TRAIN.replace("--data data --out run", "--out new") + f" --train-annotations {VAL} "
-       "--train-images data/val2017 --val-images data/val2017 --val-annotations new/")
+OWN = (
+    TRAIN.replace("--data data --out run", "--out new") + f" --train-annotations {VAL} "
+    "--train-images data/val2017 --val-images data/val2017 --val-annotations new/"
+)
 PLAIN = f"evaluate.py {MODEL} --images {PHOTO} --out drawn --workers 0 --device cpu"
 
 
@@ -43,17 +45,21 @@ weight = partial(model, "model head.cls.weight")
 
 def put(path, content=None):
     """A file, or a folder, in place of what is there."""
+
     def prepare():
         Path(path).unlink(missing_ok=True)
         Path(path).mkdir(parents=True) if content is None else Path(path).write_bytes(content)
+
     return prepare
 
 
 def grey(shift):
     """A grey picture whose values take 8 + shift bits."""
+
     def prepare():
         pixels = np.asarray(Image.open(PHOTO).convert("L"))
         Image.fromarray(pixels.astype(np.uint16) << shift if shift else pixels).save("grey.png")
+
     return prepare
 
 
@@ -69,8 +75,10 @@ def spoilt_average():
     """A run with a moving average of which all is NaN."""
     content = torch.load(LAST)
     content["settings"]["ema"] = 0.9
-    content["ema"] = {name: x * torch.nan if x.is_floating_point() else x
-                      for name, x in content["model"]["model"].items()}
+    content["ema"] = {
+        name: x * torch.nan if x.is_floating_point() else x
+        for name, x in content["model"]["model"].items()
+    }
     torch.save(content, LAST)
 
 
@@ -101,33 +109,57 @@ ITSELF = {}
 ITSELF["model"] = ITSELF
 TABLE = {  # by number of the point of the list that this test began with
     # ---- no start that fails, and nothing that is written, costs a file
-    **{f"{point} kernels": row(line, "FCOS_KERNELS|cupy", partial(
-        os.environ.update, FCOS_KERNELS="foo")) for point, line in ((1, FRESH), (13, EVAL))},
+    **{
+        f"{point} kernels": row(
+            line, "FCOS_KERNELS|cupy", partial(os.environ.update, FCOS_KERNELS="foo")
+        )
+        for point, line in ((1, FRESH), (13, EVAL))
+    },
     "1 rate": row(FRESH + " --lr 1e30", "not finite"),
     "1 huge rate": row(FRESH + " --lr 1e300", "1e+300"),
     "1 memory": row(FRESH + " --min-size 20000 --max-size 30000", "memory", fuzz.little_memory),
     "1 batch": row(FRESH + " --batch-size 1000000000000", "llocate"),
-    "1 heights": row(FRESH, "annotations say", fuzz.change(fuzz.TRAIN_JSON, "images", lambda rows: [
-        row | {"height": 50} for row in rows])),
+    "1 heights": row(
+        FRESH,
+        "annotations say",
+        fuzz.change(fuzz.TRAIN_JSON, "images", lambda rows: [row | {"height": 50} for row in rows]),
+    ),
     "2 previous.pt": row(f"{FRESH} --weights {PREVIOUS}", PREVIOUS, partial(os.remove, MODEL)),
     "2 last.pt": row(f"{FRESH} --weights {LAST}", LAST, partial(os.remove, MODEL)),
-    **{f"3 over {path}": row(f"{EVAL} --save-json {path}", path + "|input of this run")
-       for path in (MODEL, VAL, PHOTO)},
+    **{
+        f"3 over {path}": row(f"{EVAL} --save-json {path}", path + "|input of this run")
+        for path in (MODEL, VAL, PHOTO)
+    },
     "3 export": row(f"evaluate.py {MODEL} --export {MODEL}", MODEL + "|input of this run"),
-    "4 device": row(EVAL + " --save-json null", "null|not a file",
-                    partial(os.symlink, "/dev/null", "null")),
-    "5 photo": row(DRAW.replace(PHOTO, "link.jpg").replace("drawn", "data/val2017"),
-                   "pictures come from", partial(os.symlink, PHOTO, "link.jpg")),
-    "5 link": fine(DRAW, "drawn", put("drawn"), partial(os.symlink, "../" + PHOTO, DRAWN),
-                   changes=DRAWN),
-    **{f"6 {name}": row(OWN + name, f"new/{name}|input of this run", put("new"), partial(
-        shutil.copy, VAL, f"new/{name}")) for name in ("metrics.json", "log.jsonl")},
+    "4 device": row(
+        EVAL + " --save-json null", "null|not a file", partial(os.symlink, "/dev/null", "null")
+    ),
+    "5 photo": row(
+        DRAW.replace(PHOTO, "link.jpg").replace("drawn", "data/val2017"),
+        "pictures come from",
+        partial(os.symlink, PHOTO, "link.jpg"),
+    ),
+    "5 link": fine(
+        DRAW, "drawn", put("drawn"), partial(os.symlink, "../" + PHOTO, DRAWN), changes=DRAWN
+    ),
+    **{
+        f"6 {name}": row(
+            OWN + name,
+            f"new/{name}|input of this run",
+            put("new"),
+            partial(shutil.copy, VAL, f"new/{name}"),
+        )
+        for name in ("metrics.json", "log.jsonl")
+    },
     # ---- no wrong result without a word
     "7 NaN": fine(SCORE, "AP", val(f"{BOX} bbox", [np.nan] * 4), same=val(BOX, ...)),
     "7 area": fine(SCORE, "AP", val(f"{BOX} area", -1), same=val(f"{BOX} area", ...)),
     "7 notes": fine(EVAL, "no targets", val(f"{BOX} bbox", [1, 1, 0, 0])),
-    "7 text": row(SCORE, "no annotation is of an image", val("annotations", lambda rows: [
-        row | {"image_id": str(row["image_id"])} for row in rows])),
+    "7 text": row(
+        SCORE,
+        "no annotation is of an image",
+        val("annotations", lambda rows: [row | {"image_id": str(row["image_id"])} for row in rows]),
+    ),
     "7 twice": row(SCORE, "images|2 times", val("images", lambda rows: rows + rows[:1])),
     "7 category": row(SCORE, "category_id 99", val(f"{BOX} category_id", 99)),
     "7 unknown": fine(SCORE, "belong to no image", val(f"{BOX} image_id", 5)),
@@ -138,30 +170,50 @@ TABLE = {  # by number of the point of the list that this test began with
     "8 mean": row(EVAL, MODEL + "|mean", model("convention mean", (np.nan,) * 3)),
     "8 last.pt": fine(TRAIN, "takes its place", fuzz.damage(LAST, 4096), changes="run/*"),
     "8 infinity": row(TRAIN, LAST, last("model model head.cls.weight", lambda x: x / 0)),
-    **{f"9 {kind}": row(EVAL, "head.cls.weight", weight(turn)) for kind, turn in dict(
-        int64=lambda x: x.long(), uint8=lambda x: x.byte(), bool=lambda x: x > 0,
-        sparse=lambda x: x.to_sparse(), meta=lambda x: x.to("meta"),
-        quantised=lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
-        nested=lambda x: torch.nested.nested_tensor([x[0], x[1]])).items()},
+    **{
+        f"9 {kind}": row(EVAL, "head.cls.weight", weight(turn))
+        for kind, turn in dict(
+            int64=lambda x: x.long(),
+            uint8=lambda x: x.byte(),
+            bool=lambda x: x > 0,
+            sparse=lambda x: x.to_sparse(),
+            meta=lambda x: x.to("meta"),
+            quantised=lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+            nested=lambda x: torch.nested.nested_tensor([x[0], x[1]]),
+        ).items()
+    },
     "9 untouched": row(load_spoilt, "NaN"),
-    "10 12 bits": fine(lambda: print(fcos.read_image("grey.png").float().mean()), "", grey(4),
-                       same=grey(0)),
+    "10 12 bits": fine(
+        lambda: print(fcos.read_image("grey.png").float().mean()), "", grey(4), same=grey(0)
+    ),
     "11 nan": row(DRAW + " --score-threshold nan", "--score-threshold"),
-    **{f"11 save {i}": row(line + " --save-json r.json", "--save-json")
-       for i, line in enumerate((DRAW, SCORE))},
+    **{
+        f"11 save {i}": row(line + " --save-json r.json", "--save-json")
+        for i, line in enumerate((DRAW, SCORE))
+    },
     "11 nothing": row(EVAL + " --save-json ''", "empty: save_json"),
     "11 out": row(EVAL + " --out drawn", "--out needs --images"),
     "11 floats": row(lambda: fcos.pad_batch([torch.rand(3, 9, 9)]), "uint8"),
     # ---- no hang
     "12 itself": row(EVAL, MODEL, lambda: torch.save(ITSELF, MODEL)),
-    **{f"12 {kind} {path}": row(line, f"{path}|regular", partial(os.replace, kind, path))
-       for kind in ("pipe", "zero")
-       for line, path in ((EVAL, MODEL), (EVAL, VAL), (SCORE, FOUND), (DRAW, PHOTO))},
+    **{
+        f"12 {kind} {path}": row(line, f"{path}|regular", partial(os.replace, kind, path))
+        for kind in ("pipe", "zero")
+        for line, path in ((EVAL, MODEL), (EVAL, VAL), (SCORE, FOUND), (DRAW, PHOTO))
+    },
     "12 image": row(EVAL, PHOTO + "|regular", partial(os.replace, "pipe", PHOTO)),
     "12 log": row(TRAIN, LOG, partial(os.replace, "pipe", LOG)),
     "12 last.pt": fine(TRAIN, "regular", partial(os.replace, "pipe", LAST), changes="run/*"),
-    "12 boxes": fine(SCORE, "AP", val("annotations", lambda rows: [
-        rows[0] | dict(id=k, bbox=[k % 100, k % 90, 9, 9]) for k in range(100_000)])),
+    "12 boxes": fine(
+        SCORE,
+        "AP",
+        val(
+            "annotations",
+            lambda rows: [
+                rows[0] | dict(id=k, bbox=[k % 100, k % 90, 9, 9]) for k in range(100_000)
+            ],
+        ),
+    ),
     # ---- no traceback
     "13 no id": fine(SCORE, "AP", val(f"{BOX} id", ...), same=lambda: None),
     "13 image without id": row(SCORE, VAL + "|images|no id", val("images 0 id", ...)),
@@ -171,49 +223,98 @@ TABLE = {  # by number of the point of the list that this test began with
     "13 bbox": row(SCORE, VAL + "|bbox", val(f"{BOX} bbox", [10**400, 1, 1, 1])),
     "13 found bbox": row(SCORE, "results|bbox", found("0 bbox", [10**400, 1, 1, 1])),
     "13 score": row(SCORE, "results|score", found("0 score", 10**400)),
-    **{f"13 {where} {value}": row(PLAIN, f"{MODEL}|{where.split()[-1]}", model(where, value))
-       for where, value in {"convention": None, "convention mean": (1, 2), "test_size": (5,),
-                            "keywords channels": -1, "classes": "abcdef"}.items()},
-    "13 overrides": row(EVAL, MODEL + "|NoneType", model("keywords", ...),
-                        model("overrides", None)),
-    **{f"13 step {step}": row(TRAIN, LAST + "|step", last("step", step))
-       for step in (..., "x", -1, 99)},
+    **{
+        f"13 {where} {value}": row(PLAIN, f"{MODEL}|{where.split()[-1]}", model(where, value))
+        for where, value in {
+            "convention": None,
+            "convention mean": (1, 2),
+            "test_size": (5,),
+            "keywords channels": -1,
+            "classes": "abcdef",
+        }.items()
+    },
+    "13 overrides": row(
+        EVAL, MODEL + "|NoneType", model("keywords", ...), model("overrides", None)
+    ),
+    **{
+        f"13 step {step}": row(TRAIN, LAST + "|step", last("step", step))
+        for step in (..., "x", -1, 99)
+    },
     "13 optimizer": row(TRAIN, "run|optimizer Adam there, SGD here", adam),
     "13 log of bytes": fine(TRAIN, "AP", put(LOG, b"\xff\xfe"), changes="run/*"),
     "13 log of files": row(TRAIN, LOG, put(LOG)),
-    **{f"13 long {word}": row(line.replace(word, LONG), LONG) for line, word in (
-        (EVAL, MODEL), (EVAL + " --save-json saved", "saved"), (PLAIN, PHOTO), (FROM, MODEL),
-        (FROM, "new"), (EVAL, "data "))},
-    "13 ASCII": row(SCORE + " --per-class", "ascii", val("categories 0 name", "\xe9"), partial(
-        os.environ.update, PYTHONIOENCODING="ascii")),
+    **{
+        f"13 long {word}": row(line.replace(word, LONG), LONG)
+        for line, word in (
+            (EVAL, MODEL),
+            (EVAL + " --save-json saved", "saved"),
+            (PLAIN, PHOTO),
+            (FROM, MODEL),
+            (FROM, "new"),
+            (EVAL, "data "),
+        )
+    },
+    "13 ASCII": row(
+        SCORE + " --per-class",
+        "ascii",
+        val("categories 0 name", "\xe9"),
+        partial(os.environ.update, PYTHONIOENCODING="ascii"),
+    ),
     "13 drawing": row(DRAW, DRAWN + "|cannot be written", put(DRAWN)),
     "13 size": row(TRAIN + " --min-size 100000", "min_size 100000|max_size"),
     "13 memory": row(EVAL + " --min-size 99999 --max-size 99999", "memory", fuzz.little_memory),
-    "13 RUN_ID": fine(TRAIN, "AP", partial(os.environ.update, TORCHELASTIC_RUN_ID="7"),
-                      changes="run/*"),
-    "13 RESTART_COUNT": fine(FRESH, "AP", partial(
-        os.environ.update, SLURM_RESTART_COUNT="abc"), changes="run/*"),
+    "13 RUN_ID": fine(
+        TRAIN, "AP", partial(os.environ.update, TORCHELASTIC_RUN_ID="7"), changes="run/*"
+    ),
+    "13 RESTART_COUNT": fine(
+        FRESH, "AP", partial(os.environ.update, SLURM_RESTART_COUNT="abc"), changes="run/*"
+    ),
     # ---- no message that misleads
-    "14 torn": row(TRAIN, LAST + "|damaged|--fresh", partial(os.truncate, LAST, 10_000), partial(
-        os.remove, PREVIOUS)),
+    "14 torn": row(
+        TRAIN,
+        LAST + "|damaged|--fresh",
+        partial(os.truncate, LAST, 10_000),
+        partial(os.remove, PREVIOUS),
+    ),
     "14 file_name": row(EVAL, "images|file_name|'height'", val("images 0 file_name", ...)),
     "14 name": row(EVAL, "categories|name", val("categories 0 name", ...)),
     "14 image_id": row(EVAL, VAL + "|image_id|'area'", val(f"{BOX} image_id", ...)),
-    **{f"14 code {path}": row(FROM.replace(MODEL, path), "refused|system", put(path, pickle.dumps(
-        {"model": os.system}, 2))) for path in (MODEL, "w.pkl")},
+    **{
+        f"14 code {path}": row(
+            FROM.replace(MODEL, path),
+            "refused|system",
+            put(path, pickle.dumps({"model": os.system}, 2)),
+        )
+        for path in (MODEL, "w.pkl")
+    },
     "14 keys": row(EVAL, MODEL + "|keys", model("model", {1: torch.zeros(1)})),
     "14 inclusive": row(PLAIN, MODEL + "|inclusive", model("convention inclusive", [[]])),
-    **{f"14 {what}": row(PLAIN, MODEL + "|" + what.split()[0], model(f"convention {name}", value))
-       for what, name, value in (("std of 0", "std", (0.0,) * 3), ("mean of 1e300", "mean", (
-           1e300,) * 3), ("bn_eps NaN", "bn_eps", np.nan), ("bgr no", "bgr", "no"))},
+    **{
+        f"14 {what}": row(PLAIN, MODEL + "|" + what.split()[0], model(f"convention {name}", value))
+        for what, name, value in (
+            ("std of 0", "std", (0.0,) * 3),
+            ("mean of 1e300", "mean", (1e300,) * 3),
+            ("bn_eps NaN", "bn_eps", np.nan),
+            ("bgr no", "bgr", "no"),
+        )
+    },
     "14 size": row(PLAIN, MODEL + "|float", model("test_size", (64.5, 96.5))),
     "14 EMA": row(TRAIN + " --ema 0.9", LAST + "|ema holds NaN", spoilt_average),
-    "14 momentum": row(TRAIN, LAST + "|optimizer holds NaN", last(
-        "optimizer state 0 momentum_buffer", lambda x: x * torch.nan)),
-    "14 foreign last.pt": fine(TRAIN, "takes its place", put(LAST, b"yolo weights"),
-                               changes="run/*", kept={LAST: "run/damaged.pt"}),
-    "14 link": fine(SAVE, "AP", partial(os.symlink, MODEL, "saved.json.fcos.tmp"),
-                    changes="saved.json.fcos.tmp"),
+    "14 momentum": row(
+        TRAIN,
+        LAST + "|optimizer holds NaN",
+        last("optimizer state 0 momentum_buffer", lambda x: x * torch.nan),
+    ),
+    "14 foreign last.pt": fine(
+        TRAIN,
+        "takes its place",
+        put(LAST, b"yolo weights"),
+        changes="run/*",
+        kept={LAST: "run/damaged.pt"},
+    ),
+    "14 link": fine(
+        SAVE, "AP", partial(os.symlink, MODEL, "saved.json.fcos.tmp"), changes="saved.json.fcos.tmp"
+    ),
     "14 fresh log": row(FRESH + " --lr 1e30", "not finite", changes="run/log.new.jsonl"),
     "14 model and results": row(SCORE.replace("evaluate.py", "evaluate.py gone.pt"), "one thing"),
     "14 group": row(TRAIN, LAST + "|dampening", last("optimizer param_groups 1 dampening", ...)),
@@ -258,8 +359,11 @@ def test_input(here, made, name):
     assert code == row.code and "Warning: " not in err
     assert [part for part in row.says.split("|") if part not in (err if code else out + err)] == []
     assert code == 0 or len(lines) == 1 or "left out" in err
-    assert [path for path, content in before.items()
-            if after.get(path) != content and not fnmatch(path, row.changes)] == []
+    assert [
+        path
+        for path, content in before.items()
+        if after.get(path) != content and not fnmatch(path, row.changes)
+    ] == []
     assert not [path for path in after if path.endswith(".tmp") and path not in before]
     assert all(before[old] == after[new] for old, new in (row.kept or {}).items())
     if row.same:
@@ -271,8 +375,12 @@ def test_input(here, made, name):
 @pytest.mark.parametrize("how", ["a full device", "Ctrl-C"])
 def test_process(here, how):
     out = open("/dev/full" if how == "a full device" else os.devnull, "w")  # noqa: SIM115
-    process = subprocess.Popen([sys.executable, *shlex.split(f"{fuzz.ROOT}/{SCORE}")], stdout=out,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *shlex.split(f"{fuzz.ROOT}/{SCORE}")],
+        stdout=out,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if how == "Ctrl-C":
         time.sleep(0.5)  # of 3 s that the imports take
         process.send_signal(signal.SIGINT)

@@ -64,8 +64,12 @@ def official_recipe(name):
     """Model, iterations, images a step and the choices of the short side, as the name tells."""
     many = "_ms_" in name or name.endswith("_2x")
     batch = re.search(r"_bs(\d+)", name)
-    return (re.sub(r"_bs\d+|_ms|_[12]x$", "", name), 90_000 * int(name[-2]),
-            int(batch[1]) if batch else 16, list(range(640, 801)) if many else [800])
+    return (
+        re.sub(r"_bs\d+|_ms|_[12]x$", "", name),
+        90_000 * int(name[-2]),
+        int(batch[1]) if batch else 16,
+        list(range(640, 801)) if many else [800],
+    )
 
 
 # ---- the names of other families ---------------------------------------------------------------
@@ -164,8 +168,11 @@ def vision(name, names):
         index = 3 * int(part[2]) + KIND.index(part[3])
         tower = {"cls_tower": "classification", "box_tower": "regression"}[part[1]]
         return f"head.{tower}_head.conv.{index}.{part[4]}"
-    names = dict(cls="classification_head.cls_logits", box="regression_head.bbox_reg",
-                 ctr="regression_head.bbox_ctrness")
+    names = dict(
+        cls="classification_head.cls_logits",
+        box="regression_head.bbox_reg",
+        ctr="regression_head.bbox_ctrness",
+    )
     return f"head.{names[part[1]]}.{part[2]}"
 
 
@@ -213,8 +220,10 @@ def renamed(model, rule):
 def backbone_file(model, norms, **others):
     """An ImageNet file of Caffe2 or Detectron2 as it is read: arrays, and what else is in it."""
     return {
-        caffe2(name, norms): value.numpy() for name, value in model.state_dict().items()
-        if name.startswith("backbone.") and (norms != AFFINE or ".running_" not in name)
+        caffe2(name, norms): value.numpy()
+        for name, value in model.state_dict().items()
+        if name.startswith("backbone.")
+        and (norms != AFFINE or ".running_" not in name)
         and ".offset." not in name
     } | others
 
@@ -269,8 +278,11 @@ def test_row_has_the_official_parameters(name):
         model = fcos.build(name)
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
-    counts = (sum(p.numel() for p in parameters), sum(p.numel() for p in trainable),
-              len(model.state_dict()))
+    counts = (
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in trainable),
+        len(model.state_dict()),
+    )
     assert counts == ROWS[name]
 
 
@@ -281,16 +293,22 @@ def test_keys_of_every_family_become_ours(name):
     state, pairs = model.state_dict(), []
     for rule in (official, adelaidet, vision, mmdetection):
         if rule is official or "MNV2" not in name:
-            pairs += [(rule(key, state), key) for key in state
-                      if not (rule is vision and re.search("offset|scale", key))]
+            pairs += [
+                (rule(key, state), key)
+                for key in state
+                if not (rule is vision and re.search("offset|scale", key))
+            ]
     for key in [key for key in state if key.startswith("backbone.")]:
         if "MNV2" in name:
             pairs.append((official(key, state).removeprefix("backbone.body."), key))
         else:
             pairs += [(resnet(key), key), (detectron2(key), key)]
             if ".offset." not in key:
-                pairs += [(caffe2(key, norms), key) for norms in (AFFINE, GAMMA, INVERSE)
-                          if norms != AFFINE or ".running_" not in key]
+                pairs += [
+                    (caffe2(key, norms), key)
+                    for norms in (AFFINE, GAMMA, INVERSE)
+                    if norms != AFFINE or ".running_" not in key
+                ]
     assert len(pairs) >= len(state)
     for theirs, ours in pairs:
         assert fcos.rename_key(theirs, model.backbone.names + fcos.NAMES) == ours, theirs
@@ -304,15 +322,18 @@ def test_rows_have_the_official_keys(shared):
             model = fcos.build(official_recipe(recipe)[0])
         state = model.state_dict()
         learns = {name: p.requires_grad for name, p in model.named_parameters()}
-        ours = {official(name, state): [list(value.shape), learns.get(name)]
-                for name, value in state.items()}
+        ours = {
+            official(name, state): [list(value.shape), learns.get(name)]
+            for name, value in state.items()
+        }
         assert ours == {key: [shape, learns] for key, shape, _, learns in rows}, recipe
 
 
 def test_further_rows_have_the_parameters_of_their_backbones():
     with torch.device("meta"):
-        counts = {name: sum(p.numel() for p in fcos.build(name).parameters())
-                  for name in FURTHER_ROWS[:3]}
+        counts = {
+            name: sum(p.numel() for p in fcos.build(name).parameters()) for name in FURTHER_ROWS[:3]
+        }
         theirs = torchvision.models.detection.fcos_resnet50_fpn(
             weights=None, weights_backbone=None, num_classes=80
         )
@@ -439,19 +460,36 @@ def test_sync_batch_norm_takes_over_every_batch_norm():
 # ---- detectors of other families ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule, family", [
-    (official, "official"), (adelaidet, "adelaidet"), (mmdetection, "mmdetection"),
-])
-@pytest.mark.parametrize("name", [
-    "fcos_R_50_FPN", "fcos_imprv_dcnv2_R_50_FPN", "fcos_imprv_dcnv2_X_101_64x4d_FPN",
-])
+@pytest.mark.parametrize(
+    "rule, family",
+    [
+        (official, "official"),
+        (adelaidet, "adelaidet"),
+        (mmdetection, "mmdetection"),
+    ],
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fcos_R_50_FPN",
+        "fcos_imprv_dcnv2_R_50_FPN",
+        "fcos_imprv_dcnv2_X_101_64x4d_FPN",
+    ],
+)
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_every_key_of_a_detector_is_used(rule, family, name, prefix, tmp_path):
     model, other = randomise(small(name, **THIN)), small(name, **THIN)
     state = {prefix + key: value for key, value in renamed(model, rule).items()}
-    wrapped = {"state_dict": state, "meta": {}} if family == "mmdetection" else {
-        "model": state, "iteration": 9, "scheduler": {},
-        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": []}}
+    wrapped = (
+        {"state_dict": state, "meta": {}}
+        if family == "mmdetection"
+        else {
+            "model": state,
+            "iteration": 9,
+            "scheduler": {},
+            "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": []},
+        }
+    )
     path = tmp_path / "model_final.pth"
     torch.save(wrapped, path)
     for source in (state, wrapped, path, str(path)):
@@ -471,8 +509,13 @@ def test_official_weights_bring_their_convention_and_no_other_is_left():
             fcos.load_weights(model, renamed(model, before))
         fcos.load_weights(model, renamed(model, official))
         assert model.convention == {
-            "bgr": True, "mean": (102.9801, 115.9465, 122.7717), "std": (1.0, 1.0, 1.0),
-            "bn_eps": 0.0, "inclusive": True, "grid": "centre", "score": "fcos",
+            "bgr": True,
+            "mean": (102.9801, 115.9465, 122.7717),
+            "std": (1.0, 1.0, 1.0),
+            "bn_eps": 0.0,
+            "inclusive": True,
+            "grid": "centre",
+            "score": "fcos",
         }
         mean = model.pixel_mean.flatten().tolist()
         assert mean == pytest.approx([102.9801, 115.9465, 122.7717])
@@ -484,11 +527,20 @@ def test_adelaidet_brings_its_pixels():
     model = small("fcos_imprv_R_50_FPN")
     state = renamed(model, adelaidet)
     report = fcos.load_weights(model, state)
-    expected = dict(bgr=True, mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), bn_eps=1e-5,
-                    inclusive=False, grid="centre", score="fcos")
+    expected = dict(
+        bgr=True,
+        mean=(103.53, 116.28, 123.675),
+        std=(1.0, 1.0, 1.0),
+        bn_eps=1e-5,
+        inclusive=False,
+        grid="centre",
+        score="fcos",
+    )
     assert report["convention"] == model.convention == expected
-    pixels = dict(pixel_mean=torch.tensor([123.5, 116, 103]).view(3, 1, 1),
-                  pixel_std=torch.tensor([58.0, 57, 56]).view(3, 1, 1))
+    pixels = dict(
+        pixel_mean=torch.tensor([123.5, 116, 103]).view(3, 1, 1),
+        pixel_std=torch.tensor([58.0, 57, 56]).view(3, 1, 1),
+    )
     report = fcos.load_weights(model, state | pixels)
     assert model.convention == expected | dict(bgr=False, mean=(123.5, 116, 103), std=(58, 57, 56))
     assert model.pixel_std.flatten().tolist() == [58, 57, 56]
@@ -518,20 +570,28 @@ def test_mmdetection_brings_its_pixels():
     theirs = renamed(imprv, mmdetection)
     fcos.load_weights(imprv, theirs)
     assert imprv.convention["mean"] == (103.53, 116.28, 123.675) and imprv.convention["bgr"]
-    old = {key.replace("conv_cls", "fcos_cls").replace("conv_reg", "fcos_reg")
-           .replace("conv_centerness", "fcos_centerness"): value for key, value in theirs.items()}
+    old = {
+        key.replace("conv_cls", "fcos_cls")
+        .replace("conv_reg", "fcos_reg")
+        .replace("conv_centerness", "fcos_centerness"): value
+        for key, value in theirs.items()
+    }
     assert not fcos.load_weights(imprv, old)["ignored"]
     resnet34 = small("fcos_torchvision_R_50_FPN", block="basic", scales=True)
     fcos.load_weights(resnet34, renamed(resnet34, mmdetection))
     assert resnet34.convention["mean"] == (123.675, 116.28, 103.53)
     assert not resnet34.convention["bgr"]
 
-    config = ("data_preprocessor=dict(\n    mean=[\n        102.9801,\n        115.9465,\n        "
-              "122.7717,\n    ],\n    std=[1.0, 1.0, 1.0],\n    bgr_to_rgb=False,\n")
+    config = (
+        "data_preprocessor=dict(\n    mean=[\n        102.9801,\n        115.9465,\n        "
+        "122.7717,\n    ],\n    std=[1.0, 1.0, 1.0],\n    bgr_to_rgb=False,\n"
+    )
     fcos.load_weights(imprv, {"state_dict": theirs, "meta": {"cfg": config, "epoch": 12}})
     assert imprv.convention["mean"] == (102.9801, 115.9465, 122.7717) and imprv.convention["bgr"]
-    config = ("img_norm_cfg = dict(\n    mean=[123.675, 116.28, 103.53], "
-              "std=[58.395, 57.12, 57.375], to_rgb=True)")
+    config = (
+        "img_norm_cfg = dict(\n    mean=[123.675, 116.28, 103.53], "
+        "std=[58.395, 57.12, 57.375], to_rgb=True)"
+    )
     fcos.load_weights(imprv, {"state_dict": theirs, "meta": {"config": config}})
     assert imprv.convention["std"] == (58.395, 57.12, 57.375) and not imprv.convention["bgr"]
 
@@ -600,8 +660,9 @@ def test_torchvision_rows_follow_the_category_ids():
     state = renamed(randomise(model), vision)
     for kind in ("weight", "bias"):
         value = state[f"head.classification_head.cls_logits.{kind}"]
-        state[f"head.classification_head.cls_logits.{kind}"] = torch.arange(91.0).view(
-            91, *[1] * (value.ndim - 1)).expand(91, *value.shape[1:])
+        state[f"head.classification_head.cls_logits.{kind}"] = (
+            torch.arange(91.0).view(91, *[1] * (value.ndim - 1)).expand(91, *value.shape[1:])
+        )
     with pytest.raises(UserError, match=r"head\.cls\.weight is \(80, 32, 3, 3\) in the file"):
         fcos.load_weights(model, state)
     prior = model.head.cls.bias[0].item()
@@ -638,10 +699,25 @@ def test_raw_files_give_a_model_with_names_and_evaluate_draws_with_them(tmp_path
     assert_same_weights(again, loaded)
 
     fcos.Image.fromarray(synth_image(1, 240, 320)).save(tmp_path / "photo.png")
-    evaluate.main(evaluate.parse_args([
-        str(path), "--model", name, "--device", "cpu", "--images", str(tmp_path / "photo.png"),
-        "--out", str(tmp_path / "out"), "--min-size", "240", "--score-threshold", "0.1",
-    ]))
+    evaluate.main(
+        evaluate.parse_args(
+            [
+                str(path),
+                "--model",
+                name,
+                "--device",
+                "cpu",
+                "--images",
+                str(tmp_path / "photo.png"),
+                "--out",
+                str(tmp_path / "out"),
+                "--min-size",
+                "240",
+                "--score-threshold",
+                "0.1",
+            ]
+        )
+    )
     drawn = json.loads((tmp_path / "out/detections.json").read_text())[0]["detections"]
     assert drawn and {row["class"] for row in drawn} <= set(fcos.COCO.values())
     assert "'inclusive': True" in capsys.readouterr().err
@@ -660,13 +736,16 @@ def test_classes_are_those_of_coco(shared):
 # ---- files that contradict the row -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file, row", [
-    ("fcos_imprv_dcnv2_R_50_FPN", "fcos_imprv_R_50_FPN"),
-    ("fcos_imprv_R_50_FPN", "fcos_imprv_dcnv2_R_50_FPN"),
-    ("fcos_imprv_R_50_FPN", "fcos_torchvision_R_50_FPN"),
-    ("fcos_imprv_X_101_32x8d_FPN", "fcos_imprv_X_101_64x4d_FPN"),
-    ("fcos_imprv_R_50_FPN", "fcos_syncbn_MNV2_FPN"),
-])
+@pytest.mark.parametrize(
+    "file, row",
+    [
+        ("fcos_imprv_dcnv2_R_50_FPN", "fcos_imprv_R_50_FPN"),
+        ("fcos_imprv_R_50_FPN", "fcos_imprv_dcnv2_R_50_FPN"),
+        ("fcos_imprv_R_50_FPN", "fcos_torchvision_R_50_FPN"),
+        ("fcos_imprv_X_101_32x8d_FPN", "fcos_imprv_X_101_64x4d_FPN"),
+        ("fcos_imprv_R_50_FPN", "fcos_syncbn_MNV2_FPN"),
+    ],
+)
 @pytest.mark.parametrize("rule", [official, adelaidet])
 def test_a_file_that_contradicts_the_row_is_refused(file, row, rule):
     source, model = small(file), small(row) if "MNV2" not in row else fcos.build(row)
@@ -687,12 +766,18 @@ def test_missing_and_unknown_keys_are_named_and_nothing_is_changed():
         assert model.convention == convention
 
     less = {key: value for key, value in state.items() if not key.endswith("ctrness.bias")}
-    refused(less | {"iou_head.w": torch.ones(1)}, "fcos_imprv_R_50_FPN", "2 keys are missing or "
-            "unknown, among them", "head.ctr.bias", "iou_head.w")
+    refused(
+        less | {"iou_head.w": torch.ones(1)},
+        "fcos_imprv_R_50_FPN",
+        "2 keys are missing or unknown, among them",
+        "head.ctr.bias",
+        "iou_head.w",
+    )
     twice = {"backbone.bottom_up.res2.0.down.conv.weight": torch.ones(32, 8, 1, 1)}
     refused(state | twice, "1 keys", "res2.0.down.conv.weight")
-    refused({key.replace("tower.1.", "tower.1.0."): value for key, value in state.items()},
-            "tower.1.0.")  # AdelaiDet's batch norm heads
+    refused(
+        {key.replace("tower.1.", "tower.1.0."): value for key, value in state.items()}, "tower.1.0."
+    )  # AdelaiDet's batch norm heads
     shape = {"proposal_generator.fcos_head.bbox_pred.weight": torch.zeros(5, 32, 3, 3)}
     refused(state | shape, "head.box.weight", "(5, 32, 3, 3)", "(4, 32, 3, 3)")
     refused({"encoder.weight": torch.ones(1)}, "of no family known here")
@@ -719,8 +804,11 @@ def test_classes_of_the_same_name_keep_their_rows(rule):
     report = fcos.load_weights(model, state, ["zebra", "cell", "person"])
     assert report["new_classes"] == ["cell"] and not report["missing"]
     rows = [list(fcos.COCO.values()).index(name) for name in ("zebra", "person")]
-    for start, now, theirs in zip(before, (model.head.cls.weight, model.head.cls.bias),
-                                  (detector.head.cls.weight, detector.head.cls.bias)):
+    for start, now, theirs in zip(
+        before,
+        (model.head.cls.weight, model.head.cls.bias),
+        (detector.head.cls.weight, detector.head.cls.bias),
+    ):
         assert now[[0, 2]].equal(theirs[rows]) and now[1].equal(start[1])
     assert model.head.box.weight.equal(state[box])
     assert_refused(lambda: fcos.load_weights(model, state, ["zebra"]), "1 classes for 3 rows")
@@ -759,7 +847,10 @@ def test_the_real_time_model_has_three_levels_and_frozen_norms_where_it_is_froze
     mean = model.backbone.res2[0].conv1.norm.running_mean.clone()
     outputs = model(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8))
     assert outputs["levels"] == [96, 24, 6] and outputs["points"][:, 4].unique().tolist() == [
-        64, 128, math.inf]
+        64,
+        128,
+        math.inf,
+    ]
     assert model.backbone.res2[0].conv1.norm.running_mean.equal(mean)
     assert not hasattr(model.fpn, "p6") and len(model.head.scale) == 3
 
@@ -787,8 +878,9 @@ def test_coco_is_torchvisions_file_in_its_hub_folder(tmp_path, monkeypatch):
     assert Path(path).parent == tmp_path / "checkpoints" and digest in url
 
     state = renamed(randomise(fcos.build("fcos_torchvision_R_50_FPN", 91)), vision)
-    monkeypatch.setattr(torch.hub, "download_url_to_file",
-                        lambda url, path, digest: torch.save(state, path))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda url, path, digest: torch.save(state, path)
+    )
     model = fcos.load("coco")
     assert model.num_classes == 80 and model.classes[0] == "person" and not model.training
     key = "head.classification_head.cls_logits.bias"
@@ -813,9 +905,19 @@ def python2_pickle(arrays):
     for name, array in arrays.items():
         array = np.ascontiguousarray(array, np.float32)
         items += string(name.encode()) + (
-            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + number(0) + b"t"
-            + string(b"b") + b"tR(" + number(1) + b"(" + b"".join(map(number, array.shape)) + b"t"
-            + dtype + b"I00\n" + string(array.tobytes()) + b"tb"
+            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n("
+            + number(0)
+            + b"t"
+            + string(b"b")
+            + b"tR("
+            + number(1)
+            + b"("
+            + b"".join(map(number, array.shape))
+            + b"t"
+            + dtype
+            + b"I00\n"
+            + string(array.tobytes())
+            + b"tb"
         )
     return b"\x80\x02}(" + items + b"u."
 
@@ -826,13 +928,17 @@ def test_caffe2_file_fills_the_backbone(wrapped, tmp_path):
     blobs, path = backbone_file(randomise(thin()), AFFINE), tmp_path / "R-50.pkl"
     assert len(blobs) == 53 + 2 * 53
     extra = {f"{name}_momentum": value for name, value in blobs.items()}
-    extra |= {re.sub("_w$", "_b", name): np.zeros(len(value))
-              for name, value in blobs.items() if name.endswith("_w")}  # biases of convolutions
+    extra |= {
+        re.sub("_w$", "_b", name): np.zeros(len(value))
+        for name, value in blobs.items()
+        if name.endswith("_w")
+    }  # biases of convolutions
     classifiers = ("fc1000_w", "fc1000_b", "pred_w", "pred_b", "lr")
     extra |= {name: np.ones((4, 1)) for name in classifiers}
     extra |= {f"{name}_momentum": np.ones((4, 1)) for name in classifiers}
     assert {"conv1_b", "res3_0_branch1_b", "res5_2_branch2c_b", "res_conv1_bn_s_momentum"} < set(
-        extra)
+        extra
+    )
     if wrapped:  # as Detectron's own detectors, and as Python 3 pickles
         extra["weight_order"] = "conv1_w res2_0_branch2a_w"
         content = {"blobs": extra | blobs, "cfg": "MODEL: retinanet"}
@@ -848,7 +954,8 @@ def test_caffe2_file_fills_the_backbone(wrapped, tmp_path):
     assert len(report["loaded"]) == 53 + 4 * 53  # with the mean and variance of an affine norm
     state = model.backbone.state_dict()
     for name, blob in {
-        "stem.conv.weight": "conv1_w", "stem.norm.bias": "res_conv1_bn_b",
+        "stem.conv.weight": "conv1_w",
+        "stem.norm.bias": "res_conv1_bn_b",
         "res2.0.conv1.conv.weight": "res2_0_branch2a_w",
         "res2.0.down.conv.weight": "res2_0_branch1_w",
         "res3.0.down.norm.weight": "res3_0_branch1_bn_s",
@@ -891,14 +998,21 @@ def test_caffe_backbones(name, norms, tmp_path):
         fcos.load(tmp_path / "R-50.pkl", name)
 
 
-@pytest.mark.parametrize("name, theirs", [
-    ("fcos_torchvision_R_50_FPN", "resnet50"), ("fcos_torchvision_R_50_FPN", "resnet18"),
-    ("fcos_torchvision_R_50_FPN", "resnet34"), ("fcos_bn_MNV2_FPN", "mobilenet_v2"),
-])
+@pytest.mark.parametrize(
+    "name, theirs",
+    [
+        ("fcos_torchvision_R_50_FPN", "resnet50"),
+        ("fcos_torchvision_R_50_FPN", "resnet18"),
+        ("fcos_torchvision_R_50_FPN", "resnet34"),
+        ("fcos_bn_MNV2_FPN", "mobilenet_v2"),
+    ],
+)
 def test_torchvision_backbones(name, theirs):
     torch.manual_seed(0)
-    smaller = {"resnet18": dict(block="basic", blocks=(2, 2, 2, 2)),
-               "resnet34": dict(block="basic", blocks=(3, 4, 6, 3))}.get(theirs, {})
+    smaller = {
+        "resnet18": dict(block="basic", blocks=(2, 2, 2, 2)),
+        "resnet34": dict(block="basic", blocks=(3, 4, 6, 3)),
+    }.get(theirs, {})
     theirs = torchvision.models.get_model(theirs, weights=None).eval()
     model = fcos.build(name, **smaller)
     if "MNV2" not in name:
@@ -907,8 +1021,11 @@ def test_torchvision_backbones(name, theirs):
     assert report["convention"] == model.convention and not model.convention["bgr"]
     assert model.convention["mean"] == (123.675, 116.28, 103.53)
     assert model.convention["grid"] == ("corner" if "torchvision" in name else "centre")
-    assert all(not key.startswith(("layer", "features.1.", "conv1", "bn1")) or
-               key.endswith("num_batches_tracked") for key in report["ignored"])
+    assert all(
+        not key.startswith(("layer", "features.1.", "conv1", "bn1"))
+        or key.endswith("num_batches_tracked")
+        for key in report["ignored"]
+    )
     x = torch.rand(1, 3, 64, 64)
     model.eval()
     with torch.inference_mode():
@@ -930,8 +1047,11 @@ def test_torchvision_backbones(name, theirs):
 
 def test_mobilenet_file_of_the_recipe():
     model, other = randomise(fcos.build("fcos_bn_MNV2_FPN")), fcos.build("fcos_bn_MNV2_FPN")
-    state = {key.removeprefix("backbone.body."): value
-             for key, value in renamed(model, official).items() if ".features." in key}
+    state = {
+        key.removeprefix("backbone.body."): value
+        for key, value in renamed(model, official).items()
+        if ".features." in key
+    }
     extra = {"features.18.0.weight": torch.zeros(9, 320, 1, 1), "classifier.weight": torch.ones(2)}
     report = fcos.load_weights(other, state | extra)
     assert report["family"] == "mobilenet" and set(report["ignored"]) == extra.keys()
@@ -941,8 +1061,11 @@ def test_mobilenet_file_of_the_recipe():
 
 def test_torchvision_backbone_in_detectron2s_names():
     model, other = (small("fcos_torchvision_R_50_FPN") for _ in range(2))
-    state = {detectron2(name): value.numpy()
-             for name, value in randomise(model).state_dict().items() if "backbone." in name}
+    state = {
+        detectron2(name): value.numpy()
+        for name, value in randomise(model).state_dict().items()
+        if "backbone." in name
+    }
     state["stem.fc.weight"] = np.zeros((2, 2), np.float32)
     report = fcos.load_weights(other, {"model": state, "__author__": "torchvision"})
     assert report["ignored"] == ["stem.fc.weight"] and not other.convention["bgr"]
@@ -954,8 +1077,11 @@ def test_backbones_that_only_seem_to_fit():
     file = backbone_file(caffe, AFFINE)
     with pytest.raises(UserError, match="stride_in_1x1 is True in the file, False in the model"):
         fcos.load_weights(small("fcos_torchvision_R_50_FPN"), file)
-    theirs = {resnet(name): value for name, value in caffe.state_dict().items()
-              if name.startswith("backbone.")}
+    theirs = {
+        resnet(name): value
+        for name, value in caffe.state_dict().items()
+        if name.startswith("backbone.")
+    }
     with pytest.raises(UserError, match="stride_in_1x1 is False in the file, True in the model"):
         fcos.load_weights(caffe, theirs)
     for norm in ("gn", "bn"):
@@ -1000,8 +1126,10 @@ def test_a_backbone_and_a_row_can_be_added_with_their_weights(monkeypatch, tmp_p
     monkeypatch.setitem(fcos.BACKBONES, "steps", Steps)
     monkeypatch.setitem(fcos.MODELS, "own", dict(backbone="steps", width=4, frozen_stages=2))
     model = fcos.build("own", 2, channels=32)
-    assert model.keywords.items() >= dict(
-        backbone="steps", width=4, norm="gn", frozen_stages=2, channels=32).items()
+    assert (
+        model.keywords.items()
+        >= dict(backbone="steps", width=4, norm="gn", frozen_stages=2, channels=32).items()
+    )
     assert all(p.eq(1).all() for p in model.backbone.parameters() if p.ndim == 4)
     learns = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
     assert learns == {"last.weight", "last.bias"}
@@ -1039,13 +1167,17 @@ def test_weights_imagenet(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     assert_refused(
-        lambda: find("fcos_torchvision_R_50_FPN"), tmp_path / "checkpoints", "no network",
+        lambda: find("fcos_torchvision_R_50_FPN"),
+        tmp_path / "checkpoints",
+        "no network",
         "https://download.pytorch.org/models/resnet50-0676ba61.pth",
     )
     calls = []
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args: calls.append(args))
-    fits = {"resnext101_32x8d-": "fcos_imprv_dcnv2_X_101_32x8d_FPN",
-            "mobilenet_v2-": "fcos_bn_MNV2_FPN"}
+    fits = {
+        "resnext101_32x8d-": "fcos_imprv_dcnv2_X_101_32x8d_FPN",
+        "mobilenet_v2-": "fcos_bn_MNV2_FPN",
+    }
     for start, name in fits.items():
         path = find(name)
         assert path.parent == tmp_path / "checkpoints" and path.name.startswith(start)
@@ -1065,19 +1197,24 @@ def found_in(model):
     with torch.inference_mode():
         outputs = model.eval()(images, sizes)
     return [outputs[part] for part in ("cls", "ltrb", "ctr", "points")] + list(
-        model.decode(outputs, sizes, candidate_threshold=0.0))
+        model.decode(outputs, sizes, candidate_threshold=0.0)
+    )
 
 
 def assert_finds_the_same(model, expected):
     assert all(ours.equal(theirs) for ours, theirs in zip(found_in(model), expected))
 
 
-@pytest.mark.parametrize("name, overrides", [
-    ("shapes", {}), ("fcos_R_50_FPN", THIN), ("shapes", dict(quality="iou", levels=[3, 4, 5],
-                                                             ranges=[64, 128])),
-    ("fcos_imprv_X_101_32x8d_FPN", {"channels": 32, "stem": 8, "groups": 4, "width": 2}),
-    ("fcos_imprv_R_50_FPN", {**THIN, "norm": "bn", "frozen_stages": 0, "radius": 2.5}),
-])
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("shapes", {}),
+        ("fcos_R_50_FPN", THIN),
+        ("shapes", dict(quality="iou", levels=[3, 4, 5], ranges=[64, 128])),
+        ("fcos_imprv_X_101_32x8d_FPN", {"channels": 32, "stem": 8, "groups": 4, "width": 2}),
+        ("fcos_imprv_R_50_FPN", {**THIN, "norm": "bn", "frozen_stages": 0, "radius": 2.5}),
+    ],
+)
 def test_saved_model_comes_back_whole_whatever_becomes_of_its_row(
     name, overrides, tmp_path, monkeypatch
 ):
@@ -1086,8 +1223,9 @@ def test_saved_model_comes_back_whole_whatever_becomes_of_its_row(
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.uniform_(0.5, 2)
-    model.set_convention(inclusive=True, bgr=False, mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0),
-                         bn_eps=1e-3)
+    model.set_convention(
+        inclusive=True, bgr=False, mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0), bn_eps=1e-3
+    )
     model.classes, model.category_ids = ["cat", "dög", "tree"], [1, 7, 90]
     model.test_size = (320, 533)
     expected = found_in(model)
@@ -1099,13 +1237,27 @@ def test_saved_model_comes_back_whole_whatever_becomes_of_its_row(
     assert content["keywords"] == model.keywords == fcos.resolve(content["keywords"])
 
     other = dict(backbone="mobilenet", norm="gn", radius=9.0, box_loss="iou", channels=16)
-    for change in (lambda: None, lambda: monkeypatch.setitem(fcos.MODELS, name, other),
-                   lambda: monkeypatch.delitem(fcos.MODELS, name)):
+    for change in (
+        lambda: None,
+        lambda: monkeypatch.setitem(fcos.MODELS, name, other),
+        lambda: monkeypatch.delitem(fcos.MODELS, name),
+    ):
         change()
         loaded = fcos.load(path)
         assert not loaded.training
-        for attribute in ("name", "num_classes", "keywords", "classes", "category_ids", "test_size",
-                          "convention", "radius", "loss", "strides", "ranges"):
+        for attribute in (
+            "name",
+            "num_classes",
+            "keywords",
+            "classes",
+            "category_ids",
+            "test_size",
+            "convention",
+            "radius",
+            "loss",
+            "strides",
+            "ranges",
+        ):
             assert getattr(loaded, attribute) == getattr(model, attribute), attribute
         assert_finds_the_same(loaded, expected)
         assert [p.requires_grad for p in loaded.parameters()] == [
@@ -1113,28 +1265,45 @@ def test_saved_model_comes_back_whole_whatever_becomes_of_its_row(
         ]
 
 
-@pytest.mark.parametrize("name, overrides, expected", [
-    ("shapes", {}, {}),
-    ("shapes", dict(iou="linear_iou", radius=0.0), dict(box_loss="linear_iou", radius=0.0)),
-    ("fcos_imprv_R_50_FPN", THIN, dict(norm="frozen", frozen_stages=2, box_loss="giou")),
-    ("fcos_R_50_FPN", dict(norm="gn", frozen_stages=0, **THIN),
-     dict(norm="gn", frozen_stages=0, activation="exp", unit="pixel", box_loss="iou")),
-    ("fcos_imprv_R_50_FPN", dict(dcn=(4, 5), **THIN), dict(dcn=(4, 5), tower_dcn=True)),
-    ("fcos_imprv_dcnv2_R_50_FPN", dict(dcn=(), **THIN), dict(dcn=(), tower_dcn=False)),
-    ("fcos_imprv_dcnv2_R_50_FPN", THIN, dict(dcn=(3, 4, 5), tower_dcn=True)),
-    ("fcos_syncbn_c128_MNV2_FPN", {}, dict(backbone="mobilenet", norm="syncbn", channels=128)),
-], ids=str)
+@pytest.mark.parametrize(
+    "name, overrides, expected",
+    [
+        ("shapes", {}, {}),
+        ("shapes", dict(iou="linear_iou", radius=0.0), dict(box_loss="linear_iou", radius=0.0)),
+        ("fcos_imprv_R_50_FPN", THIN, dict(norm="frozen", frozen_stages=2, box_loss="giou")),
+        (
+            "fcos_R_50_FPN",
+            dict(norm="gn", frozen_stages=0, **THIN),
+            dict(norm="gn", frozen_stages=0, activation="exp", unit="pixel", box_loss="iou"),
+        ),
+        ("fcos_imprv_R_50_FPN", dict(dcn=(4, 5), **THIN), dict(dcn=(4, 5), tower_dcn=True)),
+        ("fcos_imprv_dcnv2_R_50_FPN", dict(dcn=(), **THIN), dict(dcn=(), tower_dcn=False)),
+        ("fcos_imprv_dcnv2_R_50_FPN", THIN, dict(dcn=(3, 4, 5), tower_dcn=True)),
+        ("fcos_syncbn_c128_MNV2_FPN", {}, dict(backbone="mobilenet", norm="syncbn", channels=128)),
+    ],
+    ids=str,
+)
 def test_files_from_before_the_keywords_were_stored_still_load(name, overrides, expected, tmp_path):
     """Their content, as it was written: a row's name, and keywords that went by other names."""
     today = {{"iou": "box_loss"}.get(keyword, keyword): v for keyword, v in overrides.items()}
     torch.manual_seed(0)
     model = fcos.build(name, 3, **{**today, **expected, "test_size": (320, 533)})
     content = {
-        "name": name, "num_classes": 3, "overrides": overrides, "classes": ["a", "b", "c"],
-        "category_ids": [1, 2, 3], "test_size": (320, 533), "model": model.state_dict(),
+        "name": name,
+        "num_classes": 3,
+        "overrides": overrides,
+        "classes": ["a", "b", "c"],
+        "category_ids": [1, 2, 3],
+        "test_size": (320, 533),
+        "model": model.state_dict(),
         "convention": {
-            "bgr": True, "mean": (102.9801, 115.9465, 122.7717), "std": (1.0, 1.0, 1.0),
-            "bn_eps": 0.0, "inclusive": False, "grid": "centre", "score": "fcos",
+            "bgr": True,
+            "mean": (102.9801, 115.9465, 122.7717),
+            "std": (1.0, 1.0, 1.0),
+            "bn_eps": 0.0,
+            "inclusive": False,
+            "grid": "centre",
+            "score": "fcos",
         },
     }
     torch.save(content, tmp_path / "model.pt")
@@ -1163,13 +1332,23 @@ def test_own_weights_fill_a_model_and_bring_their_convention(tmp_path):
     assert fcos.load(tmp_path / "last.pt").name == "shapes"
     other = fcos.build("shapes", 2)
     assert not fcos.load_weights(other, model.state_dict())["missing"]  # without what is around it
-    assert_refused(lambda: fcos.load(tmp_path / "model.pt", "fcos_R_50_FPN"), "model.pt", "shapes",
-                   "fcos_R_50_FPN")
+    assert_refused(
+        lambda: fcos.load(tmp_path / "model.pt", "fcos_R_50_FPN"),
+        "model.pt",
+        "shapes",
+        "fcos_R_50_FPN",
+    )
 
 
-@pytest.mark.parametrize("keyword, value", [
-    ("activation", "exp"), ("ctr_on", "cls"), ("quality", "iou"), ("stride_in_1x1", False),
-])
+@pytest.mark.parametrize(
+    "keyword, value",
+    [
+        ("activation", "exp"),
+        ("ctr_on", "cls"),
+        ("quality", "iou"),
+        ("stride_in_1x1", False),
+    ],
+)
 def test_own_weights_of_another_meaning_are_refused(keyword, value):
     there = fcos.build("shapes", 2, **{keyword: value})
     here = fcos.build("shapes", 2)
@@ -1202,9 +1381,18 @@ def both(model, path):
 
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "pkl"])
-@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"hello, this is no checkpoint\n" * 9,
-                                     b"\x80\x02", b"PK\x03\x04 and no zip", b"<html>404</html>"],
-                         ids=["empty", "zeros", "text", "start", "zip", "html"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00" * 100,
+        b"hello, this is no checkpoint\n" * 9,
+        b"\x80\x02",
+        b"PK\x03\x04 and no zip",
+        b"<html>404</html>",
+    ],
+    ids=["empty", "zeros", "text", "start", "zip", "html"],
+)
 def test_junk_is_named(content, suffix, tmp_path):
     path = tmp_path / f"junk.{suffix}"
     path.write_bytes(content)
@@ -1231,14 +1419,22 @@ def test_missing_file_and_folder_are_named(tmp_path):
         assert_refused(call, tmp_path, "Is a directory")
 
 
-@pytest.mark.parametrize("content, said", [
-    ([1, 2, 3], "list"), (torch.zeros(3), "Tensor"), ({0: torch.zeros(3)}, "dict"), ({}, "none"),
-    ({"conv1.weight": torch.zeros(3)}, "conv1.weight"), ({"model": {}}, "none"),
-    ({"model": {"backbone.conv1.weight": torch.zeros(3)}}, "backbone.conv1.weight"),
-    ({"head.cls.weight": "text"}, "head.cls.weight"),
-    ({"res_conv1_bn_s": np.zeros(3, dtype=object)}, "res_conv1_bn_s"),
-    ({"name": "shapes", "overrides": {}, "convention": {}}, "name"),
-], ids=str)
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ([1, 2, 3], "list"),
+        (torch.zeros(3), "Tensor"),
+        ({0: torch.zeros(3)}, "dict"),
+        ({}, "none"),
+        ({"conv1.weight": torch.zeros(3)}, "conv1.weight"),
+        ({"model": {}}, "none"),
+        ({"model": {"backbone.conv1.weight": torch.zeros(3)}}, "backbone.conv1.weight"),
+        ({"head.cls.weight": "text"}, "head.cls.weight"),
+        ({"res_conv1_bn_s": np.zeros(3, dtype=object)}, "res_conv1_bn_s"),
+        ({"name": "shapes", "overrides": {}, "convention": {}}, "name"),
+    ],
+    ids=str,
+)
 def test_other_contents_are_named(content, said, tmp_path):
     path = tmp_path / ("other.pkl" if said == "res_conv1_bn_s" else "other.pt")
     if path.suffix == ".pkl":
@@ -1250,12 +1446,18 @@ def test_other_contents_are_named(content, said, tmp_path):
     assert_refused(lambda: fcos.load(path, "shapes"), path, said)
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"keywords": fcos.resolve({}) | {"depth": 1}}, "depth"), ({"num_classes": "two"}, "model.pt"),
-    ({"keywords": {"backbone": "vgg"}}, "vgg"), ({"keywords": None}, "model.pt"),
-    ({"overrides": {"depth": 1}}, "depth"),
-    ({"overrides": {}, "name": "fcos_R_9_FPN"}, "fcos_R_9_FPN"),
-], ids=str)
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"keywords": fcos.resolve({}) | {"depth": 1}}, "depth"),
+        ({"num_classes": "two"}, "model.pt"),
+        ({"keywords": {"backbone": "vgg"}}, "vgg"),
+        ({"keywords": None}, "model.pt"),
+        ({"overrides": {"depth": 1}}, "depth"),
+        ({"overrides": {}, "name": "fcos_R_9_FPN"}, "fcos_R_9_FPN"),
+    ],
+    ids=str,
+)
 def test_own_checkpoint_of_a_model_that_is_unknown_here(changes, said, tmp_path):
     content = fcos.checkpoint(fcos.build("shapes", 2)) | changes
     if "overrides" in changes:  # as files were before
@@ -1280,13 +1482,16 @@ def touch(path):
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "pkl"])
 def test_a_program_in_a_file_is_refused_by_name_and_not_run(suffix, tmp_path):
-    for number, (function, argument, name) in enumerate([
-        (os.system, f"touch {tmp_path}/ran", r"(posix|nt)\.system"),
-        (os.mkdir, str(tmp_path / "ran"), r"(posix|nt|os)\.mkdir"),
-        (eval, f"open({str(tmp_path / 'ran')!r}, 'w')", "eval"),
-        (touch, str(tmp_path / "ran"), r"test_weights\.touch"),
-        (np.load, str(tmp_path / "ran"), r"numpy.*load"), (None, None, r"argparse\.Namespace"),
-    ]):
+    for number, (function, argument, name) in enumerate(
+        [
+            (os.system, f"touch {tmp_path}/ran", r"(posix|nt)\.system"),
+            (os.mkdir, str(tmp_path / "ran"), r"(posix|nt|os)\.mkdir"),
+            (eval, f"open({str(tmp_path / 'ran')!r}, 'w')", "eval"),
+            (touch, str(tmp_path / "ran"), r"test_weights\.touch"),
+            (np.load, str(tmp_path / "ran"), r"numpy.*load"),
+            (None, None, r"argparse\.Namespace"),
+        ]
+    ):
         path = tmp_path / f"{number}.{suffix}"
         program = Program(function, argument) if function else argparse.Namespace(lr=0.1)
         content = {"conv1_w": program, "res_conv1_bn_s": 1}
@@ -1301,18 +1506,32 @@ def test_a_program_in_a_file_is_refused_by_name_and_not_run(suffix, tmp_path):
 
 
 def test_pickled_arrays_of_every_kind_are_admitted(tmp_path):
-    content = {"a": np.float32(1), "b": np.arange(3), "c": np.zeros((1, 2), np.float16),
-               "d": np.array(["text"]), "e": [1, "x", None, 2.5, True], "f": np.asfortranarray(
-                   np.ones((2, 3)))}
+    content = {
+        "a": np.float32(1),
+        "b": np.arange(3),
+        "c": np.zeros((1, 2), np.float16),
+        "d": np.array(["text"]),
+        "e": [1, "x", None, 2.5, True],
+        "f": np.asfortranarray(np.ones((2, 3))),
+    }
     for protocol in (2, 4):
         (tmp_path / "arrays.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
         read = fcos.read_checkpoint(tmp_path / "arrays.pkl")
         assert str(read) == str(content)
 
 
-@pytest.mark.parametrize("value", [
-    np.array([{}, []], dtype=object), np.array(["a", "b"]), "text", 3, None, [1, 2],
-], ids=["objects", "strings", "text", "number", "none", "list"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array([{}, []], dtype=object),
+        np.array(["a", "b"]),
+        "text",
+        3,
+        None,
+        [1, 2],
+    ],
+    ids=["objects", "strings", "text", "number", "none", "list"],
+)
 def test_values_that_are_no_numbers(tmp_path, value):
     model, path = small("fcos_R_50_FPN"), tmp_path / "weights.pkl"
     path.write_bytes(pickle.dumps(backbone_file(model, AFFINE, res2_0_branch2a_w=value)))

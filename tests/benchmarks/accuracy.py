@@ -50,8 +50,16 @@ from kernels import iou_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = dict(block="basic", blocks=(1, 1, 2, 2), stem=32, channels=64, norm="gn") | fcos.IMPRV
-RECIPE = dict(model="bccd", weights="none", iters=900, batch_size=4, lr=0.01, warmup=50,
-              min_size=[240], max_size=400)
+RECIPE = dict(
+    model="bccd",
+    weights="none",
+    iters=900,
+    batch_size=4,
+    lr=0.01,
+    warmup=50,
+    min_size=[240],
+    max_size=400,
+)
 
 # ---- torchvision's detector in our trainer -----------------------------------------------------
 
@@ -92,8 +100,10 @@ class Torchvision(fcos.FCOS):
         predicted = {name: list(outputs[name].split(levels, 1)) for name in self.OUTPUTS}
         anchors = [list(anchors.split(levels)) for anchors in outputs["anchors"]]
         found = self.head.postprocess_detections(predicted, anchors, sizes.tolist())
-        return [torch.nn.utils.rnn.pad_sequence([image[name] for image in found], True, empty)
-                for name, empty in (("boxes", 0), ("scores", -math.inf), ("labels", -1))]
+        return [
+            torch.nn.utils.rnn.pad_sequence([image[name] for image in found], True, empty)
+            for name, empty in (("boxes", 0), ("scores", -math.inf), ("labels", -1))
+        ]
 
 
 def torchvision_side():
@@ -199,8 +209,9 @@ class Config(NamedTuple):
 SIZES = "--accumulate 2 --min-size " + " ".join(map(str, range(128, 305, 16)))
 CONFIGS = {
     "torchvision": Config("bccd", patch=torchvision_side, base="torchvision"),
-    "plain": Config("bccd", "--set activation=exp ctr_on=cls radius=0.0 box_loss=iou unit=pixel",
-                    paper=-1.5),
+    "plain": Config(
+        "bccd", "--set activation=exp ctr_on=cls radius=0.0 box_loss=iou unit=pixel", paper=-1.5
+    ),
     "imprv": Config("bccd", base="torchvision"),
     "imprv, quality iou": Config("bccd", "--set quality=iou"),
     "no centerness": Config("ablation", patch=no_centerness, paper=-3.6),
@@ -223,8 +234,14 @@ CONFIGS = {
     "stopped and resumed": Config("invariance", patch=stop_halfway, starts=2),
 }
 SEEDS = {"bccd": 5, "ablation": 3, "padding": 3, "extras": 3, "invariance": 2}
-ALL = [("bccd", range(3)), ("ablation", range(3)), ("bccd", range(3, 5)), ("padding", range(3)),
-       ("extras", range(3)), ("invariance", range(2))]
+ALL = [
+    ("bccd", range(3)),
+    ("ablation", range(3)),
+    ("bccd", range(3, 5)),
+    ("padding", range(3)),
+    ("extras", range(3)),
+    ("invariance", range(2)),
+]
 
 
 def train_one(name, seed, out, args):
@@ -236,8 +253,10 @@ def train_one(name, seed, out, args):
         config.patch()
     flags = f"bccd --iters {iters} --seed {seed} --eval-every {iters // 10} --workers 0 --out {out}"
     folders = [f"--{split}-images={data}/images" for split in ("train", "val")]
-    files = [f"--train-annotations={data}/annotations/train.json",
-             f"--val-annotations={data}/annotations/test.json"]
+    files = [
+        f"--train-annotations={data}/annotations/train.json",
+        f"--val-annotations={data}/annotations/test.json",
+    ]
     args = [*flags.split(), *folders, *files, *config.flags.split()]
     evaluate.run(train.main, train.parse_args(args))
 
@@ -263,15 +282,34 @@ def run(name, seed, args):
             shutil.copy(base / "last.pt", out)
         launch = [sys.executable]
         if config.processes > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone",
-                       f"--nproc_per_node={config.processes}"]
+            launch += [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={config.processes}",
+            ]
         print(f"{name}, seed {seed}", flush=True)
         for _ in range(config.starts):
             subprocess.run(
-                [*launch, __file__, "one", "--config", name, "--seeds", str(seed),
-                 "--iters", str(args.iters), "--data", args.data, "--results", args.results],
-                env=os.environ | {"OMP_NUM_THREADS": str(config.threads)}, pass_fds=[lock.fileno()],
-                check=True, stdout=subprocess.DEVNULL,
+                [
+                    *launch,
+                    __file__,
+                    "one",
+                    "--config",
+                    name,
+                    "--seeds",
+                    str(seed),
+                    "--iters",
+                    str(args.iters),
+                    "--data",
+                    args.data,
+                    "--results",
+                    args.results,
+                ],
+                env=os.environ | {"OMP_NUM_THREADS": str(config.threads)},
+                pass_fds=[lock.fileno()],
+                check=True,
+                stdout=subprocess.DEVNULL,
             )
         row = result(name, seed, out, args.iters)
         with open(args.results, "a") as file:  # one write of one line
@@ -285,8 +323,10 @@ def result(name, seed, out, iters):
     for line in (out / "log.jsonl").read_text().splitlines():
         entry = json.loads(line)
         if "AP" in entry:
-            point = {key: round(float(np.mean([loss[key] for loss in losses])), 4)
-                     for key in (losses[0] if losses else [])}
+            point = {
+                key: round(float(np.mean([loss[key] for loss in losses])), 4)
+                for key in (losses[0] if losses else [])
+            }
             curve.append({"step": entry["step"], "AP": round(entry["AP"], 4), **point})
             losses, metrics = [], entry
         else:
@@ -298,14 +338,30 @@ def result(name, seed, out, iters):
         sys.exit(f"{name}, seed {seed}: stopped after step {last}; the same command goes on")
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__),
-                "torchvision": torchvision.__version__, "numpy": np.__version__}
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }
     config = CONFIGS[name]
     metrics = {key: round(metrics[key], 4) for key in evaluate.METRICS[:6]}
-    return {"config": name, "seed": seed, "iters": iters, "flags": config.flags,
-            "patch": config.patch and config.patch.__name__, "recipe": RECIPE, "model": MODEL,
-            "commit": commit, "versions": versions, "threads": config.threads,
-            "processes": config.processes, "seconds": round(seconds), **metrics, "curve": curve}
+    return {
+        "config": name,
+        "seed": seed,
+        "iters": iters,
+        "flags": config.flags,
+        "patch": config.patch and config.patch.__name__,
+        "recipe": RECIPE,
+        "model": MODEL,
+        "commit": commit,
+        "versions": versions,
+        "threads": config.threads,
+        "processes": config.processes,
+        "seconds": round(seconds),
+        **metrics,
+        "curve": curve,
+    }
 
 
 # ---- what came out -----------------------------------------------------------------------------
@@ -330,8 +386,11 @@ def spread(values):
 def differences(name, rows, metric="AP"):
     """From the base, in points, of the seeds that both have."""
     base = CONFIGS[name].base
-    return [100 * (row[metric] - rows[base, seed][metric]) for (config, seed), row in rows.items()
-            if config == name != base and (base, seed) in rows]
+    return [
+        100 * (row[metric] - rows[base, seed][metric])
+        for (config, seed), row in rows.items()
+        if config == name != base and (base, seed) in rows
+    ]
 
 
 def cell(values, form):
@@ -344,9 +403,11 @@ def cell(values, form):
 def table(args):
     rows, metrics = read_rows(args), evaluate.METRICS[:6]
     for group in SEEDS:
-        print(f"\n`python tests/benchmarks/accuracy.py {group}`: {args.iters} steps of "
-              f"{RECIPE['batch_size']} images; mean ± standard error; differences are of the same "
-              "seeds\n")
+        print(
+            f"\n`python tests/benchmarks/accuracy.py {group}`: {args.iters} steps of "
+            f"{RECIPE['batch_size']} images; mean ± standard error; differences are of the same "
+            "seeds\n"
+        )
         head = [*metrics, "seeds", "seconds", "against", *metrics[:3], "paper"]
         print("| |", " | ".join(head), "|\n" + "|---" * (len(head) + 1) + "|")
         for name, config in CONFIGS.items():
@@ -364,8 +425,10 @@ def table(args):
 def summary(results, iters=RECIPE["iters"]):
     """The README's table, of what has been run."""
     rows = read_rows(argparse.Namespace(results=Path(results), iters=iters))
-    lines = ["| | AP | AP50 | seeds | difference in AP, same seeds | the paper's |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        "| | AP | AP50 | seeds | difference in AP, same seeds | the paper's |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, config in CONFIGS.items():
         runs = [row for (found, _), row in rows.items() if found == name]
         if runs:
@@ -401,8 +464,12 @@ def figure(rows, path):
     right.plot([], [], "o", color="#0072B2", label="here: BCCD, mean and standard error")
     right.plot([], [], "x", color="#D55E00", label="the paper: COCO, R-50")
     right.axvline(0, color="grey", lw=0.8, zorder=0)
-    right.set(yticks=range(len(names)), yticklabels=names[::-1], title="imprv with one change",
-              xlabel="difference in AP, same seeds")
+    right.set(
+        yticks=range(len(names)),
+        yticklabels=names[::-1],
+        title="imprv with one change",
+        xlabel="difference in AP, same seeds",
+    )
     right.set_ylim(-2.2, len(names) - 0.5)  # room for the legend
     right.legend(frameon=False, loc="lower left")
     fig.savefig(path, dpi=110)
@@ -422,7 +489,7 @@ def main():
     if args.what == "table":
         return table(args)
     if args.what == "one":
-        seed, = args.seeds
+        (seed,) = args.seeds
         return train_one(args.config, seed, folder_of(args.config, seed, args.iters), args)
     groups = ALL if args.what == "all" else [(args.what, range(SEEDS[args.what]))]
     for group, seeds in groups:

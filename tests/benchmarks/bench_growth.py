@@ -145,9 +145,17 @@ LINES = {  # name: (what x is, its values, x -> call, x -> what cost is to be pr
     "inference, image side": ("pixels", SIDES, lambda n: inference(1, (n, n)), lambda n: n * n),
     "inference, batch": ("images", (1, 2, 4, 8, 16), lambda n: inference(n, (256, 320)), float),
     "assignment and loss, boxes": (
-        "boxes", (1, 10, 100, 1000, 5000), lambda n: targets_and_loss(n, 80, HW), float),
+        "boxes",
+        (1, 10, 100, 1000, 5000),
+        lambda n: targets_and_loss(n, 80, HW),
+        float,
+    ),
     "loss, classes": (
-        "classes", (1, 10, 80, 365, 1203), lambda n: targets_and_loss(7, n, HW), float),
+        "classes",
+        (1, 10, 80, 365, 1203),
+        lambda n: targets_and_loss(7, n, HW),
+        float,
+    ),
     "decode, classes": ("classes", (1, 10, 80, 365, 1203), lambda n: decoding(n, HW), float),
     "NMS, candidates": ("candidates", (10, 100, 1000, 5000, 50_000), suppression, float),
 }
@@ -178,8 +186,13 @@ def draw(log, path):
                 axis.loglog(*zip(*points), marker="o", label=name)
         axis.set(xlabel="pixels, images, boxes, classes or candidates", ylabel=label)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, title="slope at the end", ncols=2, loc="upper center",
-                    bbox_to_anchor=(0.5, -0.15))
+        axis.legend(
+            fontsize=8,
+            title="slope at the end",
+            ncols=2,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.15),
+        )
     figure.suptitle(f"{log.content['gpu'] or log.content['cpu']}, {log.content['date']}")
     figure.savefig(path, dpi=110)
 

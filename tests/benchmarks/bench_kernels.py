@@ -103,12 +103,8 @@ def bench_focal_loss(bench):
         for contender, run in {
             "kernel": forward_backward(sigmoid_focal_loss, logits, labels),
             "torchvision": forward_backward(eager, logits),
-            "torch.compile of torchvision": forward_backward(
-                bench.compiled(eager), logits
-            ),
-            "torch.compile": forward_backward(
-                bench.compiled(plain_focal_loss), logits, labels
-            ),
+            "torch.compile of torchvision": forward_backward(bench.compiled(eager), logits),
+            "torch.compile": forward_backward(bench.compiled(plain_focal_loss), logits, labels),
         }.items():
             bench.measure(what, contender, run, 3 * logits.nbytes + 16 * n)
 

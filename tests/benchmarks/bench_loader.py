@@ -70,8 +70,9 @@ def stages(files, transform):
         "ours: pad": loop(lambda image: fcos.pad_batch([image]), resized),
         "torchvision: decode": loop(lambda path: Image.open(path).convert("RGB"), files),
         "torchvision: flip": loop(lambda im: im.transpose(Image.FLIP_LEFT_RIGHT), opened),
-        "torchvision: to float": loop(lambda im: V.convert_image_dtype(V.pil_to_tensor(im)),
-                                      opened),
+        "torchvision: to float": loop(
+            lambda im: V.convert_image_dtype(V.pil_to_tensor(im)), opened
+        ),
         "torchvision: normalise": loop(transform.normalize, floats),
         "torchvision: resize, float": loop(transform.resize, floats),
         "torchvision: pad": loop(lambda image: transform.batch_images([image]), large),
@@ -85,16 +86,23 @@ def main():
     args = record.arguments(parser)
     torch.set_num_threads(1)
     count, rounds = (2, 1) if args.small else (args.count, 7)
-    log = record.Record(args.folder and f"{args.folder}/loader.json",
-                        pictures=args.images and Path(args.images).name)
+    log = record.Record(
+        args.folder and f"{args.folder}/loader.json",
+        pictures=args.images and Path(args.images).name,
+    )
     transform = GeneralizedRCNNTransform(800, 1333, MEAN, STD)
     with pictures(args.images, count) as files:
         sides = {
             "torchvision": lambda: lambda: [theirs_whole(path, transform) for path in files],
             "ours": lambda: lambda: [ours_whole(path) for path in files],
         }
-        log.compare("JPEG file to a padded batch, one core", sides, rounds, unit="images/s",
-                    per_call=len(files))
+        log.compare(
+            "JPEG file to a padded batch, one core",
+            sides,
+            rounds,
+            unit="images/s",
+            per_call=len(files),
+        )
         made = stages(files, transform)
         rows = log.compare("a stage, one core", made, rounds, base=None)
         for row in rows.values():

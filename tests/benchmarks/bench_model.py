@@ -134,8 +134,10 @@ class Inference:
                 session = onnxruntime.InferenceSession(path, options)
                 run = functools.partial(session.run, None, inputs)
             else:
-                settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                            "INFERENCE_PRECISION_HINT": precision}
+                settings = {
+                    "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                    "INFERENCE_PRECISION_HINT": precision,
+                }
                 model = openvino.compile_model(path, "CPU", settings)
 
                 def run():
@@ -186,7 +188,8 @@ def agreement(boxes, scores, labels, reference):
     nearest, row = distance.min(1)
     found = (nearest < 0.5) & ((scores[row] - reference["scores"]).abs() < 1e-3)
     return {
-        "same_detections": found.float().mean().item(), "of": len(found),
+        "same_detections": found.float().mean().item(),
+        "of": len(found),
         "box_px_median": nearest.median().item(),
         "box_px_max": nearest[found].max().item() if found.any() else None,
     }
@@ -197,8 +200,12 @@ def bench_infer(log, args, compiled=False):
         for hw in args.size:
             case = Inference(batch, hw, args.backend)
             what = f"inference R-50, batch {batch}, {hw[0]}x{hw[1]}"
-            log.compare(what, case.compiled_sides() if compiled else case.sides(),
-                        rounds=args.rounds, calls=max(2, 10 // batch) if CUDA else 1)
+            log.compare(
+                what,
+                case.compiled_sides() if compiled else case.sides(),
+                rounds=args.rounds,
+                calls=max(2, 10 // batch) if CUDA else 1,
+            )
             del case
             empty()
 
@@ -294,10 +301,15 @@ def bench_train(log, args, which="sides"):
     batch, hw = args.train_batch, args.size[-1]
     case = Training(batch, hw, args.backend)
     model = "dcnv2 R-50" if which == "dcn_sides" else "R-50"
-    log.compare(f"training {model}, batch {batch}, {hw[0]}x{hw[1]}, bf16 autocast",
-                getattr(case, which)(), rounds=min(5, args.rounds),
-                calls=2 if CUDA else 1, unit="images/s", per_call=batch,
-                base="float32" if which == "dcn_sides" else "torchvision")
+    log.compare(
+        f"training {model}, batch {batch}, {hw[0]}x{hw[1]}, bf16 autocast",
+        getattr(case, which)(),
+        rounds=min(5, args.rounds),
+        calls=2 if CUDA else 1,
+        unit="images/s",
+        per_call=batch,
+        base="float32" if which == "dcn_sides" else "torchvision",
+    )
     torch.backends.cuda.matmul.allow_tf32 = False
     empty()
 
@@ -322,8 +334,12 @@ def bench_profile(log, args):
         if not CUDA or event.device_type == torch.autograd.DeviceType.CUDA
     ]
     total = sum(event[0] for event in events)
-    row = log.add(what=f"profile of a training step, batch {batch}, {hw[0]}x{hw[1]}, bf16",
-                  side="ours", wall_ms=1000 * wall / 3, kernels_ms=total)
+    row = log.add(
+        what=f"profile of a training step, batch {batch}, {hw[0]}x{hw[1]}, bf16",
+        side="ours",
+        wall_ms=1000 * wall / 3,
+        kernels_ms=total,
+    )
     row["kernels"] = [
         f"{ms:.3f} ms, {100 * ms / total:.1f} %, {count} calls: {key[:120]}"
         for ms, count, key in sorted(events, reverse=True)[:25]

@@ -37,10 +37,19 @@ def write_case(folder, images, detections):
         boxes = np.concatenate([rng.random((n, 2)) * ((640, 480) - size), size], 1)
         labels = rng.integers(1, 81, n)
         crowd = rng.random(n) < 0.01
-        truth += [dict(id=len(truth) + k + 1, image_id=i, category_id=label, bbox=box, iscrowd=flag,
-                       area=box[2] * box[3] * 0.6)
-                  for k, (box, label, flag) in enumerate(zip(
-                      boxes.round(2).tolist(), labels.tolist(), crowd.astype(int).tolist()))]
+        truth += [
+            dict(
+                id=len(truth) + k + 1,
+                image_id=i,
+                category_id=label,
+                bbox=box,
+                iscrowd=flag,
+                area=box[2] * box[3] * 0.6,
+            )
+            for k, (box, label, flag) in enumerate(
+                zip(boxes.round(2).tolist(), labels.tolist(), crowd.astype(int).tolist())
+            )
+        ]
         moved = rng.integers(max(n, 1), size=detections * 2 // 3 if n else 0)
         near = boxes[moved] + rng.normal(size=(len(moved), 4)) * 0.15 * size[moved].repeat(2, 1)
         free = 8 + rng.random((detections - len(moved), 2)) ** 2 * 300
@@ -48,9 +57,12 @@ def write_case(folder, images, detections):
         near[:, 2:] = near[:, 2:].clip(min=1)
         classes = np.concatenate([labels[moved], rng.integers(1, 81, len(far))])
         scores = rng.random(detections).round(3)  # some tie
-        found += [dict(image_id=i, category_id=label, bbox=box, score=value)
-                  for box, label, value in zip(np.concatenate([near, far]).round(2).tolist(),
-                                               classes.tolist(), scores.tolist())]
+        found += [
+            dict(image_id=i, category_id=label, bbox=box, score=value)
+            for box, label, value in zip(
+                np.concatenate([near, far]).round(2).tolist(), classes.tolist(), scores.tolist()
+            )
+        ]
     categories = [dict(id=k, name=f"class {k}") for k in range(1, 81)]
     content = dict(images=entries, annotations=truth, categories=categories)
     Path(folder, "truth.json").write_text(json.dumps(content))
@@ -88,10 +100,16 @@ def child(library, folder):
     metrics = evaluate.score(results, f"{folder}/truth.json")
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({
-        "score_s": seconds, "library_s": sum(spent.values()) or None,
-        "peak_mib": (peak - before) / 1024, "metrics": [value.hex() for value in metrics.values()],
-    }))
+    print(
+        json.dumps(
+            {
+                "score_s": seconds,
+                "library_s": sum(spent.values()) or None,
+                "peak_mib": (peak - before) / 1024,
+                "metrics": [value.hex() for value in metrics.values()],
+            }
+        )
+    )
 
 
 def main():
@@ -131,7 +149,8 @@ def main():
                 ours, theirs = (runs[side][0]["metrics"] for side in rows)
                 rows["hotcoco"]["same_bits"] = ours == theirs
                 rows["hotcoco"]["of_pycocotools"] = (
-                    rows["hotcoco"]["median"] / rows["pycocotools"]["median"])
+                    rows["hotcoco"]["median"] / rows["pycocotools"]["median"]
+                )
             for row in rows.values():
                 if "error" not in row:
                     log.show(row)

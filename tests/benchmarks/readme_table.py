@@ -63,8 +63,10 @@ def model_rows(record):
                 goal = "≥ 2.5" if record["gpu"] else ""
             yield cells(
                 f"{row['what']}: {row['side'].removeprefix('ours').strip(', ') or 'eager'}",
-                f"{spread(row)} {row['unit']}", f"{spread(peer)} {row['unit']}",
-                short(row["of_torchvision"]), goal,
+                f"{spread(row)} {row['unit']}",
+                f"{spread(peer)} {row['unit']}",
+                short(row["of_torchvision"]),
+                goal,
             )
 
 
@@ -72,21 +74,28 @@ def loader_rows(record):
     sides = {row["side"]: row for row in good(record["results"])}
     if {"ours", "torchvision"} <= sides.keys():
         ours, theirs = sides["ours"], sides["torchvision"]
-        yield cells(ours["what"], f"{spread(ours)} images/s", f"{spread(theirs)} images/s",
-                    short(ours["of_torchvision"]), "≥ 2")
+        yield cells(
+            ours["what"],
+            f"{spread(ours)} images/s",
+            f"{spread(theirs)} images/s",
+            short(ours["of_torchvision"]),
+            "≥ 2",
+        )
 
 
 def scoring_rows(record):
     rows = good(record["results"])
     for row in rows:
         if "of_pycocotools" in row:
-            peer = next(r for r in rows
-                        if r["what"] == row["what"] and r["side"] == "pycocotools")
+            peer = next(r for r in rows if r["what"] == row["what"] and r["side"] == "pycocotools")
             goal = "≤ 0.05" if "5000 images x 36" in row["what"] else ""
-            yield cells(row["what"] + (", same bits" if row["same_bits"] else ", OTHER NUMBERS"),
-                        f"{short(row['median'])} s, {short(row['peak_mib'])} MiB",
-                        f"{short(peer['median'])} s, {short(peer['peak_mib'])} MiB",
-                        short(row["of_pycocotools"]), goal)
+            yield cells(
+                row["what"] + (", same bits" if row["same_bits"] else ", OTHER NUMBERS"),
+                f"{short(row['median'])} s, {short(row['peak_mib'])} MiB",
+                f"{short(peer['median'])} s, {short(peer['peak_mib'])} MiB",
+                short(row["of_pycocotools"]),
+                goal,
+            )
 
 
 def kernel_rows(record):
@@ -97,15 +106,27 @@ def kernel_rows(record):
             for peer in rows:
                 if peer["what"] == row["what"] and peer is not row:
                     clock = "device_ms" if peer.get("device_ms") else "ms"
-                    goal = [text for (what, contender), text in KERNEL_GOALS.items()
-                            if row["what"].startswith(what) and peer["contender"] == contender]
-                    yield cells(f"{row['what']}, beside {peer['contender']}",
-                                f"{short(row[clock])} ms", f"{short(peer[clock])} ms",
-                                short(row[clock] / peer[clock]), *(goal or [""]))
+                    goal = [
+                        text
+                        for (what, contender), text in KERNEL_GOALS.items()
+                        if row["what"].startswith(what) and peer["contender"] == contender
+                    ]
+                    yield cells(
+                        f"{row['what']}, beside {peer['contender']}",
+                        f"{short(row[clock])} ms",
+                        f"{short(peer[clock])} ms",
+                        short(row[clock] / peer[clock]),
+                        *(goal or [""]),
+                    )
 
 
-FILES = {"model": model_rows, "kernels": kernel_rows, "model_cpu": model_rows,
-         "loader": loader_rows, "scoring": scoring_rows}
+FILES = {
+    "model": model_rows,
+    "kernels": kernel_rows,
+    "model_cpu": model_rows,
+    "loader": loader_rows,
+    "scoring": scoring_rows,
+}
 
 
 def growth(record):
@@ -115,8 +136,10 @@ def growth(record):
         for row in record["results"]
         if row.get("exponent_ms") and (memory := row.get("exponent_peak_mib")) is not None
     ]
-    return ("How time and memory grow at the end of the ranges of `bench_growth.py` "
-            f"({record['gpu'] or record['cpu']}; 1 is in proportion): {'; '.join(slopes)}.")
+    return (
+        "How time and memory grow at the end of the ranges of `bench_growth.py` "
+        f"({record['gpu'] or record['cpu']}; 1 is in proportion): {'; '.join(slopes)}."
+    )
 
 
 def measured(folder=RESULTS):
@@ -139,15 +162,19 @@ def measured(folder=RESULTS):
         path = Path(folder) / f"{name}.json"
         if path.exists():
             sentences += ["", growth(json.loads(path.read_text()))]
-    median = ("Medians and, in brackets, ranges of rounds in which the sides take turns; a ratio "
-              "is the median of the rounds' own.")
+    median = (
+        "Medians and, in brackets, ranges of rounds in which the sides take turns; a ratio "
+        "is the median of the rounds' own."
+    )
     return "\n".join([*lines, "", f"{median} {'; '.join(sources)}.", *sentences])
 
 
 def replaced(text, folder=RESULTS):
     """The README with the lines between the comments written anew."""
-    for begin, content in ((BEGIN, measured(folder)),
-                           (LEARNED, accuracy.summary(Path(folder) / "accuracy.jsonl"))):
+    for begin, content in (
+        (BEGIN, measured(folder)),
+        (LEARNED, accuracy.summary(Path(folder) / "accuracy.jsonl")),
+    ):
         before, rest = text.split(begin)
         _, after = rest.split(END, 1)
         text = f"{before}{begin}\n{content}\n{END}{after}"

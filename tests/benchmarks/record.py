@@ -34,8 +34,18 @@ from device import DEVICE  # noqa: E402
 import fcos  # noqa: E402
 
 CUDA = DEVICE.type == "cuda"
-PACKAGES = ("torch", "torchvision", "numpy", "cupy-cuda13x", "triton", "pillow", "hotcoco",
-            "pycocotools", "onnxruntime", "openvino")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "cupy-cuda13x",
+    "triton",
+    "pillow",
+    "hotcoco",
+    "pycocotools",
+    "onnxruntime",
+    "openvino",
+)
 
 
 def machine():
@@ -55,10 +65,16 @@ def machine():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
-        "date": datetime.date.today().isoformat(), "gpu": gpu, "driver": driver, "cpu": cpu,
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        "gpu": gpu,
+        "driver": driver,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "cpu_bf16": "avx512_bf16" in flags or "amx_bf16" in flags,
-        "load_before": round(os.getloadavg()[0], 2), "nice": os.nice(0), "versions": versions,
+        "load_before": round(os.getloadavg()[0], 2),
+        "nice": os.nice(0),
+        "versions": versions,
     }
 
 
@@ -157,8 +173,9 @@ class Record:
 
     @staticmethod
     def summarise(row, values):
-        row.update(median=statistics.median(values), low=min(values), high=max(values),
-                   rounds=len(values))
+        row.update(
+            median=statistics.median(values), low=min(values), high=max(values), rounds=len(values)
+        )
 
 
 def arguments(parser):
