@@ -48,121 +48,12 @@ from kernels.focal_loss import sigmoid_focal_loss
 from kernels.iou_loss import KINDS, iou, iou_loss
 from kernels.nms import batched_nms
 
-# One architecture a row, named as the official configurations are, without their schedule; then
-# those that are not official. Keywords are those of FCOS and of the row's backbone: see there.
-FROZEN = dict(norm="frozen", frozen_stages=2)
-R_50 = dict(blocks=(3, 4, 6, 3)) | FROZEN
-R_101 = dict(blocks=(3, 4, 23, 3)) | FROZEN
-IN_3x3 = dict(stride_in_1x1=False)  # the stride, as in torchvision's ImageNet weights
-V_50 = R_50 | IN_3x3 | dict(imagenet="resnet50")
-X_101_32x8d = R_101 | IN_3x3 | dict(groups=32, width=8, imagenet="resnext101_32x8d")
-X_101_64x4d = R_101 | IN_3x3 | dict(groups=64, width=4, imagenet="resnext101_64x4d")
-MNV2 = dict(backbone="mobilenet", norm="bn", imagenet="mobilenet_v2")
-SYNCBN, C128 = dict(norm="syncbn"), dict(channels=128)
-PLAIN = dict(activation="exp", ctr_on="cls", radius=0.0, box_loss="iou", unit="pixel")
-IMPRV = dict(activation="relu", ctr_on="box", radius=1.5, box_loss="giou", unit="stride")
-DCN_345, DCN_45 = (IMPRV | dict(dcn=dcn, tower_dcn=True) for dcn in ((3, 4, 5), (4, 5)))
-IOU = dict(quality="iou")  # AdelaiDet's, as is the real-time model
-RT = dict(levels=(3, 4, 5), ranges=(64, 128), test_size=(512, 736))
-VISION = IMPRV | dict(scales=False, grid="corner")
-TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=16, channels=64, norm="gn")
-HALVED = dict(ranges=(32, 64, 128, 256))  # so that small pictures use several levels
-# fmt: off
-MODELS = {
-    "fcos_R_50_FPN":                    R_50        | PLAIN,
-    "fcos_R_101_FPN":                   R_101       | PLAIN,
-    "fcos_X_101_32x8d_FPN":             X_101_32x8d | PLAIN,
-    "fcos_X_101_64x4d_FPN":             X_101_64x4d | PLAIN,
-    "fcos_imprv_R_50_FPN":              R_50        | IMPRV,
-    "fcos_imprv_R_101_FPN":             R_101       | IMPRV,
-    "fcos_imprv_X_101_32x8d_FPN":       X_101_32x8d | IMPRV,
-    "fcos_imprv_X_101_64x4d_FPN":       X_101_64x4d | IMPRV,
-    "fcos_imprv_dcnv2_R_50_FPN":        R_50        | DCN_345,
-    "fcos_imprv_dcnv2_R_101_FPN":       R_101       | DCN_345,
-    "fcos_imprv_dcnv2_X_101_32x8d_FPN": X_101_32x8d | DCN_45,
-    "fcos_imprv_dcnv2_X_101_64x4d_FPN": X_101_64x4d | DCN_45,
-    "fcos_bn_MNV2_FPN":                 MNV2        | PLAIN,
-    "fcos_syncbn_MNV2_FPN":             MNV2        | PLAIN | SYNCBN,
-    "fcos_syncbn_c128_MNV2_FPN":        MNV2        | PLAIN | SYNCBN | C128,
-    "fcos_imprv_iou_R_50_FPN":          R_50        | IMPRV | IOU,
-    "fcos_rt_R_50_FPN":                 R_50        | IMPRV | SYNCBN | RT,
-    "fcos_torchvision_R_50_FPN":        V_50        | VISION,
-    "shapes":                           TINY        | IMPRV | HALVED,
-}
-# fmt: on
-
-# How pixels enter a network and boxes leave it. This travels with weights, not with architecture.
-# Pixels: Caffe's ImageNet weights take BGR in 0..255 minus a mean, and their norms have no epsilon.
-# Boxes: the official FCOS learned inclusive ones (x2 = x + w - 1), to which decoding adds the
-# missing pixel. Locations lie at the "centre" of their cells, or in torchvision at the "corner".
-CONVENTION = dict(
-    bgr=True,
-    mean=(102.9801, 115.9465, 122.7717),
-    std=(1.0, 1.0, 1.0),
-    bn_eps=0.0,
-    inclusive=False,
-    grid="centre",
-    score="fcos",
-)
-CAFFE = {name: CONVENTION[name] for name in ("bgr", "mean", "std", "bn_eps")}
-MSRA = CAFFE | dict(mean=(103.53, 116.28, 123.675), bn_eps=1e-5)
-TORCH = dict(bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bn_eps=1e-5)
-
-# What the families' weights expect of scores, by the convention "score". Of cls, the probability of
-# a class, and joint = cls * centerness: the threshold of a candidate and what it is compared with,
-# what the candidates of a level are ranked by, and the final score as a function of joint.
-SCORES = {
-    "fcos": (0.05, lambda cls, joint: cls, lambda cls, joint: joint, torch.sqrt),
-    "torchvision": (0.20, lambda cls, joint: joint.sqrt(), lambda cls, joint: joint, torch.sqrt),
-    "mmdetection": (0.05, lambda cls, joint: cls, lambda cls, joint: cls, torch.clone),
-}
-
-ONE_IMAGE = str, os.PathLike, Image.Image, np.ndarray, Tensor  # rather than an iterable of images
-
 
 class UserError(ValueError):
     """A mistake in what was passed in; the scripts print it as one line, without a traceback."""
 
 
-# ---- images ------------------------------------------------------------------------------------
-
-
-def regular(path):
-    """The path, unless it is of a pipe, device or folder: they would hang or be lost. OSError"""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError("Is a directory" if os.path.isdir(path) else "is no regular file")
-    return path
-
-
-def read_image(source, hw=None):
-    """Decode an image file or PIL image to RGB: uint8 (3, H, W). Grey, palette, CMYK, transparent
-    and 16-bit images become 8-bit RGB, the latter by the highest bit that they use.
-
-    EXIF orientation is applied, as a viewer would. With `hw`, the (height, width) that annotations
-    were drawn on, it is applied only if the file as stored does not have that size but the turned
-    image does: COCO's boxes refer to the stored pixels. UserError names an unreadable file.
-    """
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(regular(source))
-        stored = image.size[::-1]
-        if stored != hw and image.getexif().get(0x0112, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating point; save it with 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would saturate at 255
-            pixels = np.asarray(image).clip(min=0)
-            bits = int(pixels.max()).bit_length()  # a camera's 10, 12 or 14 bits come in 16
-            image = Image.fromarray((pixels >> max(bits - 8, 0)).astype(np.uint8))
-        pixels = np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{source}: cannot be read as an image ({why})") from None
-    if hw is not None and pixels.shape[:2] != tuple(hw):
-        h, w = stored
-        raise UserError(f"{source}: is {w}x{h} pixels, but its annotations say {hw[1]}x{hw[0]}")
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+# ---- images -------------------------------------------------------------------------------------
 
 
 def resized_hw(h, w, min_size, max_size):
@@ -209,7 +100,7 @@ def pad_batch(images, hw=None):
     return batch, torch.tensor(sizes)
 
 
-# ---- backbone ----------------------------------------------------------------------------------
+# ---- backbones ----------------------------------------------------------------------------------
 
 NORMS = {
     "frozen": FrozenBatchNorm2d,  # constant statistics and affine
@@ -266,26 +157,6 @@ class ConvNorm(nn.Module):
         if self.folded or isinstance(self.norm, FrozenBatchNorm2d):
             return self.conv._conv_forward(x, *(self.folded or self.fold()))
         return self.norm(self.conv(x))
-
-
-@contextlib.contextmanager
-def inference(model):
-    """The model in eval mode, its norms of constant statistics folded into the weights, and these
-    cast as autocast would, once. Meanwhile no weight may change and no other call begin or end."""
-    training, kind = model.training, model.pixel_mean.device.type
-    layers = [layer for layer in model.modules() if isinstance(layer, ConvNorm)]
-    layers = [layer for layer in layers if getattr(layer.norm, "running_var", None) is not None]
-    try:
-        for layer in layers:
-            cast = torch.is_autocast_enabled(kind) and not isinstance(layer.conv, DeformConv)
-            dtype = torch.get_autocast_dtype(kind) if cast else layer.conv.weight.dtype
-            layer.folded = [x.to(dtype) for x in layer.fold()]
-        model.eval()
-        yield
-    finally:
-        model.train(training)
-        for layer in layers:
-            layer.folded = None
 
 
 class Bottleneck(nn.Module):
@@ -359,7 +230,6 @@ def freeze(stages, number):
 #     freeze(stages)       stop learning in the first `stages` of what it calls stages
 #     initialize()         random weights; not called for a module that is passed to FCOS
 # and, if they are known, the pixels that it wants: see CONVENTION. The strides are not checked.
-#     names, files         optional: what other files call its tensors, see rename_key, families
 
 
 class ResNet(nn.Module):
@@ -406,37 +276,6 @@ class ResNet(nn.Module):
         c3 = self.res3(self.res2(x))
         c4 = self.res4(c3)
         return c3, c4, self.res5(c4)
-
-    files = {  # of ImageNet classifiers: the key that tells, and the convention of their weights
-        "detectron2": (r"res_conv1_bn_(gamma|rm)", MSRA),
-        "caffe2": (r"res_conv1_bn_s", CAFFE),
-        "torchvision_in_detectron2": (r"stem\.conv1\.norm\.weight", TORCH),
-        "torchvision_resnet": (r"layer1\.0\.conv1\.weight", TORCH),
-    }
-    names = [
-        # torchvision, the official code, mmdetection and, with bottom_up, Detectron2
-        (r"^(backbone\.)?(body\.|bottom_up\.)?(stem\.)?conv1\.(?=weight)", "backbone.stem.conv."),
-        (r"^(backbone\.)?(body\.)?(stem\.)?bn1\.", "backbone.stem.norm."),
-        (r"^(backbone\.bottom_up\.)?stem\.conv1\.norm\.", "backbone.stem.norm."),
-        (r"^(backbone\.)?(body\.)?layer(\d)\.", lambda m: f"backbone.res{int(m[3]) + 1}."),
-        (r"^(backbone\.bottom_up\.)?res(\d)\.", r"backbone.res\2."),
-        (r"\.conv(\d)\.(?=weight)", r".conv\1.conv."),
-        (r"\.bn(\d)\.", r".conv\1.norm."),
-        (r"\.(downsample\.0|shortcut)\.(?=weight)", ".down.conv."),
-        (r"\.(downsample\.1|shortcut\.norm)\.", ".down.norm."),
-        (r"\.conv2(\.|\.conv_|_)offset\.", ".conv2.conv.offset."),
-        # Caffe2 and, with gamma and beta, Detectron2
-        (r"^conv1_w$", "backbone.stem.w"),
-        (r"^res_conv1_bn", "backbone.stem.bn"),
-        (r"^res(\d)_(\d+)_branch1_(w|bn)", r"backbone.res\1.\2.down.\3"),
-        (r"^res(\d)_(\d+)_branch2([abc])_(w|bn)",
-         lambda m: f"backbone.res{m[1]}.{m[2]}.conv{'abc'.index(m[3]) + 1}.{m[4]}"),
-        (r"\.w$", ".conv.weight"),
-        (r"\.bn_(s|gamma)$", ".norm.weight"),
-        (r"\.bn_(b|beta)$", ".norm.bias"),
-        (r"\.bn_(rm|running_mean)$", ".norm.running_mean"),
-        (r"\.bn_(riv|running_var)$", ".norm.running_var"),
-    ]
 
 
 class InvertedResidual(nn.Sequential):
@@ -491,30 +330,11 @@ class MobileNetV2(nn.Module):
                 found.append(x)
         return found
 
-    files = {  # the official recipes feed Caffe's pixels to MobileNet, too
-        "torchvision_mobilenet": (r"features\.1\.conv\.0\.0\.weight", TORCH),
-        "mobilenet": (r"features\.1\.conv\.3\.weight", CAFFE),
-    }
-    names = [
-        (r"^(backbone\.body\.)?features\.(\d|1[0-7])\.", r"backbone.features.\2."),
-        (r"\.features\.0\.0\.", ".features.0.conv."),
-        (r"\.features\.0\.1\.", ".features.0.norm."),
-        (r"\.features\.(\d+)\.conv\.(\d+)\.", lambda m: f".features.{m[1]}.{layer(m[2])}."),
-    ]
-    nested_names = [  # torchvision nests its layers, and so counts them in twos
-        (r"^features\.1\.conv\.([12])\.(?=\D)", lambda m: f"features.1.conv.{int(m[1]) + 2}."),
-        (
-            r"^features\.(\d\d|[2-9])\.conv\.([23])\.(?=\D)",
-            lambda m: f"features.{m[1]}.conv.{int(m[2]) + 4}.",
-        ),
-        (r"\.conv\.([01])\.([01])\.", lambda m: f".conv.{3 * int(m[1]) + int(m[2])}."),
-    ]
-
 
 BACKBONES = {"resnet": ResNet, "mobilenet": MobileNetV2}
 
 
-# ---- feature pyramid and head ------------------------------------------------------------------
+# ---- feature pyramid and head -------------------------------------------------------------------
 
 
 class FPN(nn.Module):
@@ -612,13 +432,15 @@ def by_location(x):
     return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).flatten(1, 2)
 
 
-# ---- locations and targets ---------------------------------------------------------------------
+# ---- locations and targets ----------------------------------------------------------------------
 
 STRIDES = (8, 16, 32, 64, 128)  # of P3..P7
+
 GRIDS = {  # places of the cells of a row or column that is `side` pixels long
     "centre": lambda cell, stride, side: cell * stride + stride // 2,
     "corner": lambda cell, stride, side: cell * (side // len(cell)),
 }
+
 RANGES = (64, 128, 256, 512)  # pixels, where the largest distance passes from one level to the next
 
 
@@ -679,7 +501,7 @@ def centerness(ltrb: Tensor) -> Tensor:
     return (horizontal * vertical).sqrt()
 
 
-# ---- losses ------------------------------------------------------------------------------------
+# ---- losses -------------------------------------------------------------------------------------
 
 
 def loss_normalizers(targets: dict) -> Tensor:
@@ -729,60 +551,44 @@ def fcos_loss(
     return {"cls": cls / positives, "box": box / normalizer, "ctr": ctr / positives}
 
 
-# ---- the model ---------------------------------------------------------------------------------
+# ---- the model ----------------------------------------------------------------------------------
 
-CHOICES = dict(
-    norm=NORMS,
-    block=BLOCKS,
-    activation=ACTIVATIONS,
-    ctr_on=("cls", "box"),
-    quality=("centerness", "iou"),
-    box_loss=KINDS,
-    unit=("pixel", "stride"),
-    grid=GRIDS,
-    score=SCORES,
-    levels=((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)),
+
+# How pixels enter a network and boxes leave it. This travels with weights, not with architecture.
+# Pixels: Caffe's ImageNet weights take BGR in 0..255 minus a mean, and their norms have no epsilon.
+# Boxes: the official FCOS learned inclusive ones (x2 = x + w - 1), to which decoding adds the
+# missing pixel. Locations lie at the "centre" of their cells, or in torchvision at the "corner".
+CONVENTION = dict(
+    bgr=True,
+    mean=(102.9801, 115.9465, 122.7717),
+    std=(1.0, 1.0, 1.0),
+    bn_eps=0.0,
+    inclusive=False,
+    grid="centre",
+    score="fcos",
 )
 
+CAFFE = {name: CONVENTION[name] for name in ("bgr", "mean", "std", "bn_eps")}
 
-def check_choices(**keywords):
-    """UserError unless every keyword that has CHOICES holds one of them."""
-    for keyword, value in keywords.items():
-        if keyword in CHOICES and value not in CHOICES[keyword]:
-            choices = ", ".join(map(str, CHOICES[keyword]))
-            raise UserError(f"{keyword} {value!r}: expected one of {choices}")
+MSRA = CAFFE | dict(mean=(103.53, 116.28, 123.675), bn_eps=1e-5)
+
+TORCH = dict(bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bn_eps=1e-5)
+
+
+# What the families' weights expect of scores, by the convention "score". Of cls, the probability of
+# a class, and joint = cls * centerness: the threshold of a candidate and what it is compared with,
+# what the candidates of a level are ranked by, and the final score as a function of joint.
+SCORES = {
+    "fcos": (0.05, lambda cls, joint: cls, lambda cls, joint: joint, torch.sqrt),
+    "torchvision": (0.20, lambda cls, joint: joint.sqrt(), lambda cls, joint: joint, torch.sqrt),
+    "mmdetection": (0.05, lambda cls, joint: cls, lambda cls, joint: cls, torch.clone),
+}
 
 
 def defaults(function):
     """{keyword: default} of a function or class, of the keywords that have one."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def resolve(keywords: dict) -> dict:
-    """All keywords of FCOS and of the backbone that `keywords` names, those not given at their
-    defaults: with the number of classes, all it takes to build the same model again, whatever
-    becomes of MODELS. UserError for an unknown keyword or a value of another type."""
-    known = defaults(FCOS)
-    name = keywords.get("backbone", known["backbone"])
-    if name is not None:
-        if name not in BACKBONES:
-            raise UserError(f"backbone {name!r}: expected one of {', '.join(BACKBONES)}")
-        known |= defaults(BACKBONES[name])
-    for keyword, value in keywords.items():
-        if keyword not in known:
-            raise UserError(f"keyword {keyword!r}: expected one of {', '.join(known)}")
-        default, value = known[keyword], tuple(value) if isinstance(value, list) else value
-        kinds = (float, int) if isinstance(default, float) else type(default)
-        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
-        if isinstance(value, (int, float)):
-            fits &= value >= 0  # and not NaN
-        own = keyword == "backbone" and value is None  # a module that was passed to FCOS
-        if default is not None and not fits and not own:
-            raise UserError(f"{keyword} {value!r}: expected a value like {default!r}")
-        known[keyword] = value
-    check_choices(**known)
-    return known
 
 
 class FCOS(nn.Module):
@@ -1021,6 +827,211 @@ class FCOS(nn.Module):
         return results
 
 
+# ---- models -------------------------------------------------------------------------------------
+
+
+# One architecture a row, named as the official configurations are, without their schedule; then
+# those that are not official. Keywords are those of FCOS and of the row's backbone: see there.
+FROZEN = dict(norm="frozen", frozen_stages=2)
+
+R_50 = dict(blocks=(3, 4, 6, 3)) | FROZEN
+
+R_101 = dict(blocks=(3, 4, 23, 3)) | FROZEN
+
+IN_3x3 = dict(stride_in_1x1=False)  # the stride, as in torchvision's ImageNet weights
+
+V_50 = R_50 | IN_3x3 | dict(imagenet="resnet50")
+
+X_101_32x8d = R_101 | IN_3x3 | dict(groups=32, width=8, imagenet="resnext101_32x8d")
+
+X_101_64x4d = R_101 | IN_3x3 | dict(groups=64, width=4, imagenet="resnext101_64x4d")
+
+MNV2 = dict(backbone="mobilenet", norm="bn", imagenet="mobilenet_v2")
+
+SYNCBN, C128 = dict(norm="syncbn"), dict(channels=128)
+
+PLAIN = dict(activation="exp", ctr_on="cls", radius=0.0, box_loss="iou", unit="pixel")
+
+IMPRV = dict(activation="relu", ctr_on="box", radius=1.5, box_loss="giou", unit="stride")
+
+DCN_345, DCN_45 = (IMPRV | dict(dcn=dcn, tower_dcn=True) for dcn in ((3, 4, 5), (4, 5)))
+
+IOU = dict(quality="iou")  # AdelaiDet's, as is the real-time model
+
+RT = dict(levels=(3, 4, 5), ranges=(64, 128), test_size=(512, 736))
+
+VISION = IMPRV | dict(scales=False, grid="corner")
+
+TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=16, channels=64, norm="gn")
+
+HALVED = dict(ranges=(32, 64, 128, 256))  # so that small pictures use several levels
+
+
+# fmt: off
+MODELS = {
+    "fcos_R_50_FPN":                    R_50        | PLAIN,
+    "fcos_R_101_FPN":                   R_101       | PLAIN,
+    "fcos_X_101_32x8d_FPN":             X_101_32x8d | PLAIN,
+    "fcos_X_101_64x4d_FPN":             X_101_64x4d | PLAIN,
+    "fcos_imprv_R_50_FPN":              R_50        | IMPRV,
+    "fcos_imprv_R_101_FPN":             R_101       | IMPRV,
+    "fcos_imprv_X_101_32x8d_FPN":       X_101_32x8d | IMPRV,
+    "fcos_imprv_X_101_64x4d_FPN":       X_101_64x4d | IMPRV,
+    "fcos_imprv_dcnv2_R_50_FPN":        R_50        | DCN_345,
+    "fcos_imprv_dcnv2_R_101_FPN":       R_101       | DCN_345,
+    "fcos_imprv_dcnv2_X_101_32x8d_FPN": X_101_32x8d | DCN_45,
+    "fcos_imprv_dcnv2_X_101_64x4d_FPN": X_101_64x4d | DCN_45,
+    "fcos_bn_MNV2_FPN":                 MNV2        | PLAIN,
+    "fcos_syncbn_MNV2_FPN":             MNV2        | PLAIN | SYNCBN,
+    "fcos_syncbn_c128_MNV2_FPN":        MNV2        | PLAIN | SYNCBN | C128,
+    "fcos_imprv_iou_R_50_FPN":          R_50        | IMPRV | IOU,
+    "fcos_rt_R_50_FPN":                 R_50        | IMPRV | SYNCBN | RT,
+    "fcos_torchvision_R_50_FPN":        V_50        | VISION,
+    "shapes":                           TINY        | IMPRV | HALVED,
+}
+# fmt: on
+
+CHOICES = dict(
+    norm=NORMS,
+    block=BLOCKS,
+    activation=ACTIVATIONS,
+    ctr_on=("cls", "box"),
+    quality=("centerness", "iou"),
+    box_loss=KINDS,
+    unit=("pixel", "stride"),
+    grid=GRIDS,
+    score=SCORES,
+    levels=((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)),
+)
+
+
+def check_choices(**keywords):
+    """UserError unless every keyword that has CHOICES holds one of them."""
+    for keyword, value in keywords.items():
+        if keyword in CHOICES and value not in CHOICES[keyword]:
+            choices = ", ".join(map(str, CHOICES[keyword]))
+            raise UserError(f"{keyword} {value!r}: expected one of {choices}")
+
+
+def resolve(keywords: dict) -> dict:
+    """All keywords of FCOS and of the backbone that `keywords` names, those not given at their
+    defaults: with the number of classes, all it takes to build the same model again, whatever
+    becomes of MODELS. UserError for an unknown keyword or a value of another type."""
+    known = defaults(FCOS)
+    name = keywords.get("backbone", known["backbone"])
+    if name is not None:
+        if name not in BACKBONES:
+            raise UserError(f"backbone {name!r}: expected one of {', '.join(BACKBONES)}")
+        known |= defaults(BACKBONES[name])
+    for keyword, value in keywords.items():
+        if keyword not in known:
+            raise UserError(f"keyword {keyword!r}: expected one of {', '.join(known)}")
+        default, value = known[keyword], tuple(value) if isinstance(value, list) else value
+        kinds = (float, int) if isinstance(default, float) else type(default)
+        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+        if isinstance(value, (int, float)):
+            fits &= value >= 0  # and not NaN
+        own = keyword == "backbone" and value is None  # a module that was passed to FCOS
+        if default is not None and not fits and not own:
+            raise UserError(f"{keyword} {value!r}: expected a value like {default!r}")
+        known[keyword] = value
+    check_choices(**known)
+    return known
+
+
+def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
+    """A new model of the row `name` of MODELS, randomly initialised; never downloads.
+
+    overrides: keywords of FCOS and of the row's backbone that replace the row's, such as
+    norm="gn", frozen_stages=0. UserError, a ValueError, lists the choices.
+    """
+    if name not in MODELS:
+        raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
+    model = FCOS(num_classes, **resolve(MODELS[name] | overrides))
+    model.name = name
+    return model
+
+
+# ---- prediction ---------------------------------------------------------------------------------
+
+
+def regular(path):
+    """The path, unless it is of a pipe, device or folder: they would hang or be lost. OSError"""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("Is a directory" if os.path.isdir(path) else "is no regular file")
+    return path
+
+
+def read_image(source, hw=None):
+    """Decode an image file or PIL image to RGB: uint8 (3, H, W). Grey, palette, CMYK, transparent
+    and 16-bit images become 8-bit RGB, the latter by the highest bit that they use.
+
+    EXIF orientation is applied, as a viewer would. With `hw`, the (height, width) that annotations
+    were drawn on, it is applied only if the file as stored does not have that size but the turned
+    image does: COCO's boxes refer to the stored pixels. UserError names an unreadable file.
+    """
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(regular(source))
+        stored = image.size[::-1]
+        if stored != hw and image.getexif().get(0x0112, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating point; save it with 8 or 16 bits")
+        if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would saturate at 255
+            pixels = np.asarray(image).clip(min=0)
+            bits = int(pixels.max()).bit_length()  # a camera's 10, 12 or 14 bits come in 16
+            image = Image.fromarray((pixels >> max(bits - 8, 0)).astype(np.uint8))
+        pixels = np.array(image.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        why = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{source}: cannot be read as an image ({why})") from None
+    if hw is not None and pixels.shape[:2] != tuple(hw):
+        h, w = stored
+        raise UserError(f"{source}: is {w}x{h} pixels, but its annotations say {hw[1]}x{hw[0]}")
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+ONE_IMAGE = str, os.PathLike, Image.Image, np.ndarray, Tensor  # rather than an iterable of images
+
+
+def as_image(source):
+    """A path, PIL image, RGB uint8 array (H, W, 3) or tensor (3, H, W) -> the latter."""
+    if isinstance(source, (str, os.PathLike, Image.Image)):
+        return read_image(source)
+    if isinstance(source, np.ndarray) and source.ndim == 3:
+        source = torch.from_numpy(np.ascontiguousarray(source)).permute(2, 0, 1)
+    if isinstance(source, torch.Tensor) and source.ndim == 3 and source.dtype == torch.uint8:
+        if len(source) == 3 and source.numel():
+            return source.cpu()
+    what = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else repr(source)
+    raise ValueError(
+        f"image {what}: expected a path, a PIL image, an RGB uint8 array (H, W, 3) or "
+        "an RGB uint8 tensor (3, H, W)"
+    )
+
+
+@contextlib.contextmanager
+def inference(model):
+    """The model in eval mode, its norms of constant statistics folded into the weights, and these
+    cast as autocast would, once. Meanwhile no weight may change and no other call begin or end."""
+    training, kind = model.training, model.pixel_mean.device.type
+    layers = [layer for layer in model.modules() if isinstance(layer, ConvNorm)]
+    layers = [layer for layer in layers if getattr(layer.norm, "running_var", None) is not None]
+    try:
+        for layer in layers:
+            cast = torch.is_autocast_enabled(kind) and not isinstance(layer.conv, DeformConv)
+            dtype = torch.get_autocast_dtype(kind) if cast else layer.conv.weight.dtype
+            layer.folded = [x.to(dtype) for x in layer.fold()]
+        model.eval()
+        yield
+    finally:
+        model.train(training)
+        for layer in layers:
+            layer.folded = None
+
+
 def as_list(detections, score_threshold):
     """The batch of `FCOS.decode` as a list of dicts without what scores less: see FCOS.detect."""
     results = []
@@ -1051,175 +1062,7 @@ def replay(function):
     return run
 
 
-@torch.library.custom_op("fcos::nms", mutates_args=())
-def nms(
-    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_detections: int
-) -> Tensor:
-    """batched_nms as one operator, which an exported graph can hold."""
-    return batched_nms(boxes, scores, labels, iou_threshold, max_detections)
-
-
-@nms.register_fake
-def _(boxes, scores, labels, iou_threshold, max_detections):
-    return labels.new_empty(labels.shape[0], max_detections)
-
-
-def as_image(source):
-    """A path, PIL image, RGB uint8 array (H, W, 3) or tensor (3, H, W) -> the latter."""
-    if isinstance(source, (str, os.PathLike, Image.Image)):
-        return read_image(source)
-    if isinstance(source, np.ndarray) and source.ndim == 3:
-        source = torch.from_numpy(np.ascontiguousarray(source)).permute(2, 0, 1)
-    if isinstance(source, torch.Tensor) and source.ndim == 3 and source.dtype == torch.uint8:
-        if len(source) == 3 and source.numel():
-            return source.cpu()
-    what = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else repr(source)
-    raise ValueError(
-        f"image {what}: expected a path, a PIL image, an RGB uint8 array (H, W, 3) or "
-        "an RGB uint8 tensor (3, H, W)"
-    )
-
-
-def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
-    """A new model of the row `name` of MODELS, randomly initialised; never downloads.
-
-    overrides: keywords of FCOS and of the row's backbone that replace the row's, such as
-    norm="gn", frozen_stages=0. UserError, a ValueError, lists the choices.
-    """
-    if name not in MODELS:
-        raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
-    model = FCOS(num_classes, **resolve(MODELS[name] | overrides))
-    model.name = name
-    return model
-
-
-# ---- export ------------------------------------------------------------------------------------
-
-
-class Deployed(nn.Module):
-    """What is exported, or captured: images uint8 (B, 3, H, W) RGB, padded at the bottom and right,
-    and their sizes int64 (B, 2) before that -> boxes, scores, labels of `FCOS.decode`."""
-
-    def __init__(self, model: "FCOS", **thresholds):
-        super().__init__()
-        self.model, self.thresholds = model, thresholds
-
-    def forward(self, images: Tensor, sizes: Tensor):
-        return self.model.decode(self.model(images, sizes), sizes, **self.thresholds)
-
-
-def export_onnx(model: "FCOS", path, height: int, width: int):
-    """Write `Deployed` to an ONNX file, for any number of images of height x width pixels, padding
-    included: multiples of 32. The metadata hold the names of the classes and the test size."""
-    try:
-        from onnxscript import opset18 as op
-    except ImportError as error:
-        raise UserError(f"{path}: pip install onnx onnxscript ({error})") from None
-    if height % 32 or width % 32 or min(height, width) < 32:
-        raise UserError(f"height {height} and width {width}: expected multiples of 32")
-
-    def onnx_nms(boxes, scores, labels, iou_threshold, max_detections):
-        one = op.Constant(value_int=1)
-        classes = op.Range(op.Constant(value_int=0), op.ReduceMax(labels, keepdims=0) + one, one)
-        of_class = op.Equal(op.Unsqueeze(labels, [1]), op.Unsqueeze(classes, [0, 2]))  # (B, K, N)
-        nothing = op.Constant(value_float=-1.0)
-        per_class = op.Where(of_class, op.Unsqueeze(scores, [1]), nothing)
-        kept = op.NonMaxSuppression(boxes, per_class, [max_detections], [iou_threshold], [0.0])
-        place = op.Gather(kept, [0, 2], axis=1)  # image and candidate
-        kept = op.ScatterND(op.Expand(nothing, op.Shape(scores)), place, op.GatherND(scores, place))
-        best, index = op.TopK(kept, [max_detections])
-        return op.Where(op.Greater(best, 0.0), index, -1)
-
-    device, B = model.pixel_mean.device, torch.export.Dim("B", min=1)
-    example = (
-        torch.zeros(2, 3, height, width, dtype=torch.uint8, device=device),
-        torch.tensor([[height, width]] * 2, device=device),
-    )
-    program = torch.onnx.export(
-        Deployed(model).eval(),
-        example,
-        input_names=["images", "sizes"],
-        output_names=["boxes", "scores", "labels"],
-        dynamo=True,
-        verbose=False,
-        dynamic_shapes={"images": {0: B}, "sizes": {0: B}},
-        custom_translation_table={torch.ops.fcos.nms.default: onnx_nms},
-    )
-    for name in ("classes", "category_ids", "test_size"):
-        program.model.metadata_props[name] = json.dumps(getattr(model, name))
-    with atomic_write(path) as file:
-        file.write(program.model_proto.SerializeToString())
-
-
-# ---- weights -----------------------------------------------------------------------------------
-
-# COCO's 80 classes by category id; ten of 1..90 are not used.
-COCO = dict(enumerate(detection.FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))
-COCO = {id: name for id, name in COCO.items() if name not in ("__background__", "N/A")}
-
-
-def layer(n):
-    """The name of module number n of a sequence of convolution, norm, relu, convolution, ..."""
-    return f"{int(n) // 3}.{('conv', 'norm', 'relu')[int(n) % 3]}"
-
-
-# How others name what is called fpn.* and head.* here, as backbones name what is theirs in `names`:
-# (pattern, replacement or a function of the match), applied from top to bottom.
-NAMES = [
-    # pyramids: official, torchvision (its files have both spellings), AdelaiDet, mmdetection
-    (r"^backbone\.fpn\.fpn_inner(\d)\.", lambda m: f"fpn.lateral{int(m[1]) + 1}."),
-    (r"^backbone\.fpn\.fpn_layer(\d)\.", lambda m: f"fpn.output{int(m[1]) + 1}."),
-    (r"^backbone\.fpn\.inner_blocks\.(\d)\.(0\.)?", lambda m: f"fpn.lateral{int(m[1]) + 3}."),
-    (r"^backbone\.fpn\.layer_blocks\.(\d)\.(0\.)?", lambda m: f"fpn.output{int(m[1]) + 3}."),
-    (r"^backbone\.fpn\.(top|extra)_blocks\.", "fpn."),
-    (r"^backbone\.fpn_(lateral|output)", r"fpn.\1"),
-    (r"^backbone\.top_block\.", "fpn."),
-    (r"^neck\.lateral_convs\.(\d)\.conv\.", lambda m: f"fpn.lateral{int(m[1]) + 3}."),
-    (r"^neck\.fpn_convs\.([012])\.conv\.", lambda m: f"fpn.output{int(m[1]) + 3}."),
-    (r"^neck\.fpn_convs\.([34])\.conv\.", lambda m: f"fpn.p{int(m[1]) + 3}."),
-    # heads: official, AdelaiDet, mmdetection, torchvision
-    (r"^(rpn\.head|proposal_generator\.fcos_head|bbox_head)\.", "head."),
-    (r"^head\.classification_head\.conv\.", "head.cls_tower."),
-    (r"^head\.regression_head\.conv\.", "head.bbox_tower."),
-    (r"^head\.\w+_head\.", "head."),
-    (r"^head\.cls_tower\.(\d+)\.", lambda m: f"head.cls_tower.{layer(m[1])}."),
-    (r"^head\.bbox_tower\.(\d+)\.", lambda m: f"head.box_tower.{layer(m[1])}."),
-    (r"^head\.cls_convs\.", "head.cls_tower."),
-    (r"^head\.reg_convs\.", "head.box_tower."),
-    (r"\.gn\.", ".norm."),
-    (r"^head\.(cls_logits|conv_cls|fcos_cls)\.", "head.cls."),
-    (r"^head\.(bbox_pred|bbox_reg|conv_reg|fcos_reg)\.", "head.box."),
-    (r"^head\.(bbox_ctrness|ctrness|(conv_|fcos_)?centerness)\.", "head.ctr."),
-    (r"^head\.scales\.(\d)\.scale$", r"head.scale.\1"),
-    (r"\.conv\.conv\.", ".conv."),
-    (r"\.conv\.conv_offset\.", ".conv.offset."),
-]
-DETECTORS = {  # family: (a key by which its files are known, the convention of its weights)
-    "fcos": (r"head\.cls\.weight", {}),
-    "official": (r"rpn\.head\.cls_logits\.weight", CONVENTION | dict(inclusive=True)),
-    "adelaidet": (r"proposal_generator\.fcos_head\.cls_logits\.weight", CONVENTION | MSRA),
-    "torchvision": (
-        r"head\.classification_head\.cls_logits\.weight",
-        CONVENTION | TORCH | dict(grid="corner", score="torchvision"),
-    ),
-    "mmdetection": (
-        r"bbox_head\.(conv|fcos)_cls\.weight",
-        CONVENTION | dict(bn_eps=1e-5, score="mmdetection"),
-    ),
-}
-
-
-def families():
-    """DETECTORS, and the ImageNet classifiers whose `files` the BACKBONES know."""
-    classifiers = (getattr(backbone, "files", {}) for backbone in BACKBONES.values())
-    return DETECTORS | {family: row for files in classifiers for family, row in files.items()}
-
-
-def rename_key(key: str, names: list) -> str:
-    """A key of another family in our words, by the rows of a table such as NAMES."""
-    for pattern, replacement in names:
-        key = re.sub(pattern, replacement, key)
-    return key
+# ---- checkpoints --------------------------------------------------------------------------------
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -1260,6 +1103,235 @@ def read_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint or damaged ({type(error).__name__})") from None
 
 
+def stored_keywords(content: dict) -> dict:
+    """The keywords that the model of one of our checkpoints was built with. Files from before these
+    were stored hold the name of a row and the keywords that overrode it."""
+    if "keywords" in content:
+        return resolve(dict(content["keywords"]))
+    overrides = {{"iou": "box_loss"}.get(k, k): v for k, v in content["overrides"].items()}
+    if "dcn" in overrides:
+        overrides["tower_dcn"] = bool(overrides["dcn"])
+    if content["name"] not in MODELS:
+        raise UserError(f"the file is of {content['name']}, a row that MODELS no longer has")
+    size = {"test_size": content.get("test_size", (800, 1333))}
+    return resolve(MODELS[content["name"]] | overrides | size)
+
+
+def checkpoint(model: "FCOS") -> dict:
+    """All that `load` needs to rebuild the model, as tensors and plain Python values."""
+    names = (
+        "name",
+        "num_classes",
+        "keywords",
+        "classes",
+        "category_ids",
+        "convention",
+        "test_size",
+    )
+    return {name: getattr(model, name) for name in names} | {"model": model.state_dict()}
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb", keep=None):
+    """Open a file for writing, one process at a time, that appears whole at `path`, or not at all.
+    What was there moves to `keep`, if given. UserError if it cannot be written."""
+    temporary = f"{path}.fcos.tmp"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)  # of a process that was killed
+        with open(temporary, mode.replace("w", "x")) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, keep)
+        os.replace(temporary, regular(path))
+    except (OSError, RuntimeError) as error:  # torch.save hides the former in the latter
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"{path}: cannot be written ({cause})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def save(model: "FCOS", path):
+    """Write a checkpoint that `load` reads, whole or not at all."""
+    with atomic_write(path) as file:
+        torch.save(checkpoint(model), file)
+
+
+def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "FCOS":
+    """A model in eval mode from a file alone, if it is one of our own checkpoints or torchvision's;
+    those of other families do not say which architecture they are of: `name` is a row of MODELS.
+    "coco" is torchvision's own file: see hub_file. `backbone`: if it was a module of your own."""
+    path = hub_file("coco") if path == "coco" else path
+    _, content, state, family, mark = weights = open_weights(path)
+    if family not in DETECTORS:
+        raise UserError(f"{path}: is an ImageNet classifier, as {mark} tells, and no detector")
+    if "test_size" not in content:  # not ours, or no more than a state dict
+        if family == "torchvision":
+            name = name or "fcos_torchvision_R_50_FPN"
+        if name is None:
+            raise UserError(
+                f"{path}: does not say which model it is; name one of {', '.join(MODELS)}"
+            )
+        num_classes = 80 if family == "torchvision" and len(state[mark]) == 91 else len(state[mark])
+        model = build(name, num_classes)
+        load_weights(model, weights)
+        return model.eval()
+    if name not in (None, content["name"]):
+        raise UserError(f"{path}: is a {content['name']}, not a {name}")
+    try:
+        keywords = stored_keywords(content)
+        if keywords["backbone"] is None:
+            if backbone is None:
+                raise UserError("its backbone is no row's; pass a module as `backbone`")
+            keywords = keywords | {"backbone": backbone}
+        model = FCOS(K := content["num_classes"], **keywords)
+        model.name = content["name"]
+        for name, length in ("classes", K), ("category_ids", K), ("test_size", 2):
+            value = content[name]
+            if value is not None and (not isinstance(value, (list, tuple)) or len(value) != length):
+                raise UserError(f"{name} {value!r:.99}: expected {length} of them")
+            setattr(model, name, value)
+        range(*model.test_size), resized_hw(1, 1, *model.test_size)  # whole pixels that fit?
+        load_weights(model, weights)
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
+        # made by hand, or damaged
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    return model.eval()
+
+
+# ---- weights of other projects ------------------------------------------------------------------
+
+
+# COCO's 80 classes by category id; ten of 1..90 are not used.
+COCO = dict(enumerate(detection.FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))
+
+COCO = {id: name for id, name in COCO.items() if name not in ("__background__", "N/A")}
+
+
+def layer(n):
+    """The name of module number n of a sequence of convolution, norm, relu, convolution, ..."""
+    return f"{int(n) // 3}.{('conv', 'norm', 'relu')[int(n) % 3]}"
+
+
+# How others name what is called fpn.* and head.* here, as backbones name what is theirs in `names`:
+# (pattern, replacement or a function of the match), applied from top to bottom.
+NAMES = [
+    # pyramids: official, torchvision (its files have both spellings), AdelaiDet, mmdetection
+    (r"^backbone\.fpn\.fpn_inner(\d)\.", lambda m: f"fpn.lateral{int(m[1]) + 1}."),
+    (r"^backbone\.fpn\.fpn_layer(\d)\.", lambda m: f"fpn.output{int(m[1]) + 1}."),
+    (r"^backbone\.fpn\.inner_blocks\.(\d)\.(0\.)?", lambda m: f"fpn.lateral{int(m[1]) + 3}."),
+    (r"^backbone\.fpn\.layer_blocks\.(\d)\.(0\.)?", lambda m: f"fpn.output{int(m[1]) + 3}."),
+    (r"^backbone\.fpn\.(top|extra)_blocks\.", "fpn."),
+    (r"^backbone\.fpn_(lateral|output)", r"fpn.\1"),
+    (r"^backbone\.top_block\.", "fpn."),
+    (r"^neck\.lateral_convs\.(\d)\.conv\.", lambda m: f"fpn.lateral{int(m[1]) + 3}."),
+    (r"^neck\.fpn_convs\.([012])\.conv\.", lambda m: f"fpn.output{int(m[1]) + 3}."),
+    (r"^neck\.fpn_convs\.([34])\.conv\.", lambda m: f"fpn.p{int(m[1]) + 3}."),
+    # heads: official, AdelaiDet, mmdetection, torchvision
+    (r"^(rpn\.head|proposal_generator\.fcos_head|bbox_head)\.", "head."),
+    (r"^head\.classification_head\.conv\.", "head.cls_tower."),
+    (r"^head\.regression_head\.conv\.", "head.bbox_tower."),
+    (r"^head\.\w+_head\.", "head."),
+    (r"^head\.cls_tower\.(\d+)\.", lambda m: f"head.cls_tower.{layer(m[1])}."),
+    (r"^head\.bbox_tower\.(\d+)\.", lambda m: f"head.box_tower.{layer(m[1])}."),
+    (r"^head\.cls_convs\.", "head.cls_tower."),
+    (r"^head\.reg_convs\.", "head.box_tower."),
+    (r"\.gn\.", ".norm."),
+    (r"^head\.(cls_logits|conv_cls|fcos_cls)\.", "head.cls."),
+    (r"^head\.(bbox_pred|bbox_reg|conv_reg|fcos_reg)\.", "head.box."),
+    (r"^head\.(bbox_ctrness|ctrness|(conv_|fcos_)?centerness)\.", "head.ctr."),
+    (r"^head\.scales\.(\d)\.scale$", r"head.scale.\1"),
+    (r"\.conv\.conv\.", ".conv."),
+    (r"\.conv\.conv_offset\.", ".conv.offset."),
+]
+
+RESNET_NAMES = [
+    # torchvision, the official code, mmdetection and, with bottom_up, Detectron2
+    (r"^(backbone\.)?(body\.|bottom_up\.)?(stem\.)?conv1\.(?=weight)", "backbone.stem.conv."),
+    (r"^(backbone\.)?(body\.)?(stem\.)?bn1\.", "backbone.stem.norm."),
+    (r"^(backbone\.bottom_up\.)?stem\.conv1\.norm\.", "backbone.stem.norm."),
+    (r"^(backbone\.)?(body\.)?layer(\d)\.", lambda m: f"backbone.res{int(m[3]) + 1}."),
+    (r"^(backbone\.bottom_up\.)?res(\d)\.", r"backbone.res\2."),
+    (r"\.conv(\d)\.(?=weight)", r".conv\1.conv."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.(downsample\.0|shortcut)\.(?=weight)", ".down.conv."),
+    (r"\.(downsample\.1|shortcut\.norm)\.", ".down.norm."),
+    (r"\.conv2(\.|\.conv_|_)offset\.", ".conv2.conv.offset."),
+    # Caffe2 and, with gamma and beta, Detectron2
+    (r"^conv1_w$", "backbone.stem.w"),
+    (r"^res_conv1_bn", "backbone.stem.bn"),
+    (r"^res(\d)_(\d+)_branch1_(w|bn)", r"backbone.res\1.\2.down.\3"),
+    (
+        r"^res(\d)_(\d+)_branch2([abc])_(w|bn)",
+        lambda m: f"backbone.res{m[1]}.{m[2]}.conv{'abc'.index(m[3]) + 1}.{m[4]}",
+    ),
+    (r"\.w$", ".conv.weight"),
+    (r"\.bn_(s|gamma)$", ".norm.weight"),
+    (r"\.bn_(b|beta)$", ".norm.bias"),
+    (r"\.bn_(rm|running_mean)$", ".norm.running_mean"),
+    (r"\.bn_(riv|running_var)$", ".norm.running_var"),
+]
+
+MOBILENET_NAMES = [
+    (r"^(backbone\.body\.)?features\.(\d|1[0-7])\.", r"backbone.features.\2."),
+    (r"\.features\.0\.0\.", ".features.0.conv."),
+    (r"\.features\.0\.1\.", ".features.0.norm."),
+    (r"\.features\.(\d+)\.conv\.(\d+)\.", lambda m: f".features.{m[1]}.{layer(m[2])}."),
+]
+
+# torchvision nests its layers, and so counts them in twos.
+NESTED_MOBILENET_NAMES = [
+    (r"^features\.1\.conv\.([12])\.(?=\D)", lambda m: f"features.1.conv.{int(m[1]) + 2}."),
+    (
+        r"^features\.(\d\d|[2-9])\.conv\.([23])\.(?=\D)",
+        lambda m: f"features.{m[1]}.conv.{int(m[2]) + 4}.",
+    ),
+    (r"\.conv\.([01])\.([01])\.", lambda m: f".conv.{3 * int(m[1]) + int(m[2])}."),
+]
+
+BACKBONE_NAMES = {ResNet: RESNET_NAMES, MobileNetV2: MOBILENET_NAMES}
+
+DETECTORS = {  # family: (a key by which its files are known, the convention of its weights)
+    "fcos": (r"head\.cls\.weight", {}),
+    "official": (r"rpn\.head\.cls_logits\.weight", CONVENTION | dict(inclusive=True)),
+    "adelaidet": (r"proposal_generator\.fcos_head\.cls_logits\.weight", CONVENTION | MSRA),
+    "torchvision": (
+        r"head\.classification_head\.cls_logits\.weight",
+        CONVENTION | TORCH | dict(grid="corner", score="torchvision"),
+    ),
+    "mmdetection": (
+        r"bbox_head\.(conv|fcos)_cls\.weight",
+        CONVENTION | dict(bn_eps=1e-5, score="mmdetection"),
+    ),
+}
+
+
+# ImageNet classifiers: the key that tells the family, and the convention of its weights.
+CLASSIFIERS = {
+    "detectron2": (r"res_conv1_bn_(gamma|rm)", MSRA),
+    "caffe2": (r"res_conv1_bn_s", CAFFE),
+    "torchvision_in_detectron2": (r"stem\.conv1\.norm\.weight", TORCH),
+    "torchvision_resnet": (r"layer1\.0\.conv1\.weight", TORCH),
+    "torchvision_mobilenet": (r"features\.1\.conv\.0\.0\.weight", TORCH),
+    "mobilenet": (r"features\.1\.conv\.3\.weight", CAFFE),
+}
+
+
+def families():
+    """Return {family: (key, convention)} of detectors and ImageNet classifiers."""
+    return DETECTORS | CLASSIFIERS
+
+
+def rename_key(key: str, names: list) -> str:
+    """A key of another family in our words, by the rows of a table such as NAMES."""
+    for pattern, replacement in names:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
 # A file of weights: all that it holds, the state dict in it, its family and the key that tells it.
 Weights = namedtuple("Weights", "path content state family mark")
 
@@ -1291,20 +1363,6 @@ def open_weights(source) -> Weights:
     raise UserError(
         f"{path}: of no family known here ({', '.join(families())}); its first keys are {first}"
     )
-
-
-def stored_keywords(content: dict) -> dict:
-    """The keywords that the model of one of our checkpoints was built with. Files from before these
-    were stored hold the name of a row and the keywords that overrode it."""
-    if "keywords" in content:
-        return resolve(dict(content["keywords"]))
-    overrides = {{"iou": "box_loss"}.get(k, k): v for k, v in content["overrides"].items()}
-    if "dcn" in overrides:
-        overrides["tower_dcn"] = bool(overrides["dcn"])
-    if content["name"] not in MODELS:
-        raise UserError(f"the file is of {content['name']}, a row that MODELS no longer has")
-    size = {"test_size": content.get("test_size", (800, 1333))}
-    return resolve(MODELS[content["name"]] | overrides | size)
 
 
 def input_convention(model, weights):
@@ -1349,9 +1407,9 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
         raise UserError(f"{path}: does not fit {model.name}: {why}{hint}")
 
     # ---- their names become ours
-    names = getattr(model.backbone, "names", []) + NAMES
+    names = BACKBONE_NAMES.get(type(model.backbone), []) + NAMES
     if family == "torchvision_mobilenet":
-        names = getattr(model.backbone, "nested_names", []) + names
+        names = NESTED_MOBILENET_NAMES + names
     own, renamed, unknown = model.state_dict(), {}, {}
     for key, value in state.items():
         name = key if family == "fcos" else rename_key(key, names)
@@ -1474,86 +1532,72 @@ def hub_file(name: str, classifier: str | None = None) -> Path:
     return path
 
 
-def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "FCOS":
-    """A model in eval mode from a file alone, if it is one of our own checkpoints or torchvision's;
-    those of other families do not say which architecture they are of: `name` is a row of MODELS.
-    "coco" is torchvision's own file: see hub_file. `backbone`: if it was a module of your own."""
-    path = hub_file("coco") if path == "coco" else path
-    _, content, state, family, mark = weights = open_weights(path)
-    if family not in DETECTORS:
-        raise UserError(f"{path}: is an ImageNet classifier, as {mark} tells, and no detector")
-    if "test_size" not in content:  # not ours, or no more than a state dict
-        if family == "torchvision":
-            name = name or "fcos_torchvision_R_50_FPN"
-        if name is None:
-            raise UserError(
-                f"{path}: does not say which model it is; name one of {', '.join(MODELS)}"
-            )
-        num_classes = 80 if family == "torchvision" and len(state[mark]) == 91 else len(state[mark])
-        model = build(name, num_classes)
-        load_weights(model, weights)
-        return model.eval()
-    if name not in (None, content["name"]):
-        raise UserError(f"{path}: is a {content['name']}, not a {name}")
+# ---- export -------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fcos::nms", mutates_args=())
+def nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_detections: int
+) -> Tensor:
+    """batched_nms as one operator, which an exported graph can hold."""
+    return batched_nms(boxes, scores, labels, iou_threshold, max_detections)
+
+
+@nms.register_fake
+def _(boxes, scores, labels, iou_threshold, max_detections):
+    return labels.new_empty(labels.shape[0], max_detections)
+
+
+class Deployed(nn.Module):
+    """What is exported, or captured: images uint8 (B, 3, H, W) RGB, padded at the bottom and right,
+    and their sizes int64 (B, 2) before that -> boxes, scores, labels of `FCOS.decode`."""
+
+    def __init__(self, model: "FCOS", **thresholds):
+        super().__init__()
+        self.model, self.thresholds = model, thresholds
+
+    def forward(self, images: Tensor, sizes: Tensor):
+        return self.model.decode(self.model(images, sizes), sizes, **self.thresholds)
+
+
+def export_onnx(model: "FCOS", path, height: int, width: int):
+    """Write `Deployed` to an ONNX file, for any number of images of height x width pixels, padding
+    included: multiples of 32. The metadata hold the names of the classes and the test size."""
     try:
-        keywords = stored_keywords(content)
-        if keywords["backbone"] is None:
-            if backbone is None:
-                raise UserError("its backbone is no row's; pass a module as `backbone`")
-            keywords = keywords | {"backbone": backbone}
-        model = FCOS(K := content["num_classes"], **keywords)
-        model.name = content["name"]
-        for name, length in ("classes", K), ("category_ids", K), ("test_size", 2):
-            value = content[name]
-            if value is not None and (not isinstance(value, (list, tuple)) or len(value) != length):
-                raise UserError(f"{name} {value!r:.99}: expected {length} of them")
-            setattr(model, name, value)
-        range(*model.test_size), resized_hw(1, 1, *model.test_size)  # whole pixels that fit?
-        load_weights(model, weights)
-    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
-        # made by hand, or damaged
-        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
-    return model.eval()
+        from onnxscript import opset18 as op
+    except ImportError as error:
+        raise UserError(f"{path}: pip install onnx onnxscript ({error})") from None
+    if height % 32 or width % 32 or min(height, width) < 32:
+        raise UserError(f"height {height} and width {width}: expected multiples of 32")
 
+    def onnx_nms(boxes, scores, labels, iou_threshold, max_detections):
+        one = op.Constant(value_int=1)
+        classes = op.Range(op.Constant(value_int=0), op.ReduceMax(labels, keepdims=0) + one, one)
+        of_class = op.Equal(op.Unsqueeze(labels, [1]), op.Unsqueeze(classes, [0, 2]))  # (B, K, N)
+        nothing = op.Constant(value_float=-1.0)
+        per_class = op.Where(of_class, op.Unsqueeze(scores, [1]), nothing)
+        kept = op.NonMaxSuppression(boxes, per_class, [max_detections], [iou_threshold], [0.0])
+        place = op.Gather(kept, [0, 2], axis=1)  # image and candidate
+        kept = op.ScatterND(op.Expand(nothing, op.Shape(scores)), place, op.GatherND(scores, place))
+        best, index = op.TopK(kept, [max_detections])
+        return op.Where(op.Greater(best, 0.0), index, -1)
 
-def checkpoint(model: "FCOS") -> dict:
-    """All that `load` needs to rebuild the model, as tensors and plain Python values."""
-    names = (
-        "name",
-        "num_classes",
-        "keywords",
-        "classes",
-        "category_ids",
-        "convention",
-        "test_size",
+    device, B = model.pixel_mean.device, torch.export.Dim("B", min=1)
+    example = (
+        torch.zeros(2, 3, height, width, dtype=torch.uint8, device=device),
+        torch.tensor([[height, width]] * 2, device=device),
     )
-    return {name: getattr(model, name) for name in names} | {"model": model.state_dict()}
-
-
-@contextlib.contextmanager
-def atomic_write(path, mode="wb", keep=None):
-    """Open a file for writing, one process at a time, that appears whole at `path`, or not at all.
-    What was there moves to `keep`, if given. UserError if it cannot be written."""
-    temporary = f"{path}.fcos.tmp"
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)  # of a process that was killed
-        with open(temporary, mode.replace("w", "x")) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and os.path.exists(path):
-            os.replace(path, keep)
-        os.replace(temporary, regular(path))
-    except (OSError, RuntimeError) as error:  # torch.save hides the former in the latter
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise UserError(f"{path}: cannot be written ({cause})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-def save(model: "FCOS", path):
-    """Write a checkpoint that `load` reads, whole or not at all."""
+    program = torch.onnx.export(
+        Deployed(model).eval(),
+        example,
+        input_names=["images", "sizes"],
+        output_names=["boxes", "scores", "labels"],
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes={"images": {0: B}, "sizes": {0: B}},
+        custom_translation_table={torch.ops.fcos.nms.default: onnx_nms},
+    )
+    for name in ("classes", "category_ids", "test_size"):
+        program.model.metadata_props[name] = json.dumps(getattr(model, name))
     with atomic_write(path) as file:
-        torch.save(checkpoint(model), file)
+        file.write(program.model_proto.SerializeToString())

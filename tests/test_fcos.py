@@ -50,7 +50,7 @@ def golden(request):
 
 def rename(model, key):
     """Our name of an official tensor."""
-    return fcos.rename_key(key, model.backbone.names + fcos.NAMES)
+    return fcos.rename_key(key, fcos.BACKBONE_NAMES[type(model.backbone)] + fcos.NAMES)
 
 
 def recipe_model(name, keys):
