@@ -284,10 +284,15 @@ class CocoDataset:
         return torch.from_numpy(self.boxes[rows]), torch.from_numpy(self.labels[rows])
 
     def sample(self, i, hw):
-        """Image, boxes and labels of image i, resized to (height, width)."""
-        (h, w), (boxes, labels) = self.hw[i].tolist(), self.target(i)
+        """Return image i resized to (height, width) and its boxes, scaled alike, as a dict.
+
+        {"image": uint8 (3, H, W), "boxes": float32 (G, 4) xyxy pixels, "labels": int64 (G,)}
+        """
+        h, w = self.hw[i].tolist()
+        boxes, labels = self.target(i)
         scale = torch.tensor([hw[1] / w, hw[0] / h, hw[1] / w, hw[0] / h])
-        return fcos.resize(self.image(i), hw), boxes * scale, labels
+        image = fcos.resize(self.image(i), hw)
+        return {"image": image, "boxes": boxes * scale, "labels": labels}
 
 
 # ---- prediction --------------------------------------------------------------------------------
@@ -368,13 +373,13 @@ def raised(items):
         yield item
 
 
-def predict(model, dataset, batch_size=1, workers=2, tta=False, **thresholds):
+def predict(model, dataset, batch_size=1, workers=2, **how):
     """Detections on every image of a CocoDataset, in COCO's results format, in the order of the
     images: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}, ...].
 
     Images of one padded size go together, so that the prediction for an image does not depend on
     those beside it. Every process of torch.distributed takes its share of these batches; the list
-    is complete on rank 0 and None elsewhere. tta: see FCOS.predict_tta.
+    is complete on rank 0 and None elsewhere. how: further keywords of FCOS.predict, such as tta.
     """
     rank, world_size = rank_and_world_size()
     batches, alike = [], {}
@@ -396,11 +401,7 @@ def predict(model, dataset, batch_size=1, workers=2, tta=False, **thresholds):
     )
     results, images = {}, raised(bar)
     with no_worker_left(), bar:
-        detections = (
-            model.predict_tta(images, **thresholds)
-            if tta
-            else model.predict(images, batch_size=batch_size, **thresholds)
-        )
+        detections = model.predict(images, batch_size=batch_size, **how)
         for i, found in zip(mine, detections, strict=True):
             rows, image_id = result_rows(found, dataset.category_ids), dataset.image_ids[i].item()
             results[i] = [{"image_id": image_id, **row} for row in rows]
@@ -415,13 +416,16 @@ def predict(model, dataset, batch_size=1, workers=2, tta=False, **thresholds):
 
 
 def result_rows(found, category_ids):
-    """Detections on one image in COCO's results format, without its image_id."""
-    corners, sides = found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]
-    columns = torch.cat([corners, sides], dim=1), found["scores"], found["labels"]
-    return [
-        {"category_id": category_ids[label], "bbox": xywh, "score": score}
-        for xywh, score, label in zip(*(column.tolist() for column in columns))
-    ]
+    """Return the detections on one image in COCO's results format, without its image_id.
+
+    Every further column of the detections is written by its name.
+    """
+    boxes = found["boxes"]
+    columns = {name: values.tolist() for name, values in found.items() if name != "boxes"}
+    columns["category_id"] = [category_ids[label] for label in columns.pop("labels")]
+    columns["bbox"] = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
+    columns["score"] = columns.pop("scores")
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 # ---- scoring -----------------------------------------------------------------------------------

@@ -2,20 +2,30 @@
 
     import fcos
     model = fcos.load("runs/shapes/model.pt")
-    for found in model.predict(["photo.jpg"]):
-        print(found["boxes"], found["scores"], found["labels"])
+    for detections in model.predict(["photo.jpg"]):
+        print(detections["boxes"], detections["scores"], detections["labels"])
 
-The text follows the data: pixels become a padded batch, ResNet and FPN features at strides 8 to
-128, and at every location class logits, the distances to the four sides of a box and a centerness;
-then targets and losses for training, or boxes for detection. Everyone's weights come last. The
-heart of the paper, which box a location learns, is `assign_ref` in kernels/assign.py; the two
-losses and the suppression are the other `*_ref` functions there, in plain PyTorch.
+How FCOS works, and where each step stands:
+
+  1. A backbone and a feature pyramid turn an image into maps P3 to P7 with strides of 8 to 128
+     pixels (ResNet, FPN). Every cell of every map is a location in the image (make_points).
+  2. At each location the head predicts a score for every class, the distances to the four sides
+     of a box, and how central the location lies in that box (Head).
+  3. For training, a location is assigned to the smallest box that contains it near its center
+     and whose size suits its pyramid level (kernels/assign.py), and learns that box (encode).
+  4. Three losses train the three predictions: focal loss for the classes, IoU loss for the
+     boxes, cross entropy for centerness (fcos_loss; kernels/focal_loss.py, kernels/iou_loss.py).
+  5. For detection, the best (location, class) pairs become boxes, and non-maximum suppression
+     removes duplicates (FCOS.decode; kernels/nms.py).
+
+Reading from here to the end of the class FCOS covers the paper. The table of models, prediction
+on images, checkpoints, weights of other projects and ONNX export follow.
 
     B  images                 boxes   xyxy in pixels, continuous: x2 = x + w
     K  classes                ltrb    distances to the left, top, right, bottom side, in pixels
     P  locations, all levels  labels  0..K-1, in the order of the category ids; -1 is background
     G  boxes of one image     sizes   (B, 2) height, width of the images before padding
-    D  detections             levels  P3..P7; locations are level-major, row-major inside a level
+    D  detections             levels  locations are level-major, row-major inside a level
 """
 
 import contextlib
@@ -26,13 +36,16 @@ import math
 import os
 import pickle
 import re
+import threading
 import warnings
 import zipfile
 from collections import namedtuple
+from collections.abc import Callable
 from functools import partial
 from http.client import HTTPException
 from itertools import groupby, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,46 +63,59 @@ from kernels.nms import batched_nms
 
 
 class UserError(ValueError):
-    """A mistake in what was passed in; the scripts print it as one line, without a traceback."""
+    """A mistake in the caller's input; the scripts print it as one line, without a traceback."""
 
 
 # ---- images -------------------------------------------------------------------------------------
 
 
 def resized_hw(h, w, min_size, max_size):
-    """(height, width) after scaling the short side to `min_size` pixels, or less if the long side
-    would pass `max_size`. Rounds as the official code does: the long side is truncated, and an
-    image whose short side already fits stays as it is."""
+    """Return the (height, width) to which an image of h x w pixels is resized.
+
+    The short side becomes `min_size` pixels, or less where the long side would exceed `max_size`.
+    Rounding follows the official code: the long side is truncated, and an image whose short side
+    already fits is not resized.
+
+    Raises UserError unless 1 <= min_size <= max_size.
+    """
     if not 1 <= min_size <= max_size:
         raise UserError(f"min_size {min_size}: expected 1 or more, and at most max_size {max_size}")
     short, long = min(h, w), max(h, w)
     if long / short * min_size > max_size:
         min_size = max(round(max_size * short / long), 1)
-    if short == min_size:
+    if short == min_size and long <= max_size:
         return h, w
-    long = int(min_size * long / short)
+    long = min(int(min_size * long / short), max_size)
     return (min_size, long) if h <= w else (long, min_size)
 
 
 def resize(image, hw):
-    """uint8 (3, H, W) -> uint8 (3, *hw), bilinear and antialiased. Within one grey level of
-    Pillow's, which the official code uses (0.03 % of the pixels differ), at a sixth of its time."""
+    """Resize a uint8 image (3, H, W) to (3, *hw) with antialiased bilinear interpolation.
+
+    The result is within one grey level of Pillow's, which the official code uses (0.03 % of the
+    pixels differ), in a sixth of the time.
+    """
     if image.shape[-2:] == tuple(hw):
         return image
-    # The channels of a pixel lie together, as in a decoded image: PyTorch has a fast way for that.
-    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    return F.interpolate(batch, tuple(hw), mode="bilinear", antialias=True)[0]
+    # PyTorch has a fast path for images whose three channels lie next to each other in memory.
+    channels_last = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return F.interpolate(channels_last, tuple(hw), mode="bilinear", antialias=True)[0]
 
 
-def padded_hw(sizes):
-    """The smallest (H, W), multiples of 32, that holds images of all these (height, width)."""
-    h, w = (max(side) for side in zip(*sizes))
-    return -(-h // 32) * 32, -(-w // 32) * 32
+def padded_hw(sizes, multiple=32):
+    """Return the smallest (H, W), multiples of `multiple`, that holds images of all `sizes`."""
+    h = max(size[0] for size in sizes)
+    w = max(size[1] for size in sizes)
+    return math.ceil(h / multiple) * multiple, math.ceil(w / multiple) * multiple
 
 
 def pad_batch(images, hw=None):
-    """Images uint8 (3, h, w) -> one uint8 batch (B, 3, *hw), zero at the bottom and right, and
-    sizes int64 (B, 2). `hw` defaults to the smallest multiples of 32."""
+    """Pad uint8 images (3, h, w) with zeros at the bottom and right to one batch.
+
+    hw: the padded (height, width); by default the smallest multiples of 32 that hold all images.
+    Returns the batch, uint8 (B, 3, H, W), and the sizes before padding, int64 (B, 2).
+    Raises UserError for an image that is not uint8.
+    """
     sizes = [tuple(image.shape[-2:]) for image in images]
     H, W = hw or padded_hw(sizes)
     batch = torch.zeros(len(images), H, W, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -100,34 +126,43 @@ def pad_batch(images, hw=None):
     return batch, torch.tensor(sizes)
 
 
+# The pixels that backbones were pretrained on, and the epsilon of their norms. Caffe's take BGR in
+# 0..255 minus a mean.
+CAFFE = dict(bgr=True, mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), bn_eps=0.0)
+MSRA = CAFFE | dict(mean=(103.53, 116.28, 123.675), bn_eps=1e-5)
+TORCH = dict(bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bn_eps=1e-5)
+
+
 # ---- backbones ----------------------------------------------------------------------------------
 
 NORMS = {
-    "frozen": FrozenBatchNorm2d,  # constant statistics and affine
+    "frozen": FrozenBatchNorm2d,  # constant statistics, scale and shift
     "gn": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
     "bn": nn.BatchNorm2d,
-    "syncbn": nn.BatchNorm2d,  # train.py converts it, since SyncBatchNorm works on GPUs only
+    "syncbn": nn.BatchNorm2d,  # train.py converts it, because SyncBatchNorm runs on GPUs only
 }
 
 
 class DeformConv(nn.Conv2d):
-    """3x3 convolution that reads each of its nine taps at a learned distance from the regular place
-    and weighs it by a learned mask in 0..1 (DCNv2: Zhu et al., arXiv 1811.11168). The channels of
-    `offset` are y, x of each tap in pixels, and then the logits of the nine masks."""
+    """Modulated deformable 3x3 convolution (DCNv2: Zhu et al., arXiv 1811.11168).
+
+    Each of the nine taps reads the input at a predicted offset from its regular place and is
+    multiplied by a predicted mask in 0..1. The 27 channels of `offset` are y, x of each tap in
+    pixels, followed by the logits of the nine masks.
+    """
 
     def __init__(self, c_in, c_out, kernel, stride, padding, groups=1, bias=True):
         super().__init__(c_in, c_out, kernel, stride, padding, groups=groups, bias=bias)
         self.offset = nn.Conv2d(c_in, 27, kernel, stride, padding)
 
-    def _conv_forward(self, x, weight, bias):  # what nn.Conv2d.forward calls
-        dtype = torch.promote_types(weight.dtype, torch.float32)  # deform_conv2d knows no bf16
+    def _conv_forward(self, x, weight, bias):  # nn.Conv2d.forward calls this
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # deform_conv2d lacks bf16
         offset, mask = self.offset(x).to(dtype).split((18, 9), 1)
-        bias = bias if bias is None else bias.to(dtype)
         y = deform_conv2d(
             x.to(dtype),
             offset,
             weight.to(dtype),
-            bias,
+            None if bias is None else bias.to(dtype),
             self.stride,
             self.padding,
             mask=mask.sigmoid(),
@@ -136,32 +171,38 @@ class DeformConv(nn.Conv2d):
 
 
 class ConvNorm(nn.Module):
-    """A convolution and the normalisation after it; `norm` is one of NORMS."""
+    """A convolution followed by a normalization; `norm` is one of NORMS."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, groups=1, norm="gn", bias=False, dcn=False):
         super().__init__()
         conv = DeformConv if dcn else nn.Conv2d
         self.conv = conv(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = NORMS[norm](c_out)
-        self.folded = None  # the result of fold, in `inference`
+        self.folded = None  # weight and bias with the norm folded in, set by `inference`
 
     def fold(self):
-        """A norm with constant statistics as a part of the convolution: its weight and bias."""
+        """Return the convolution's weight and bias with a norm of constant statistics folded in."""
         scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
-        mean = self.norm.running_mean - (0 if self.conv.bias is None else self.conv.bias)
+        mean = self.norm.running_mean
+        if self.conv.bias is not None:
+            mean = mean - self.conv.bias
         return self.conv.weight * scale[:, None, None, None], self.norm.bias - mean * scale
 
     def forward(self, x):
-        # In training a frozen norm is folded in every call: one product per weight instead of
-        # passes over the activations (cuDNN needs one for the shift), and none saved for backward.
-        if self.folded or isinstance(self.norm, FrozenBatchNorm2d):
-            return self.conv._conv_forward(x, *(self.folded or self.fold()))
+        if self.folded is not None:
+            return self.conv._conv_forward(x, *self.folded)
+        # In training a frozen norm is folded in every call: this multiplies the weights once
+        # instead of every activation, and no activation is kept for the backward pass.
+        if isinstance(self.norm, FrozenBatchNorm2d):
+            return self.conv._conv_forward(x, *self.fold())
         return self.norm(self.conv(x))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 (He et al., arXiv 1512.03385). The stride sits in the first 1x1 in Caffe's
-    weights, in the 3x3 in everyone else's."""
+    """The 1x1, 3x3, 1x1 block of ResNet-50 and deeper (He et al., arXiv 1512.03385).
+
+    Caffe's weights have the stride in the first 1x1 convolution, all others in the 3x3.
+    """
 
     expansion = 4
 
@@ -180,7 +221,7 @@ class Bottleneck(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """3x3, 3x3: the block of ResNet-18 and 34; its stride is in the first."""
+    """The 3x3, 3x3 block of ResNet-18 and 34, with the stride in the first convolution."""
 
     expansion = 1
 
@@ -199,95 +240,110 @@ BLOCKS = {"bottleneck": Bottleneck, "basic": BasicBlock}
 
 
 def initialize(module, weight_init):
-    """Start the convolutions of a module as the official code: weights by `weight_init`, those that
-    are deformable by the rule of DCN, biases at 0."""
+    """Initialize the convolutions of a module as the official code does.
+
+    weight_init: a function that fills a weight in place. Deformable convolutions follow DCN's
+    uniform rule instead. Biases become 0.
+    """
     for conv in module.modules():
-        if isinstance(conv, nn.Conv2d):
-            if isinstance(conv, DeformConv):
-                bound = (9 * conv.in_channels) ** -0.5
-                nn.init.uniform_(conv.weight, -bound, bound)
-            else:
-                weight_init(conv.weight)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        if isinstance(conv, DeformConv):
+            bound = (9 * conv.in_channels) ** -0.5
+            nn.init.uniform_(conv.weight, -bound, bound)
+        else:
+            weight_init(conv.weight)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
 
 
 def freeze(stages, number):
-    """Stop learning in the first `number` of a list of modules; the statistics of their BatchNorms
-    become constant, too."""
+    """Freeze the first `number` of a list of modules, the statistics of their BatchNorms included.
+
+    Raises UserError if there are fewer.
+    """
     if not 0 <= number <= len(stages):
         raise UserError(f"frozen_stages {number}: expected 0 to {len(stages)}")
     for stage in stages[:number]:
         stage.requires_grad_(False)
-        for conv in stage.modules():
-            if isinstance(conv, ConvNorm) and isinstance(conv.norm, nn.BatchNorm2d):
-                conv.norm = FrozenBatchNorm2d(conv.norm.num_features)
+        for layer in stage.modules():
+            if isinstance(layer, ConvNorm) and isinstance(layer.norm, nn.BatchNorm2d):
+                layer.norm = FrozenBatchNorm2d(layer.norm.num_features)
 
 
 # A backbone is any module with
-#     channels             of its features at strides 8, 16 and 32
-#     forward(images)      -> these three features
-#     freeze(stages)       stop learning in the first `stages` of what it calls stages
-#     initialize()         random weights; not called for a module that is passed to FCOS
-# and, if they are known, the pixels that it wants: see CONVENTION. The strides are not checked.
+#     strides              the strides of its features, some of 4, 8, 16 and 32, rising
+#     channels             the channels of these features
+#     forward(images)      returns these features, finest first
+#     freeze(stages)       freezes the first `stages` of its stages
+#     initialize()         fills it with random weights; not called for a module passed to FCOS
+#     convention           optional: the pixels it expects, such as CAFFE; TORCH by default
 
 
 class ResNet(nn.Module):
     """ResNet and ResNeXt without the classifier (He et al., arXiv 1512.03385, 1611.05431)."""
 
+    strides = (4, 8, 16, 32)
+    convention = CAFFE
+
     # fmt: off
     def __init__(
         self,
         block="bottleneck",    # or "basic"
-        blocks=(3, 4, 6, 3),   # of res2..res5
+        blocks=(3, 4, 6, 3),   # number of blocks in res2..res5
         stem=64,               # channels after the first convolution
-        groups=1,              # of the 3x3 convolutions (RESNETS.NUM_GROUPS)
-        width=None,            # channels of a group in res2 (WIDTH_PER_GROUP); None: as the stem
-        stride_in_1x1=True,    # or else in the 3x3 (STRIDE_IN_1X1)
-        dcn=(),                # stages whose last 3x3s are deformable, of 2..5 (STAGE_WITH_DCN)
+        groups=1,              # groups of the 3x3 convolutions (RESNETS.NUM_GROUPS)
+        width=None,            # channels per group in res2 (WIDTH_PER_GROUP); None: same as stem
+        stride_in_1x1=True,    # stride in the first 1x1, otherwise in the 3x3 (STRIDE_IN_1X1)
+        dcn=(),                # stages with deformable 3x3 convolutions, of 2..5 (STAGE_WITH_DCN)
         norm="frozen",         # one of NORMS
     ):
         # fmt: on
         super().__init__()
-        if not {2, 3, 4, 5}.issuperset(dcn):
-            raise UserError(f"dcn {dcn}: expected some of the stages 2, 3, 4 and 5")
-        make, c_in = BLOCKS[block], stem
         self.stem = ConvNorm(3, stem, 7, 2, norm=norm)
+        make_block = BLOCKS[block]
+        self.channels = []
+        c_in = stem
         for stage, depth in enumerate(blocks):
-            c_mid, c_out = groups * (width or stem) * 2**stage, make.expansion * stem * 2**stage
+            c_mid = groups * (width or stem) * 2**stage
+            c_out = make_block.expansion * stem * 2**stage
             layers = []
             for i in range(depth):
-                stride = 2 if stage and i == 0 else 1
+                stride = 2 if stage > 0 and i == 0 else 1
                 settings = stride, groups, norm, stride_in_1x1, stage + 2 in dcn
-                layers += [make(c_in, c_mid, c_out, *settings)]
+                layers.append(make_block(c_in, c_mid, c_out, *settings))
                 c_in = c_out
             setattr(self, f"res{stage + 2}", nn.Sequential(*layers))
-        self.channels = [c_out // 4, c_out // 2, c_out]
+            self.channels.append(c_out)
 
     def initialize(self):
         initialize(self, partial(nn.init.kaiming_uniform_, a=1))
 
     def freeze(self, stages):
-        """Stop learning in the first `stages` of stem, res2, res3, res4, res5."""
+        """Freeze the first `stages` of stem, res2, res3, res4, res5."""
         freeze([self.stem, self.res2, self.res3, self.res4, self.res5], stages)
 
     def forward(self, x):
         x = F.max_pool2d(self.stem(x).relu_(), 3, 2, 1)
-        c3 = self.res3(self.res2(x))
+        c2 = self.res2(x)
+        c3 = self.res3(c2)
         c4 = self.res4(c3)
-        return c3, c4, self.res5(c4)
+        c5 = self.res5(c4)
+        return c2, c3, c4, c5
 
 
 class InvertedResidual(nn.Sequential):
-    """1x1 to `expand` times the channels, 3x3 on each channel alone, 1x1 without activation."""
+    """The block of MobileNetV2: 1x1 to `expand` times the channels, depthwise 3x3, linear 1x1."""
 
     def __init__(self, c_in, c_out, stride, expand, norm):
         c_mid = expand * c_in
-        super().__init__(
-            *([ConvNorm(c_in, c_mid, 1, norm=norm)] if expand > 1 else []),
+        layers = [
             ConvNorm(c_mid, c_mid, 3, stride, groups=c_mid, norm=norm),
             ConvNorm(c_mid, c_out, 1, norm=norm),
-        )
+        ]
+        if expand > 1:
+            layers.insert(0, ConvNorm(c_in, c_mid, 1, norm=norm))
+        super().__init__(*layers)
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x):
@@ -299,73 +355,204 @@ class InvertedResidual(nn.Sequential):
 
 
 class MobileNetV2(nn.Module):
-    """Sandler et al., arXiv 1801.04381, table 2, without the last 1x1 and the classifier."""
+    """MobileNetV2 without the last 1x1 and the classifier (arXiv 1801.04381, table 2)."""
 
-    STAGES = (1, 16, 1), (6, 24, 2), (6, 32, 2), (6, 64, 2), (6, 96, 1), (6, 160, 2), (6, 320, 1)
-    channels = [32, 96, 320]
+    strides = (4, 8, 16, 32)
+    channels = (24, 32, 96, 320)
+    convention = CAFFE  # the official recipes use Caffe's pixels here, too
+    STAGES = (  # (expansion, output channels, stride of the first block) of each stage
+        (1, 16, 1),
+        (6, 24, 2),
+        (6, 32, 2),
+        (6, 64, 2),
+        (6, 96, 1),
+        (6, 160, 2),
+        (6, 320, 1),
+    )
 
-    def __init__(self, blocks=(1, 2, 3, 4, 3, 3, 1), stem=32, norm="bn"):  # blocks: of STAGES
+    def __init__(self, blocks=(1, 2, 3, 4, 3, 3, 1), stem=32, norm="bn"):
+        """blocks: the number of blocks in each of STAGES; stem: channels of the first layer."""
         super().__init__()
-        self.features, c_in = nn.Sequential(ConvNorm(3, stem, 3, 2, norm=norm)), stem
+        self.features = nn.Sequential(ConvNorm(3, stem, 3, 2, norm=norm))
+        c_in = stem
         for (expand, c_out, stride), depth in zip(self.STAGES, blocks):
             for i in range(depth):
-                s = stride if i == 0 else 1
-                self.features.append(InvertedResidual(c_in, c_out, s, expand, norm))
+                block_stride = stride if i == 0 else 1
+                self.features.append(InvertedResidual(c_in, c_out, block_stride, expand, norm))
                 c_in = c_out
-        self.ends = [sum(blocks[:n]) for n in (3, 5, 7)]  # the last block at strides 8, 16, 32
+        # the last block of each stride
+        self.ends = [sum(blocks[:stages]) for stages in (2, 3, 5, 7)]
 
     def initialize(self):
         initialize(self, partial(nn.init.kaiming_normal_, mode="fan_out"))
 
     def freeze(self, stages):
-        """Stop learning in the stem and the blocks after it, `stages` in all."""
+        """Freeze the first `stages` of the stem and the blocks after it."""
         freeze(self.features, stages)
 
     def forward(self, x):
         stem, *blocks = self.features
-        x, found = F.relu6(stem(x), inplace=True), []
+        x = F.relu6(stem(x), inplace=True)
+        features = []
         for i, block in enumerate(blocks, 1):
             x = block(x)
             if i in self.ends:
-                found.append(x)
-        return found
+                features.append(x)
+        return features
 
 
-BACKBONES = {"resnet": ResNet, "mobilenet": MobileNetV2}
+class Timm(nn.Module):
+    """Any model of timm that offers feature maps (`features_only`) at strides 8, 16 and 32.
+
+    The pixels it expects come from timm's own configuration. Building it never downloads;
+    `load_pretrained` does, when train.py is asked for --weights imagenet.
+
+    Raises UserError if timm is missing, if the model has no such maps, or if it uses dropout or
+    drop_path: their random numbers would depend on the number of GPUs and be lost on resume.
+    """
+
+    def __init__(self, arch="resnet18"):
+        super().__init__()
+        self.arch = arch
+        self.body = self.create(pretrained=False)
+        for name, module in self.body.named_modules():
+            rate = getattr(module, "drop_prob", None) or getattr(module, "p", 0)
+            if "drop" in type(module).__name__.lower() and rate:
+                raise UserError(
+                    f"arch {arch!r}: its {name} drops at random ({rate}); choose another"
+                )
+        self.strides, self.channels, self.channels_last = self.probe()
+        pixels = getattr(self.body, "pretrained_cfg", None) or self.body.default_cfg
+        self.convention = dict(
+            bgr=False,
+            mean=tuple(255.0 * value for value in pixels["mean"]),
+            std=tuple(255.0 * value for value in pixels["std"]),
+            bn_eps=1e-5,
+        )
+
+    def create(self, pretrained):
+        """Create the timm model with all feature maps of strides 4 to 32 that it has."""
+        try:
+            import timm
+        except ImportError:
+            raise UserError("backbone timm: expected the package timm; pip install timm") from None
+        try:
+            return timm.create_model(self.arch, pretrained=pretrained, features_only=True)
+        except Exception as error:  # timm raises RuntimeError, AttributeError and others
+            raise UserError(f"arch {self.arch!r}: timm cannot create it ({error})") from None
+
+    @torch.no_grad()
+    def probe(self):
+        """Measure strides, channels and layout of the feature maps with a forward pass."""
+        training = self.body.training
+        side = 128
+        maps = self.body.eval()(torch.zeros(1, 3, side, side))
+        self.body.train(training)
+        reductions = self.body.feature_info.reduction()
+        self.indices = [i for i, stride in enumerate(reductions) if stride in (4, 8, 16, 32)]
+        strides = tuple(reductions[i] for i in self.indices)
+        channels = tuple(self.body.feature_info.channels()[i] for i in self.indices)
+        rows = [side // stride for stride in strides]
+        shapes = [tuple(maps[i].shape[1:]) for i in self.indices]
+        channels_last = all(shape == (n, n, c) for shape, n, c in zip(shapes, rows, channels))
+        channels_first = all(shape == (c, n, n) for shape, n, c in zip(shapes, rows, channels))
+        if not {8, 16, 32} <= set(strides) or not (channels_last or channels_first):
+            raise UserError(
+                f"arch {self.arch!r}: expected feature maps at strides 8, 16 and 32, "
+                f"found strides {tuple(reductions)} and maps {[tuple(m.shape) for m in maps]}"
+            )
+        return strides, channels, channels_last and not channels_first
+
+    def load_pretrained(self):
+        """Fill the backbone with timm's pretrained weights, which timm downloads."""
+        weights = self.create(pretrained=True).state_dict()
+        missing, unexpected = self.body.load_state_dict(weights, strict=False)
+        counters = [key for key in unexpected if key.endswith("num_batches_tracked")]
+        if missing or len(unexpected) > len(counters):  # frozen norms have no counter
+            raise UserError(f"arch {self.arch!r}: pretrained weights lack {missing[:3]}")
+
+    def initialize(self):
+        """Keep timm's own random initialization."""
+
+    def freeze(self, stages):
+        """Freeze the first `stages` child modules of the timm model, their BatchNorms included."""
+        from timm.layers import freeze_batch_norm_2d  # keeps an activation that is part of a norm
+
+        children = list(self.body.named_children())
+        if not 0 <= stages <= len(children):
+            raise UserError(f"frozen_stages {stages}: expected 0 to {len(children)}")
+        for name, child in children[:stages]:
+            child.requires_grad_(False)
+            setattr(self.body, name, freeze_batch_norm_2d(child))
+
+    def forward(self, x):
+        maps = self.body(x)
+        features = [maps[i] for i in self.indices]
+        if self.channels_last:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        return features
+
+
+BACKBONES = {"resnet": ResNet, "mobilenet": MobileNetV2, "timm": Timm}
 
 
 # ---- feature pyramid and head -------------------------------------------------------------------
 
 
 class FPN(nn.Module):
-    """C3, C4, C5 -> P3, P4, P5, and a strided convolution for each further of `levels`, P6 and P7
-    (section 3.2)."""
+    """The feature pyramid (section 3.2): a map for each of `levels`, all with the same channels.
 
-    def __init__(self, channels_in, channels, levels):
+    Levels that the backbone has (its feature of stride 2**n is level n) get a lateral 1x1
+    convolution, the upsampled coarser level added to it, and a 3x3 output convolution. Each further
+    level is a strided convolution of the level before.
+
+    Raises UserError if the levels are not consecutive or the finest is none of the backbone's.
+    """
+
+    def __init__(self, strides_in, channels_in, channels, levels):
         super().__init__()
-        for level, c_in in zip((3, 4, 5), channels_in):
-            setattr(self, f"lateral{level}", nn.Conv2d(c_in, channels, 1))
+        backbone_levels = [stride.bit_length() - 1 for stride in strides_in]
+        self.lateral_levels = [level for level in levels if level in backbone_levels]
+        self.extra_levels = [level for level in levels if level not in backbone_levels]
+        self.used = [backbone_levels.index(level) for level in self.lateral_levels]
+        consecutive = list(range(levels[0], levels[0] + len(levels)))
+        if list(levels) != consecutive or self.lateral_levels + self.extra_levels != consecutive:
+            raise UserError(
+                f"levels {levels}: expected consecutive levels from one of the backbone's, "
+                f"{tuple(backbone_levels)}"
+            )
+        if not self.lateral_levels:
+            raise UserError(f"levels {levels}: the backbone has {tuple(backbone_levels)}")
+        for level, index in zip(self.lateral_levels, self.used):
+            setattr(self, f"lateral{level}", nn.Conv2d(channels_in[index], channels, 1))
             setattr(self, f"output{level}", nn.Conv2d(channels, channels, 3, padding=1))
-        self.further = [f"p{level}" for level in levels[3:]]
-        for name in self.further:
-            setattr(self, name, nn.Conv2d(channels, channels, 3, 2, 1))
+        for level in self.extra_levels:
+            setattr(self, f"p{level}", nn.Conv2d(channels, channels, 3, 2, 1))
 
     def initialize(self):
         initialize(self, partial(nn.init.kaiming_uniform_, a=1))
 
-    def forward(self, c3, c4, c5):
-        p5 = self.lateral5(c5)
-        p4 = self.lateral4(c4) + F.interpolate(p5, c4.shape[-2:])
-        p3 = self.lateral3(c3) + F.interpolate(p4, c3.shape[-2:])
-        maps = [self.output3(p3), self.output4(p4), self.output5(p5)]
-        for name in self.further:
-            x = maps[-1].relu() if name == "p7" else maps[-1]
-            maps.append(getattr(self, name)(x))
+    def forward(self, features):
+        maps = []
+        coarser = None
+        for level, index in reversed(list(zip(self.lateral_levels, self.used))):
+            x = getattr(self, f"lateral{level}")(features[index])
+            if coarser is not None:
+                x = x + F.interpolate(coarser, x.shape[-2:])
+            coarser = x
+            maps.insert(0, getattr(self, f"output{level}")(x))
+        for level in self.extra_levels:
+            x = maps[-1]
+            # Two convolutions in a row would be one linear map, hence a ReLU between them. P6 has
+            # none before it: its input is used as a level of the pyramid just as it is.
+            if level != self.extra_levels[0]:
+                x = x.relu()
+            maps.append(getattr(self, f"p{level}")(x))
         return maps
 
 
 class Tower(nn.Sequential):
-    """Four 3x3 convolutions with GroupNorm and ReLU; with `dcn`, the last is deformable."""
+    """Four 3x3 convolutions with GroupNorm and ReLU; with `dcn`, the last one is deformable."""
 
     def __init__(self, channels, dcn):
         layers = [ConvNorm(channels, channels, 3, bias=True, dcn=dcn and i == 3) for i in range(4)]
@@ -377,21 +564,30 @@ class Tower(nn.Sequential):
         return x
 
 
-ACTIVATIONS = {  # of what the head predicts for the distances -> pixels
-    # exp(16) is beyond any image; inf would be NaN in the gradient of background locations
+# From the raw regression output to distances in pixels. The paper's exp makes every distance
+# positive, but its gradient grows with the distance. ReLU times the stride is linear, predicts
+# numbers of similar size on all levels, and is what the improved official models use.
+ACTIVATIONS = {
+    # exp(16) exceeds any image; infinity would give NaN gradients at background locations
     "exp": lambda x, stride: x.clamp(max=16).exp(),
     "relu": lambda x, stride: x.relu() * stride,
 }
 
 
 class Head(nn.Module):
-    """Two towers shared by all levels, a prediction each for class, box and centerness, and one
-    learned scale of the distances for each level (section 3.2), unless `scales` is False."""
+    """The head, shared by all levels (section 3.2).
+
+    Two towers feed three predictions: classes, box and centerness. Unless `scales` is False, each
+    level has one learned factor for its distances, since one convolution serves boxes of all sizes.
+    """
 
     def __init__(self, channels, num_classes, strides, activation, ctr_on, tower_dcn, scales):
         super().__init__()
-        self.strides, self.activation, self.ctr_on = strides, activation, ctr_on
-        self.cls_tower, self.box_tower = Tower(channels, tower_dcn), Tower(channels, tower_dcn)
+        self.strides = strides
+        self.activation = activation
+        self.ctr_on = ctr_on
+        self.cls_tower = Tower(channels, tower_dcn)
+        self.box_tower = Tower(channels, tower_dcn)
         self.cls = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.box = nn.Conv2d(channels, 4, 3, padding=1)
         self.ctr = nn.Conv2d(channels, 1, 3, padding=1)
@@ -401,100 +597,129 @@ class Head(nn.Module):
             self.register_buffer("scale", torch.ones(len(strides), 1), persistent=False)
 
     def initialize(self):
-        """Section 4 of the paper, and the bias of the focal loss paper that starts every class at
-        a probability of 0.01 (arXiv 1708.02002, section 3.3)."""
+        """Initialize as in section 4 of the paper.
+
+        The bias of the classes starts every probability at 0.01, so that the many background
+        locations do not dominate the first steps (arXiv 1708.02002, section 3.3).
+        """
         initialize(self, partial(nn.init.normal_, std=0.01))
         nn.init.constant_(self.cls.bias, -math.log((1 - 0.01) / 0.01))
 
     def forward(self, features):
-        """-> {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits}. The maps of
-        a further output, (B, C, h, w) or (B, h, w), become (B, P, C) or (B, P) alike. Under
-        autocast cls, by far the largest, stays in 16 bits: its loss reads them as they are."""
-        levels = [self.level(*each) for each in zip(features, self.scale, self.strides)]
+        """Predict for every location of all levels.
+
+        features: one map (B, C, h, w) per level.
+        Returns {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits}, and any
+        further map that `predict_level` returns, as (B, P, C) or (B, P). Under autocast cls stays
+        in 16 bits: it is by far the largest output, and its loss accepts them.
+        """
+        levels = [self.predict_level(*each) for each in zip(features, self.scale, self.strides)]
         return {
             name: torch.cat([by_location(level[name]) for level in levels], 1) for name in levels[0]
         }
 
-    def level(self, x, scale, stride):
-        """The maps of one level, by name, before they are flattened."""
-        cls_features, box_features = self.cls_tower(x), self.box_tower(x)
+    def predict_level(self, feature, scale, stride):
+        """Return the maps of one level by name; a further output needs one more entry here."""
+        cls_features = self.cls_tower(feature)
+        box_features = self.box_tower(feature)
         ctr_features = {"cls": cls_features, "box": box_features}[self.ctr_on]
-        distance = scale * self.box(box_features)  # float32, as the scale is
+        regression = scale * self.box(box_features)  # float32 under autocast, as the scale is
         return {
             "cls": self.cls(cls_features),
-            "ltrb": ACTIVATIONS[self.activation](distance, stride),
+            "ltrb": ACTIVATIONS[self.activation](regression, stride),
             "ctr": self.ctr(ctr_features).squeeze(1).to(scale.dtype),
         }
 
 
-def by_location(x):
-    """A map (B, C, h, w) or (B, h, w) -> (B, h * w, C) or (B, h * w)."""
-    return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).flatten(1, 2)
+def by_location(feature):
+    """Flatten a map (B, C, h, w) to (B, h * w, C), or (B, h, w) to (B, h * w)."""
+    if feature.ndim == 4:
+        feature = feature.permute(0, 2, 3, 1)
+    return feature.flatten(1, 2)
 
 
 # ---- locations and targets ----------------------------------------------------------------------
 
 STRIDES = (8, 16, 32, 64, 128)  # of P3..P7
-
-GRIDS = {  # places of the cells of a row or column that is `side` pixels long
+RANGES = (64, 128, 256, 512)  # pixels: the largest distance at which a level hands over to the next
+GRIDS = {  # where the cells of a row or column of `side` pixels lie
     "centre": lambda cell, stride, side: cell * stride + stride // 2,
     "corner": lambda cell, stride, side: cell * (side // len(cell)),
 }
 
-RANGES = (64, 128, 256, 512)  # pixels, where the largest distance passes from one level to the next
-
 
 def level_sizes(hw, strides=STRIDES):
-    """(rows, columns) of every level for a padded image; every stage halves, rounding up."""
+    """Return (rows, columns) of every level for a padded image; each stage halves, rounding up."""
     return [(-(-hw[0] // stride), -(-hw[1] // stride)) for stride in strides]
 
 
 def make_points(hw, strides=STRIDES, ranges=RANGES, device=None, grid="centre") -> Tensor:
-    """Locations of all levels of a padded image of (height, width): float32 (P, 5) = x, y, stride,
-    lo, hi, in pixels. A location is the centre of its cell; lo and hi bound the largest distance to
-    a side that it learns (section 3.2). Both ends are inclusive, so a distance of exactly 64 is
-    positive on P3 and on P4, as published.
+    """Return the locations of all levels of a padded image of (height, width).
+
+    The result is float32 (P, 5): x, y, stride, lo, hi in pixels. A location is the center of its
+    cell. lo and hi bound the largest distance to a side of the boxes that the level is responsible
+    for (section 3.2): with a range for each level, boxes of different sizes that overlap are
+    predicted on different levels instead of competing for a location. Both bounds are inclusive,
+    as in the official code: a distance of exactly 64 is positive on P3 and on P4.
 
     grid "corner" is torchvision's: multiples of (height // rows, width // columns), which is less
-    than the stride on P6 and P7 of most images, from 0 on.
+    than the stride on P6 and P7 of most images, starting at 0.
     """
-    points, ends = [], (-1, *ranges, math.inf)
-    for stride, lo, hi, (rows, columns) in zip(strides, ends, ends[1:], level_sizes(hw, strides)):
-        y, x = (
-            GRIDS[grid](torch.arange(n, device=device), stride, side)
-            for n, side in ((rows, hw[0]), (columns, hw[1]))
-        )
-        level = torch.empty(rows, columns, 5, device=device)
-        level[..., 0], level[..., 1] = x, y[:, None]
-        level[..., 2], level[..., 3], level[..., 4] = stride, lo, hi
-        points.append(level.flatten(0, 1))
+    points = []
+    bounds = (-1, *ranges, math.inf)
+    for level, stride in enumerate(strides):
+        rows, columns = level_sizes(hw, [stride])[0]
+        y = GRIDS[grid](torch.arange(rows, device=device), stride, hw[0])
+        x = GRIDS[grid](torch.arange(columns, device=device), stride, hw[1])
+        cells = torch.empty(rows, columns, 5, device=device)
+        cells[..., 0] = x
+        cells[..., 1] = y[:, None]
+        cells[..., 2] = stride
+        cells[..., 3] = bounds[level]
+        cells[..., 4] = bounds[level + 1]
+        points.append(cells.flatten(0, 1))
     return torch.cat(points)
 
 
-def encode(points: Tensor, boxes: list[Tensor], labels: list[Tensor], index: Tensor) -> dict:
-    """What locations are to learn (eq. 1), given the box of each: `assign` decides on the latter,
-    or a function of your own.
+def encode(points: Tensor, truths: list[dict], index: Tensor) -> dict:
+    """Build the training targets (eq. 1) from an assignment.
 
-    points (P, 5): of make_points; boxes, labels: B tensors (G, 4) xyxy pixels and (G,) int64;
-    index int64 (B, P): a row of the image's boxes, or -1.
-    -> {"labels": int64 (B, P) or -1, "ltrb": (B, P, 4) pixels, 0 for background, "index"}
+    points: (P, 5), of make_points. truths: for each of B images a dict with "boxes" (G, 4) xyxy
+    pixels, "labels" (G,) int64, and any further column of the boxes, (G, ...). index: int64 (B, P),
+    the box of its image that each location is assigned to, or -1; of `assign` or your own function.
+
+    Returns {"labels": int64 (B, P), -1 in the background; "ltrb": (B, P, 4) pixels; "index"; and
+    every further column, (B, P, ...)}. All but the labels and the index are 0 in the background.
     """
-    boxes = F.pad(pad_sequence(boxes, batch_first=True), (0, 0, 0, 1))  # a row, if there is no box
-    labels = F.pad(pad_sequence(labels, batch_first=True), (0, 1))
-    row, positive = index.clamp(min=0), index >= 0
-    x1, y1, x2, y2 = boxes.gather(1, row[..., None].expand(-1, -1, 4)).unbind(2)
+    positive = index >= 0
+    gathered = {name: gather_column(truths, name, index) for name in truths[0]}
+    x1, y1, x2, y2 = gathered.pop("boxes").unbind(2)
     x, y = points[:, 0], points[:, 1]
     ltrb = torch.stack([x - x1, y - y1, x2 - x, y2 - y], 2)
-    return {
-        "labels": labels.gather(1, row).where(positive, -1),
+    labels = gathered.pop("labels")
+    return gathered | {
+        "labels": labels.where(positive, -1),
         "ltrb": ltrb.where(positive[..., None], 0),
         "index": index,
     }
 
 
+def gather_column(truths, name, index):
+    """Return the column `name` of the box of every location, (B, P, ...), 0 where there is none."""
+    column = pad_sequence([truth[name] for truth in truths], batch_first=True)  # (B, G, ...)
+    one_more_row = (0, 0) * (column.ndim - 2) + (0, 1)  # G may be 0 for all images
+    column = F.pad(column, one_more_row)
+    image = torch.arange(len(column), device=column.device)[:, None]
+    values = column[image, index.clamp(min=0)]
+    positive = (index >= 0).reshape(*index.shape, *[1] * (column.ndim - 2))
+    return values.where(positive, 0)
+
+
 def centerness(ltrb: Tensor) -> Tensor:
-    """How central a location lies in its box (eq. 3): (..., 4) -> (...), 1 at the centre, towards 0
-    at the sides; 0 where ltrb is 0, that is for the background."""
+    """Return how central a location lies in its box (eq. 3): (..., 4) -> (...).
+
+    1 at the center, towards 0 at the sides, and 0 where ltrb is 0, which is the background.
+    """
     left, top, right, bottom = ltrb.unbind(-1)
     horizontal = torch.minimum(left, right) / torch.maximum(left, right).clamp(min=1e-12)
     vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom).clamp(min=1e-12)
@@ -505,8 +730,10 @@ def centerness(ltrb: Tensor) -> Tensor:
 
 
 def loss_normalizers(targets: dict) -> Tensor:
-    """-> float32 (2,): the number of positive locations and the sum of their centerness. Sum it
-    over everything that makes up one optimizer step, then pass it to fcos_loss."""
+    """Return the number of positive locations and the sum of their centerness, float32 (2,).
+
+    Sum it over all images of an optimizer step, on all GPUs, then pass the sum to fcos_loss.
+    """
     positives = (targets["labels"] >= 0).sum().float()
     return torch.stack([positives, centerness(targets["ltrb"]).sum()])
 
@@ -519,312 +746,415 @@ def fcos_loss(
     unit: str = "stride",
     quality: str = "centerness",
 ) -> dict[str, Tensor]:
-    """Focal loss on the classes, IoU loss on the boxes, and cross entropy on the quality of the
-    boxes (eq. 2 and section 3.3), as named scalars. train.py sums, logs and shows whatever names
-    there are, so that a further loss is one entry more. Divide a sum over locations by one of the
-    normalizers: a mean over the batch would depend on how a step is divided.
+    """Return the losses of FCOS by name (eq. 2 and section 3.3), each a scalar.
 
-    outputs: of FCOS.forward; targets: of FCOS.targets; normalizers (2,): see loss_normalizers; the
-    other arguments are the keywords of FCOS of the same names. With quality "centerness" the output
-    "ctr" learns the centerness, which also weighs the boxes; with "iou" it learns the IoU of the
-    predicted box, and all positive locations weigh the same (AdelaiDet's BOX_QUALITY). No location
-    is gathered, nothing waits for the device, and a batch without a box is an ordinary input.
+    Focal loss on the classes, IoU loss on the boxes, and cross entropy on the quality of the boxes.
+    train.py adds, logs and shows whatever this returns: a further loss is one more entry. Divide a
+    sum over locations by one of the normalizers; a mean over the batch would depend on how the step
+    is split over GPUs and micro-batches.
+
+    outputs: of FCOS.forward. targets: of FCOS.targets. normalizers: (2,), see loss_normalizers.
+    box_loss, unit, quality: the keywords of FCOS. With quality "centerness" the output "ctr" learns
+    the centerness, which also weights the boxes. With "iou" it learns the IoU of the predicted box,
+    and all positive locations weigh the same (AdelaiDet's BOX_QUALITY).
+
+    Background locations are masked, not removed: shapes never depend on values, nothing waits for
+    the GPU, and a batch without a box is an ordinary input.
     """
-    check_choices(box_loss=box_loss, unit=unit, quality=quality)
-    positives, centernesses = normalizers[0].clamp(min=1), normalizers[1].clamp(min=1e-6)
-    labels, ltrb, target = targets["labels"], outputs["ltrb"], targets["ltrb"]
-    positive, central = labels >= 0, centerness(target)
-    stride = {"pixel": 1, "stride": outputs["points"][:, 2:3]}[unit]
-    ltrb, target = ltrb / stride, target / stride  # exact: strides are powers of two
+    positives = normalizers[0].clamp(min=1)
+    centerness_sum = normalizers[1].clamp(min=1e-6)
+    labels = targets["labels"]
+    positive = labels >= 0
+
+    divisor = {"pixel": 1, "stride": outputs["points"][:, 2:3]}[unit]
+    predicted = outputs["ltrb"] / divisor  # exact: strides are powers of two
+    wanted = targets["ltrb"] / divisor
+
     if quality == "centerness":
-        learned, weight, normalizer = central, central, centernesses
+        # A location near the border of its box predicts a poor box, and its centerness will push
+        # its score down at test time: weighting by centerness spends the box loss where it counts.
+        wanted_quality = centerness(targets["ltrb"])
+        box_weight = wanted_quality
+        box_normalizer = centerness_sum
     elif quality == "iou":
-        learned = iou(ltrb.detach(), target).where(positive, 0)
-        weight, normalizer = positive.float(), positives
+        wanted_quality = iou(predicted.detach(), wanted).where(positive, 0)
+        box_weight = positive.float()
+        box_normalizer = positives
     else:
         raise NotImplementedError(f"quality {quality!r} has no branch in fcos_loss")
+
     cls = sigmoid_focal_loss(outputs["cls"].flatten(0, 1), labels.flatten())
-    box = iou_loss(ltrb.flatten(0, 1), target.flatten(0, 1), weight.flatten(), box_loss)
+    box = iou_loss(predicted.flatten(0, 1), wanted.flatten(0, 1), box_weight.flatten(), box_loss)
     ctr = F.binary_cross_entropy_with_logits(
-        outputs["ctr"], learned, weight=positive.float(), reduction="sum"
+        outputs["ctr"], wanted_quality, weight=positive.float(), reduction="sum"
     )
-    return {"cls": cls / positives, "box": box / normalizer, "ctr": ctr / positives}
+    return {"cls": cls / positives, "box": box / box_normalizer, "ctr": ctr / positives}
 
 
 # ---- the model ----------------------------------------------------------------------------------
 
-
-# How pixels enter a network and boxes leave it. This travels with weights, not with architecture.
-# Pixels: Caffe's ImageNet weights take BGR in 0..255 minus a mean, and their norms have no epsilon.
-# Boxes: the official FCOS learned inclusive ones (x2 = x + w - 1), to which decoding adds the
-# missing pixel. Locations lie at the "centre" of their cells, or in torchvision at the "corner".
-CONVENTION = dict(
-    bgr=True,
-    mean=(102.9801, 115.9465, 122.7717),
-    std=(1.0, 1.0, 1.0),
-    bn_eps=0.0,
-    inclusive=False,
-    grid="centre",
-    score="fcos",
-)
-
-CAFFE = {name: CONVENTION[name] for name in ("bgr", "mean", "std", "bn_eps")}
-
-MSRA = CAFFE | dict(mean=(103.53, 116.28, 123.675), bn_eps=1e-5)
-
-TORCH = dict(bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bn_eps=1e-5)
+# What weights expect of pixels and boxes. It belongs to the weights, not to the architecture.
+# The official FCOS was trained on inclusive boxes (x2 = x + w - 1),
+# so decoding adds the missing pixel. Locations lie at the "centre" of their cells, or, in
+# torchvision, at the "corner".
+CONVENTION = CAFFE | dict(inclusive=False, grid="centre", score="fcos")
 
 
-# What the families' weights expect of scores, by the convention "score". Of cls, the probability of
-# a class, and joint = cls * centerness: the threshold of a candidate and what it is compared with,
-# what the candidates of a level are ranked by, and the final score as a function of joint.
+class ScoreRule(NamedTuple):
+    """How a family of weights turns class probability and centerness into scores.
+
+    The functions take the probability of a class and its product with centerness, elementwise.
+    """
+
+    threshold: float  # of a candidate
+    compared: Callable  # what is compared with the threshold
+    ranked: Callable  # what candidates of a level are ranked by
+    final: Callable  # the score of a detection, from the product
+
+
+# Centerness multiplies the probability because a location far from the center of its object
+# predicts a worse box: its score drops, so that suppression keeps the better box of the object.
 SCORES = {
-    "fcos": (0.05, lambda cls, joint: cls, lambda cls, joint: joint, torch.sqrt),
-    "torchvision": (0.20, lambda cls, joint: joint.sqrt(), lambda cls, joint: joint, torch.sqrt),
-    "mmdetection": (0.05, lambda cls, joint: cls, lambda cls, joint: cls, torch.clone),
+    "fcos": ScoreRule(
+        threshold=0.05,
+        compared=lambda probability, product: probability,
+        ranked=lambda probability, product: product,
+        final=torch.sqrt,
+    ),
+    "torchvision": ScoreRule(
+        threshold=0.2,
+        compared=lambda probability, product: product.sqrt(),
+        ranked=lambda probability, product: product,
+        final=torch.sqrt,
+    ),
+    "mmdetection": ScoreRule(
+        threshold=0.05,
+        compared=lambda probability, product: probability,
+        ranked=lambda probability, product: probability,
+        final=torch.clone,
+    ),
 }
 
 
 def defaults(function):
-    """{keyword: default} of a function or class, of the keywords that have one."""
+    """Return {keyword: default} of the parameters of a function or class that have a default."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-class FCOS(nn.Module):
-    """Made by `build`, by `load`, or from a backbone of your own, FCOS(80, backbone=module), whose
-    pixels are then taken to be those of torchvision and timm: see set_convention.
+def changeable(keyword):
+    """Make a property of FCOS that reads one of its `keywords`, and checks and changes it."""
 
-    `keywords` holds all that it was built with, but the number of classes; `loss` the keywords of
-    fcos_loss, `classes` and `category_ids` the data set's, `test_size` (min_size, max_size) of
-    prediction in pixels, and `convention` (see CONVENTION) what the weights expect of pixels and
-    boxes. UserError names a keyword that does not fit, and the choices.
+    def read(model):
+        return model.keywords[keyword]
+
+    def change(model, value):
+        model.keywords = resolve(model.keywords | {keyword: value})
+
+    return property(read, change)
+
+
+class FCOS(nn.Module):
+    """The detector. Use `build` for a row of MODELS, `load` for a file, or pass a backbone.
+
+    `keywords` holds everything it was built with except the number of classes, `loss` the keywords
+    of fcos_loss, `classes` and `category_ids` those of the data set, and `convention` what the
+    weights expect of pixels and boxes (see CONVENTION). A backbone passed as a module may say which
+    pixels it expects (`convention`); otherwise torchvision's are assumed.
+
+    The keywords that decide how to resize and decode are attributes, too: setting
+    `model.nms_threshold = 0.5` changes every prediction from then on, and is saved with the model.
+
+    Raises UserError for a keyword that does not fit, with the choices.
     """
 
-    name = "FCOS"  # or the row of MODELS that it was made from
-    loss_keywords = list(defaults(fcos_loss))  # read now: what takes its place may have others
+    name = "FCOS"  # or the row of MODELS it was built from
+    loss_keywords = list(defaults(fcos_loss))  # read at import: fcos_loss may be replaced later
+    candidate_threshold = changeable("candidate_threshold")
+    topk = changeable("topk")
+    nms_threshold = changeable("nms_threshold")
+    max_detections = changeable("max_detections")
+    test_size = changeable("test_size")
 
     # fmt: off
     def __init__(
         self,
-        num_classes,            # without a background class (the official NUM_CLASSES has one)
-        backbone="resnet",      # one of BACKBONES, whose keywords follow at the end; or a module
-        frozen_stages=0,        # of the backbone that do not learn (FREEZE_CONV_BODY_AT)
-        imagenet=None,          # torchvision's name of the backbone, for --weights imagenet
-        channels=256,           # of pyramid and head (BACKBONE_OUT_CHANNELS)
-        levels=(3, 4, 5, 6, 7),  # of the pyramid; the stride of level n is 2**n (FPN_STRIDES)
-        ranges=RANGES,          # pixels of the largest distance between levels (SIZES_OF_INTEREST)
-        activation="relu",      # of the distances: "exp" or "relu" (the latter: NORM_REG_TARGETS)
-        unit="stride",          # of the distances in the box loss, or "pixel" (NORM_REG_TARGETS)
-        ctr_on="box",           # the tower that predicts centerness, or "cls" (CENTERNESS_ON_REG)
-        quality="centerness",   # what weighs scores, or "iou" (BOX_QUALITY)
-        radius=1.5,             # of center sampling, in strides; 0: none (CENTER_SAMPLING_RADIUS)
-        box_loss="giou",        # one of kernels.iou_loss.KINDS (IOU_LOSS_TYPE)
-        tower_dcn=False,        # the last convolution of both towers deformable (USE_DCN_IN_TOWER)
-        scales=True,            # a learned factor of the distances for each level (USE_SCALE)
-        grid="centre",          # of the locations in their cells, or torchvision's "corner"
-        test_size=(800, 1333),  # pixels in prediction (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST)
+        num_classes,             # without a background class (the official NUM_CLASSES has one)
+        backbone="resnet",       # one of BACKBONES, whose keywords follow at the end; or a module
+        frozen_stages=0,         # stages of the backbone that are frozen (FREEZE_CONV_BODY_AT)
+        imagenet=None,           # torchvision's name of the backbone, for --weights imagenet
+        channels=256,            # of pyramid and head (BACKBONE_OUT_CHANNELS)
+        levels=(3, 4, 5, 6, 7),  # of the pyramid; level n has a stride of 2**n (FPN_STRIDES)
+        ranges=None,             # pixels where one level ends (SIZES_OF_INTEREST); None: RANGES
+        activation="relu",       # of the distances: "exp", or "relu" (with NORM_REG_TARGETS)
+        unit="stride",           # of the distances in the box loss, or "pixel" (NORM_REG_TARGETS)
+        ctr_on="box",            # the tower that predicts centerness, or "cls" (CENTERNESS_ON_REG)
+        quality="centerness",    # what multiplies the scores, or "iou" (BOX_QUALITY)
+        radius=1.5,              # of center sampling, in strides; 0: none (CENTER_SAMPLING_RADIUS)
+        box_loss="giou",         # one of kernels.iou_loss.KINDS (IOU_LOSS_TYPE)
+        tower_dcn=False,         # last convolution of both towers deformable (USE_DCN_IN_TOWER)
+        scales=True,             # a learned factor of the distances for each level (USE_SCALE)
+        grid="centre",           # of the locations in their cells, or torchvision's "corner"
+        test_size=(800, 1333),   # pixels in prediction (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST)
+        candidate_threshold=None,  # least score of a candidate; None: see SCORES (INFERENCE_TH)
+        topk=1000,               # candidates kept on each level (PRE_NMS_TOP_N)
+        nms_threshold=0.6,       # IoU above which the lower score is removed (NMS_TH)
+        max_detections=100,      # of an image (TEST.DETECTIONS_PER_IMAGE)
         **backbone_keywords,
     ):
         # fmt: on
-        keywords = dict(locals())
+        given = {name: value for name, value in locals().items() if name in defaults(FCOS)}
         super().__init__()
-        given = {name: keywords[name] for name in defaults(FCOS)} | backbone_keywords
         passed = isinstance(backbone, nn.Module)
-        self.keywords = resolve(given | {"backbone": None if passed else backbone})
+        if passed:
+            given["backbone"] = None  # a module cannot be stored among the keywords
+        self.keywords = resolve(given | backbone_keywords)
         if num_classes < 1:
             raise UserError(f"num_classes {num_classes}: expected 1 or more")
-        if len(ranges) != len(levels) - 1:
-            raise UserError(f"ranges {ranges}: expected {len(levels) - 1}, one between two levels")
-        self.strides, self.ranges = tuple(2**level for level in levels), tuple(ranges)
+        self.num_classes = num_classes
+        self.strides = tuple(2**level for level in levels)
+        self.ranges = self.keywords["ranges"]
+        self.radius = radius
+        self.loss = {name: self.keywords[name] for name in self.loss_keywords}
+        self.classes = None
+        self.category_ids = None
+
         self.backbone = backbone if passed else BACKBONES[backbone](**backbone_keywords)
-        self.fpn = FPN(self.backbone.channels, channels, levels)
+        self.fpn = FPN(self.backbone.strides, self.backbone.channels, channels, levels)
         self.head = Head(channels, num_classes, self.strides, activation, ctr_on, tower_dcn, scales)
-        for module in [self.fpn, self.head] if passed else [self.backbone, self.fpn, self.head]:
-            module.initialize()
+        if not passed:
+            self.backbone.initialize()
+        self.fpn.initialize()
+        self.head.initialize()
         if frozen_stages:
             self.backbone.freeze(frozen_stages)
-
-        self.num_classes, self.radius = num_classes, radius
-        self.loss = {name: self.keywords[name] for name in self.loss_keywords}
-        self.classes = self.category_ids = None
-        self.test_size = tuple(test_size)
-        self.set_convention(grid=grid, **(TORCH if passed else {}))
-        self.to(memory_format=torch.channels_last)  # the layout convolutions are fastest in
+        pixels = getattr(self.backbone, "convention", TORCH)
+        self.set_convention(grid=grid, **pixels)
+        self.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
 
     def set_convention(self, **changes):
-        """Change what the weights expect of pixels and boxes: keywords of CONVENTION."""
-        for keyword, value in changes.items():
-            if keyword not in CONVENTION or type(value) is not type(CONVENTION[keyword]):
-                raise UserError(f"{keyword} {value!r}: expected it as in {CONVENTION}")
-        check_choices(**changes)
-        convention = {**CONVENTION, **getattr(self, "convention", {}), **changes}
-        for name, least, count in ("mean", 0, 3), ("std", 1e-6, 3), ("bn_eps", 0, 1):
-            values = np.ravel(convention[name])
-            if len(values) != count or not ((least <= values) & (values <= 1e6)).all():
-                raise UserError(f"{name} {values}: expected {count} numbers from {least} to 1e6")
-        self.convention = convention
+        """Change what the weights expect of pixels and boxes.
+
+        changes: entries of CONVENTION. Raises UserError for another entry, type or range.
+        """
+        self.convention = checked_convention(getattr(self, "convention", CONVENTION) | changes)
         for name in ("mean", "std"):
-            value = torch.tensor(convention[name]).view(3, 1, 1).to(next(self.parameters()))
+            value = torch.tensor(self.convention[name]).view(3, 1, 1).to(next(self.parameters()))
             self.register_buffer(f"pixel_{name}", value, persistent=False)
         for module in self.modules():
             if isinstance(module, FrozenBatchNorm2d):
                 module.eps = self.convention["bn_eps"]
 
     def normalize(self, images, sizes):
-        """uint8 RGB (B, 3, H, W) -> float32, less mean, over std, in the channel order of the
-        weights; the padding becomes 0 after that, which is grey, as in the official code."""
+        """Normalize uint8 RGB images (B, 3, H, W) to float32 in the channel order of the weights.
+
+        The padding, whatever lies beyond `sizes` (B, 2), becomes 0 after normalization, which is
+        grey, as in the official code.
+        """
         B, C, H, W = images.shape
         if self.convention["bgr"]:
             images = images.flip(1)
         images = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         h, w = torch.as_tensor(sizes, device=images.device).view(B, 2, 1, 1, 1).unbind(1)
-        y, x = (torch.arange(n, device=images.device) for n in (H, W))
-        return images.masked_fill_((y[:, None] >= h) | (x >= w), 0)
+        y = torch.arange(H, device=images.device)[:, None]
+        x = torch.arange(W, device=images.device)
+        return images.masked_fill_((y >= h) | (x >= w), 0)
 
     def points(self, hw, device=None) -> Tensor:
-        """The locations (P, 5) of a padded image of (height, width): see make_points."""
+        """Return the locations (P, 5) of a padded image of (height, width): see make_points."""
         return make_points(hw, self.strides, self.ranges, device, self.convention["grid"])
 
     def forward(self, images: Tensor, sizes: Tensor | None = None) -> dict:
-        """images: uint8 RGB (B, 3, H, W), with sizes (B, 2) where padded at the bottom and right;
-        or float, taken as normalised and padded already.
-        -> {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits, and what else
-            the head returns; "points": (P, 5), "levels": the number of locations of each level}
+        """Predict for every location, in training and evaluation alike.
+
+        images: uint8 RGB (B, 3, H, W), padded at the bottom and right if `sizes` (B, 2) are given;
+        or float, taken as normalized already.
+
+        Returns {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits, whatever
+        else the head returns, "points": (P, 5), "levels": the number of locations of each level}.
         """
         hw = images.shape[-2:]
         if not images.is_floating_point():
-            images = self.normalize(images, [hw] * len(images) if sizes is None else sizes)
+            if sizes is None:
+                sizes = [hw] * len(images)
+            images = self.normalize(images, sizes)
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        outputs = self.head(self.fpn(features))
         levels = [rows * columns for rows, columns in level_sizes(hw, self.strides)]
-        outputs = self.head(self.fpn(*features))
         return outputs | {"points": self.points(hw, images.device), "levels": levels}
 
-    def targets(self, hw, boxes: list[Tensor], labels: list[Tensor]) -> dict:
-        """What every location of a padded (height, width) batch is to learn.
+    def targets(self, hw, truths: list[dict]) -> dict:
+        """Return what every location of a padded (height, width) batch has to predict.
 
-        boxes, labels: B lists of (G, 4) xyxy pixels and (G,) int64, on the device of the result.
-        -> see `encode`. The rules of section 3.1 that pick the box stand in kernels/assign.py.
+        truths: for each image {"boxes": (G, 4) xyxy pixels, "labels": (G,) int64, further columns
+        (G, ...)} on the device of the result. See `encode` for the result; kernels/assign.py has
+        the rules of section 3.1 that choose the box of a location.
         """
+        boxes = [truth["boxes"] for truth in truths]
         points = self.points(hw, boxes[0].device)
-        return encode(points, boxes, labels, assign(points, boxes, self.radius))
+        return encode(points, truths, assign(points, boxes, self.radius))
 
-    def decode(self, outputs: dict, sizes: Tensor, candidate_threshold: float | None = None,
-               topk: int = 1000, nms_threshold: float = 0.6, max_detections: int = 100):
-        """Boxes of the outputs of `forward`, in shapes that never depend on their values.
+    def decode(self, outputs: dict, sizes: Tensor) -> dict:
+        """Turn the outputs of `forward` into detections, in shapes that never depend on values.
 
-        On every level the (location, class) pairs of class probability over `candidate_threshold`
-        (0.05) compete by probability times centerness, and `topk` remain; non-maximum suppression
-        within a class over all levels leaves `max_detections` (section 3.3).
-        -> boxes (B, D, 4) xyxy pixels of the padded image, clipped to its size; scores (B, D) =
-           sqrt(probability * centerness), falling; labels (B, D). 0, -inf and -1 where none is left
-        Weights of torchvision and mmdetection bring other customs along: see SCORES. (mmdetection's
-        plain configurations also ask for nms_threshold=0.5.)
+        On each level the `topk` best candidates remain; `suppress` then leaves `max_detections`
+        over all levels (section 3.3).
+
+        Returns {"boxes": (B, D, 4) xyxy pixels of the padded image, clipped to `sizes`; "scores":
+        (B, D), falling; "labels": (B, D); and every further output (B, P, ...) of the head, taken
+        at the location of the detection, (B, D, ...)}. Rows after the last detection are padding:
+        boxes 0, scores -inf, labels -1.
         """
-        threshold, compared, ranked_by, final_score = SCORES[self.convention["score"]]
-        threshold = threshold if candidate_threshold is None else candidate_threshold
-        cls, ctr = outputs["cls"].float().sigmoid(), outputs["ctr"].float().sigmoid()
-        joint = cls * ctr[..., None]
-        B, P, K = cls.shape
+        candidates = self.candidates(outputs, sizes)
+        keep, scores = self.suppress(*(candidates[n] for n in ("boxes", "scores", "labels")))
+        return select(candidates, keep, scores)
 
-        # ---- the best pairs of every level
-        ranking = ranked_by(cls, joint).where(compared(cls, joint) > threshold, -math.inf)
-        pairs, first = [], 0
-        for level in ranking.split(outputs["levels"], 1):
-            pairs.append(level.flatten(1).topk(min(topk, level[0].numel())).indices + first * K)
-            first += level.shape[1]
-        pairs = torch.cat(pairs, 1)
-        candidate = ranking.flatten(1).gather(1, pairs) > -math.inf
-        scores, labels = joint.flatten(1).gather(1, pairs), pairs % K
+    def candidates(self, outputs: dict, sizes: Tensor) -> dict:
+        """Return the best (location, class) pairs of every level as boxes, without suppression.
 
-        # ---- their boxes, clipped to the image
-        points, row = outputs["points"], pairs // K
-        ltrb = outputs["ltrb"].float().gather(1, row[..., None].expand(-1, -1, 4))
+        The result is that of `decode` with N candidates instead of D detections, level by level;
+        a score of -inf marks one below the threshold or without area inside its image.
+        """
+        rule = SCORES[self.convention["score"]]
+        threshold = rule.threshold
+        if self.candidate_threshold is not None:
+            threshold = self.candidate_threshold
+        location, labels, product = best_pairs(
+            outputs["cls"], outputs["ctr"], outputs["levels"], rule, threshold, self.topk
+        )
+        ltrb = outputs["ltrb"].float().gather(1, location[..., None].expand(-1, -1, 4))
+        boxes = self.boxes_at(outputs["points"][location], ltrb, sizes)
+        x1, y1, x2, y2 = boxes.unbind(-1)
+        valid = (product >= 0) & (x2 > x1) & (y2 > y1)  # false for NaN, too
+        scores = rule.final(product.clamp(min=0)).where(valid, -math.inf)
+        image = torch.arange(len(location), device=location.device)[:, None]
+        further = {
+            name: output[image, location]
+            for name, output in outputs.items()
+            if name not in ("cls", "ltrb", "ctr", "points", "levels")
+        }
+        return {"boxes": boxes, "scores": scores, "labels": labels} | further
+
+    def boxes_at(self, points, ltrb, sizes):
+        """Return the boxes (B, N, 4) of points (B, N, 5) and distances, clipped to sizes."""
         left, top, right, bottom = ltrb.unbind(-1)
-        x, y, extra = points[row, 0], points[row, 1], float(self.convention["inclusive"])
-        h, w = torch.as_tensor(sizes, device=cls.device).float().view(B, 2, 1).unbind(1)
+        x, y = points[..., 0], points[..., 1]
+        extra = float(self.convention["inclusive"])  # see CONVENTION
+        sizes = torch.as_tensor(sizes, device=ltrb.device).float()
+        h, w = sizes.view(len(ltrb), 2, 1).unbind(1)
         x1 = torch.minimum((x - left).clamp(min=0), w - extra)
         y1 = torch.minimum((y - top).clamp(min=0), h - extra)
         x2 = torch.minimum((x + right + extra).clamp(min=extra), w)
         y2 = torch.minimum((y + bottom + extra).clamp(min=extra), h)
-        boxes = torch.stack([x1, y1, x2, y2], -1)
-        candidate &= (x2 > x1) & (y2 > y1)  # not beyond the border, and not NaN
-        scores = scores.where(candidate, -math.inf)
+        return torch.stack([x1, y1, x2, y2], -1)
 
-        # ---- the best boxes of the image, without those that repeat a better one
-        keep = nms(boxes, scores, labels, nms_threshold, max_detections)
-        found, keep = keep >= 0, keep.clamp(min=0)
-        boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)).where(found[..., None], 0)
-        scores = final_score(scores.gather(1, keep).clamp(min=0)).where(found, -math.inf)
-        return boxes, scores, labels.gather(1, keep).where(found, -1)
+    def suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the detections among candidates: greedy non-maximum suppression in each class.
 
-    def detect(self, outputs: dict, sizes: Tensor, score_threshold: float = 0.0,
-               **thresholds) -> list[dict]:
-        """`decode` as torchvision's list of {"boxes" (D, 4), "scores" (D,), "labels" (D,)}, only as
-        long as there are detections of at least `score_threshold`; `thresholds` are keywords of
-        decode. Waits for the device; decode does not."""
-        return as_list(self.decode(outputs, sizes, **thresholds), score_threshold)
+        All predictions pass through this method, whatever they are made of: replace it for another
+        suppression, such as Soft-NMS, which also changes the scores.
+
+        boxes (B, N, 4) xyxy pixels, scores (B, N), -inf for padding, labels (B, N).
+        Returns the candidates that remain, int64 (B, D), best first and then -1, and their scores
+        (B, D), -inf where there is none.
+        """
+        keep = nms(boxes, scores, labels, self.nms_threshold, self.max_detections)
+        return keep, scores.gather(1, keep.clamp(min=0)).where(keep >= 0, -math.inf)
+
+    def detect(self, outputs: dict, sizes: Tensor, score_threshold: float = 0.0) -> list[dict]:
+        """Return `decode` as a list with one dict per image, without padding.
+
+        Detections that score less than `score_threshold` are left out. This waits for the GPU;
+        decode does not.
+        """
+        return as_list(self.decode(outputs, sizes), score_threshold)
 
     def rescale(self, boxes, size, hw):
-        """Boxes (D, 4) in pixels of an image of `size` (height, width) -> of that image at `hw`.
-        Where the weights know inclusive boxes, the pixel that decoding added is one of `hw`'s:
-        taken off before the scaling and added after, as the official code does."""
+        """Scale boxes (D, 4) from an image of `size` (height, width) to the same image at `hw`.
+
+        For weights with inclusive boxes, the pixel that decoding added belongs to `hw`: it is taken
+        off before scaling and added afterwards, as in the official code.
+        """
         extra = torch.tensor([0.0, 0.0, 1.0, 1.0]) * self.convention["inclusive"]
-        (h, w), (new_h, new_w) = map(float, size), map(float, hw)
-        scale = torch.tensor([new_w / w, new_h / h, new_w / w, new_h / h])
-        return (boxes - extra) * scale + extra
+        scale_x = float(hw[1]) / float(size[1])
+        scale_y = float(hw[0]) / float(size[0])
+        return (boxes - extra) * torch.tensor([scale_x, scale_y, scale_x, scale_y]) + extra
 
-    @torch.no_grad()
-    def predict(self, images, min_size: int | None = None, max_size: int | None = None,
-                score_threshold: float = 0.0, batch_size: int = 1, graph: bool = False,
-                **thresholds) -> list[dict]:
-        """Detections in pixels of the given images.
+    def predict(
+        self,
+        images,
+        min_size: int | None = None,
+        max_size: int | None = None,
+        score_threshold: float = 0.0,
+        batch_size: int = 1,
+        graph: bool = False,
+        tta: bool = False,
+    ) -> list[dict]:
+        """Detect objects in images of any size; returns one dict per image, on the CPU.
 
-        images: one or an iterable of paths, PIL images, RGB uint8 arrays (H, W, 3) or RGB uint8
-        tensors (3, H, W). min_size, max_size: pixels to resize to, by default `test_size`.
-        score_threshold: leaves out what scores less; thresholds: keywords of `decode`.
-        batch_size: images that follow one another go together if they are padded to one size.
-        graph: run as CUDA graphs on a GPU, see `replay`: for many images of few sizes.
-        -> a list of {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)} on the CPU, always a list
+        images: one, or an iterable of paths, PIL images, RGB uint8 arrays (H, W, 3) or RGB uint8
+        tensors (3, H, W). min_size, max_size: resize to these pixels instead of `test_size`.
+        score_threshold: leave out detections that score less. batch_size: consecutive images that
+        are padded to one size run together. graph: replay CUDA graphs on a GPU, see `replay`.
+        tta: test-time augmentation with 18 views, see `predict_views`.
+
+        Returns [{"boxes": (D, 4) xyxy pixels of the image, "scores": (D,), "labels": (D,), and
+        every further output of the head, (D, ...)}], always a list.
         """
         images = [images] if isinstance(images, ONE_IMAGE) else images
-        min_size, max_size = min_size or self.test_size[0], max_size or self.test_size[1]
-        device, results = self.pixel_mean.device, []
-        detect = Deployed(self, **thresholds).forward
-        detect = replay(detect) if graph and device.type == "cuda" else detect
-        with inference(self):
-            images = ((image, resized_hw(*image.shape[-2:], min_size, max_size))
-                      for image in map(as_image, images))
-            for _, alike in groupby(images, lambda image: padded_hw([image[1]])):
-                while chunk := list(islice(alike, max(batch_size, 1))):
-                    batch, sizes = pad_batch([resize(image, size) for image, size in chunk])
-                    decoded = [x.cpu() for x in detect(batch.to(device), sizes.to(device))]
-                    for (image, size), found in zip(chunk, as_list(decoded, score_threshold)):
-                        found["boxes"] = self.rescale(found["boxes"], size, image.shape[-2:])
-                        results.append(found)
-        return results
+        test_size = min_size or self.test_size[0], max_size or self.test_size[1]
+        if tta:
+            return predict_views(self, images, test_size, score_threshold)
+        return predict_images(self, images, test_size, score_threshold, batch_size, graph)
 
-    def predict_tta(self, images, nms_threshold: float = 0.6, max_detections: int = 100):
-        """`predict` with the official test-time augmentation: an image is seen at `test_size` and
-        eight other sizes (of 800: 400, 500, ..., 1200), each time mirrored, too. What all views
-        find, before any suppression, competes in one, in pixels of the first."""
-        results, device, (short, long) = [], self.pixel_mean.device, self.test_size
-        sizes = [(max(short * n // 8, 1), round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
-        for image in map(as_image, [images] if isinstance(images, ONE_IMAGE) else images):
-            (H, W), views = image.shape[1:], []
-            for size in [self.test_size, *sizes]:
-                views += self.predict([image, image.flip(2)], *size, batch_size=2,
-                                      nms_threshold=1, max_detections=5000)
-                x1, y1, x2, y2 = views[-1]["boxes"].unbind(1)
-                pixel = W / resized_hw(H, W, *size)[1]  # the view's; inclusive boxes end at W - it
-                right = W + (1 - pixel) * self.convention["inclusive"]
-                views[-1]["boxes"] = torch.stack([right - x2, y1, right - x1, y2], 1)
-            found = {name: torch.cat([view[name] for view in views]) for name in views[0]}
-            seen = self.rescale(found["boxes"], (H, W), resized_hw(H, W, *self.test_size))
-            args = (x[None].to(device) for x in (seen, found["scores"], found["labels"]))
-            keep = batched_nms(*args, nms_threshold, max_detections)[0].cpu()
-            results.append({name: values[keep[keep >= 0]] for name, values in found.items()})
-        return results
+
+def best_pairs(cls, ctr, levels, rule, threshold, topk):
+    """Choose the `topk` best (location, class) pairs of each level.
+
+    cls (B, P, K) and ctr (B, P) are logits, levels the number of locations of each level, rule a
+    ScoreRule. The best pairs lie among the `topk` locations with the best class, because the
+    centerness of a location is the same for all of its classes. Ranking locations first avoids
+    sorting, and computing probabilities for, all P * K pairs.
+
+    Returns location (B, N), label (B, N) and the product of probability and centerness (B, N),
+    which is -inf for pairs that do not exceed the threshold.
+    """
+
+    def rank(probability, centerness):
+        product = probability * centerness
+        passed = rule.compared(probability, product) > threshold
+        return rule.ranked(probability, product).where(passed, -math.inf), product
+
+    image = torch.arange(len(cls), device=cls.device)[:, None]
+    locations, labels, products = [], [], []
+    first = 0
+    for count in levels:
+        logits = cls[:, first : first + count]
+        centerness = ctr[:, first : first + count].float().sigmoid()
+        best_class = logits.amax(2).float().sigmoid()
+        ranking, _ = rank(best_class, centerness)
+        location = ranking.topk(min(topk, count)).indices
+        probability = logits[image, location].float().sigmoid()
+        ranking, product = rank(probability, centerness.gather(1, location)[..., None])
+        ranking = ranking.flatten(1)
+        best, pair = ranking.topk(min(topk, ranking.shape[1]))
+        locations.append(location.gather(1, pair // cls.shape[2]) + first)
+        labels.append(pair % cls.shape[2])
+        product = product.flatten(1).gather(1, pair)
+        products.append(product.where(best > -math.inf, -math.inf))
+        first += count
+    return torch.cat(locations, 1), torch.cat(labels, 1), torch.cat(products, 1)
+
+
+def select(candidates, keep, scores):
+    """Return the rows `keep` (B, D) of candidates (B, N, ...) with these scores; -1 is padding."""
+    image = torch.arange(len(keep), device=keep.device)[:, None]
+    detections = {}
+    for name, values in candidates.items():
+        kept = values[image, keep.clamp(min=0)]
+        found = (keep >= 0).reshape(*keep.shape, *[1] * (kept.ndim - 2))
+        detections[name] = kept.where(found, -1 if name == "labels" else 0)
+    return detections | {"scores": scores}
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -901,8 +1231,20 @@ CHOICES = dict(
     unit=("pixel", "stride"),
     grid=GRIDS,
     score=SCORES,
-    levels=((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)),
 )
+
+
+def checked_convention(convention):
+    """Return `convention`. Raises UserError for an unknown entry, another type, or a bad value."""
+    for keyword, value in convention.items():
+        if keyword not in CONVENTION or type(value) is not type(CONVENTION[keyword]):
+            raise UserError(f"{keyword} {value!r}: expected it as in {CONVENTION}")
+    check_choices(**convention)
+    for name, least, count in ("mean", 0, 3), ("std", 1e-6, 3), ("bn_eps", 0, 1):
+        values = np.ravel(convention[name])
+        if len(values) != count or not ((least <= values) & (values <= 1e6)).all():
+            raise UserError(f"{name} {values}: expected {count} numbers from {least} to 1e6")
+    return convention
 
 
 def check_choices(**keywords):
@@ -914,40 +1256,70 @@ def check_choices(**keywords):
 
 
 def resolve(keywords: dict) -> dict:
-    """All keywords of FCOS and of the backbone that `keywords` names, those not given at their
-    defaults: with the number of classes, all it takes to build the same model again, whatever
-    becomes of MODELS. UserError for an unknown keyword or a value of another type."""
+    """Return all keywords of FCOS and of the backbone that `keywords` names, checked.
+
+    Keywords that are not given get their defaults. With the number of classes, the result is all
+    it takes to build the same model again, whatever becomes of MODELS.
+
+    Raises UserError for an unknown keyword or a value that does not fit.
+    """
     known = defaults(FCOS)
-    name = keywords.get("backbone", known["backbone"])
-    if name is not None:
-        if name not in BACKBONES:
-            raise UserError(f"backbone {name!r}: expected one of {', '.join(BACKBONES)}")
-        known |= defaults(BACKBONES[name])
+    backbone = keywords.get("backbone", known["backbone"])
+    if backbone is not None:  # None: a module was passed to FCOS
+        if backbone not in BACKBONES:
+            raise UserError(f"backbone {backbone!r}: expected one of {', '.join(BACKBONES)}")
+        known |= defaults(BACKBONES[backbone])
     for keyword, value in keywords.items():
         if keyword not in known:
             raise UserError(f"keyword {keyword!r}: expected one of {', '.join(known)}")
-        default, value = known[keyword], tuple(value) if isinstance(value, list) else value
+        if isinstance(value, list):
+            value = tuple(value)
+        default = known[keyword]
         kinds = (float, int) if isinstance(default, float) else type(default)
         fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
         if isinstance(value, (int, float)):
             fits &= value >= 0  # and not NaN
-        own = keyword == "backbone" and value is None  # a module that was passed to FCOS
-        if default is not None and not fits and not own:
+        custom_backbone = keyword == "backbone" and value is None
+        if default is not None and not fits and not custom_backbone:
             raise UserError(f"{keyword} {value!r}: expected a value like {default!r}")
         known[keyword] = value
+    if known["ranges"] is None:
+        if known["levels"] != defaults(FCOS)["levels"]:
+            raise UserError(f"levels {known['levels']}: expected ranges with them, found none")
+        known["ranges"] = RANGES
+    if len(known["ranges"]) != len(known["levels"]) - 1:
+        expected = len(known["levels"]) - 1
+        raise UserError(f"ranges {known['ranges']}: expected {expected}, one between two levels")
     check_choices(**known)
     return known
 
 
-def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
-    """A new model of the row `name` of MODELS, randomly initialised; never downloads.
+def model_keywords(name: str, overrides: dict) -> dict:
+    """Return the resolved keywords of the row `name` of MODELS with `overrides` in their place.
 
-    overrides: keywords of FCOS and of the row's backbone that replace the row's, such as
-    norm="gn", frozen_stages=0. UserError, a ValueError, lists the choices.
+    Raises UserError for an unknown row or keyword, and for levels that are not the row's if no
+    ranges come with them: those of the row would silently belong to other levels.
     """
     if name not in MODELS:
         raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
-    model = FCOS(num_classes, **resolve(MODELS[name] | overrides))
+    row = resolve(MODELS[name])
+    levels = tuple(overrides.get("levels", row["levels"]))
+    if levels != row["levels"] and "ranges" not in overrides:
+        raise UserError(
+            f"levels {levels}: expected ranges with them, the {len(levels) - 1} largest distances "
+            f"between two levels in pixels; the row {name} has levels {row['levels']} and ranges "
+            f"{row['ranges']}"
+        )
+    return resolve(MODELS[name] | overrides)
+
+
+def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
+    """Build the model of the row `name` of MODELS with random weights; never downloads.
+
+    overrides: keywords of FCOS and of the row's backbone that replace the row's, such as
+    norm="gn", frozen_stages=0. Raises UserError, a ValueError, with the choices.
+    """
+    model = FCOS(num_classes, **model_keywords(name, overrides))
     model.name = name
     return model
 
@@ -1012,52 +1384,152 @@ def as_image(source):
     )
 
 
+INFERENCE_LOCK = threading.RLock()  # of all models: a lock inside a model could not be copied
+
+
 @contextlib.contextmanager
 def inference(model):
-    """The model in eval mode, its norms of constant statistics folded into the weights, and these
-    cast as autocast would, once. Meanwhile no weight may change and no other call begin or end."""
-    training, kind = model.training, model.pixel_mean.device.type
-    layers = [layer for layer in model.modules() if isinstance(layer, ConvNorm)]
-    layers = [layer for layer in layers if getattr(layer.norm, "running_var", None) is not None]
-    try:
-        for layer in layers:
-            cast = torch.is_autocast_enabled(kind) and not isinstance(layer.conv, DeformConv)
-            dtype = torch.get_autocast_dtype(kind) if cast else layer.conv.weight.dtype
-            layer.folded = [x.to(dtype) for x in layer.fold()]
-        model.eval()
-        yield
-    finally:
-        model.train(training)
-        for layer in layers:
-            layer.folded = None
+    """Switch to eval mode and fold frozen norms into the convolutions, at autocast's precision.
+
+    Do not change weights inside this context. Threads wait for each other; at the end every
+    submodule gets its own training flag back.
+    """
+    with INFERENCE_LOCK:
+        training = {module: module.training for module in model.modules()}
+        layers = [layer for layer in model.modules() if isinstance(layer, ConvNorm)]
+        layers = [layer for layer in layers if getattr(layer.norm, "running_var", None) is not None]
+        device_type = model.pixel_mean.device.type
+        try:
+            for layer in layers:
+                dtype = layer.conv.weight.dtype
+                if torch.is_autocast_enabled(device_type) and not isinstance(
+                    layer.conv, DeformConv
+                ):
+                    dtype = torch.get_autocast_dtype(device_type)
+                layer.folded = [x.to(dtype) for x in layer.fold()]
+            model.eval()
+            yield
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+            for layer in layers:
+                layer.folded = None
+
+
+def predict_images(model, images, test_size, score_threshold, batch_size=1, graph=False):
+    """Run `FCOS.predict` with one view of each image."""
+    device = model.pixel_mean.device
+    run = Deployed(model).forward
+    if graph and device.type == "cuda":
+        run = replay(run)
+    results = []
+    with inference(model):
+        sized = (
+            (image, resized_hw(*image.shape[-2:], *test_size)) for image in map(as_image, images)
+        )
+        for _, alike in groupby(sized, lambda pair: padded_hw([pair[1]])):
+            while chunk := list(islice(alike, max(batch_size, 1))):
+                batch, sizes = pad_batch([resize(image, size) for image, size in chunk])
+                detections = run(batch.to(device), sizes.to(device))
+                detections = {name: values.cpu() for name, values in detections.items()}
+                for (image, size), found in zip(chunk, as_list(detections, score_threshold)):
+                    found["boxes"] = model.rescale(found["boxes"], size, image.shape[-2:])
+                    results.append(found)
+    return results
+
+
+# How each column of the detections on a mirrored image becomes that on the image itself, given the
+# x coordinate at which the mirrored image's left border lies. A column without a rule is refused.
+UNMIRROR = {
+    "boxes": lambda boxes, right: torch.stack(
+        [right - boxes[:, 2], boxes[:, 1], right - boxes[:, 0], boxes[:, 3]], 1
+    ),
+    "scores": lambda scores, right: scores,
+    "labels": lambda labels, right: labels,
+}
+
+
+def predict_views(model, images, test_size, score_threshold):
+    """Run `FCOS.predict` with the official test-time augmentation.
+
+    An image is seen at `test_size` and at eight other sizes (of 800: 400, 500, ..., 1200), each
+    time mirrored, too. The candidates of all views compete in one suppression, in pixels of the
+    first view.
+    """
+    short, long = test_size
+    sizes = [test_size]
+    sizes += [(max(short * n // 8, 1), round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
+    results = []
+    with torch.no_grad(), inference(model):
+        for image in map(as_image, images):
+            found = collect_views(model, image, sizes)
+            first_hw = resized_hw(*image.shape[-2:], *test_size)
+            seen = model.rescale(found["boxes"], image.shape[-2:], first_hw)
+            device = model.pixel_mean.device
+            columns = seen, found["scores"], found["labels"]
+            keep, scores = model.suppress(*(column[None].to(device) for column in columns))
+            merged = select({name: x[None] for name, x in found.items()}, keep.cpu(), scores.cpu())
+            results += as_list(merged, score_threshold)
+    return results
+
+
+def collect_views(model, image, sizes):
+    """Return the candidates of `image` at all `sizes`, plain and mirrored, in its own pixels."""
+    height, width = image.shape[-2:]
+    views = []
+    for test_size in sizes:
+        size = resized_hw(height, width, *test_size)
+        resized = resize(image, size)
+        batch, batch_sizes = pad_batch([resized, resize(image.flip(2), size)])
+        batch = batch.to(model.pixel_mean.device)
+        candidates = model.candidates(model(batch, batch_sizes), batch_sizes)
+        candidates = {name: values.float().cpu() for name, values in candidates.items()}
+        for mirrored in (False, True):
+            view = {name: values[int(mirrored)] for name, values in candidates.items()}
+            view["boxes"] = model.rescale(view["boxes"], size, (height, width))
+            if mirrored:
+                pixel = width / size[1]  # one pixel of the view; inclusive boxes end at W - pixel
+                right = width + (1 - pixel) * model.convention["inclusive"]
+                unknown = view.keys() - UNMIRROR.keys()
+                if unknown:
+                    raise UserError(f"output {min(unknown)}: expected a rule in fcos.UNMIRROR")
+                view = {name: UNMIRROR[name](values, right) for name, values in view.items()}
+            view["labels"] = view["labels"].long()
+            views.append(view)
+    return {name: torch.cat([view[name] for view in views]) for name in views[0]}
 
 
 def as_list(detections, score_threshold):
-    """The batch of `FCOS.decode` as a list of dicts without what scores less: see FCOS.detect."""
+    """Split the batch of `FCOS.decode` into one dict per image, without padding and low scores."""
     results = []
-    for boxes, scores, labels in zip(*detections):
-        D = int(((labels >= 0) & (scores >= score_threshold)).sum())
-        results.append({"boxes": boxes[:D], "scores": scores[:D], "labels": labels[:D]})
+    for b in range(len(detections["scores"])):
+        found = detections["labels"][b] >= 0
+        count = int((found & (detections["scores"][b] >= score_threshold)).sum())
+        results.append({name: values[b, :count] for name, values in detections.items()})
     return results
 
 
 def replay(function):
-    """`function`, of tensors on a CUDA device, as CUDA graphs: the first call with tensors of some
-    shapes captures its kernels and keeps the tensors, later ones fill them and launch the kernels
-    at once. A call overwrites the result of the one before. For torch.no_grad()."""
-    graphs, memory = {}, torch.cuda.graph_pool_handle()  # one memory, since they run in turn
+    """Return `function` of CUDA tensors as one that replays CUDA graphs.
+
+    The first call with tensors of some shapes records its kernels; later calls with these shapes
+    launch them all at once. A call overwrites the result of the one before. Use it under
+    torch.no_grad().
+    """
+    graphs = {}
+    memory = torch.cuda.graph_pool_handle()  # shared, because the graphs run in turn
 
     def run(*inputs):
-        kinds = tuple((x.shape, x.dtype) for x in inputs)
-        if kinds not in graphs:  # casts in autocast's cache would not be captured
+        shapes = tuple((x.shape, x.dtype) for x in inputs)
+        if shapes not in graphs:
+            autocast = torch.is_autocast_enabled("cuda")
+            # casts that autocast has cached would not be recorded
             with (
                 torch.cuda.device_of(inputs[0]),
-                torch.autocast(
-                    "cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False
-                ),
+                torch.autocast("cuda", enabled=autocast, cache_enabled=False),
             ):
-                graphs[kinds] = torch.cuda.make_graphed_callables(function, inputs, pool=memory)
-        return graphs[kinds](*inputs)
+                graphs[shapes] = torch.cuda.make_graphed_callables(function, inputs, pool=memory)
+        return graphs[shapes](*inputs)
 
     return run
 
@@ -1104,17 +1576,8 @@ def read_checkpoint(path):
 
 
 def stored_keywords(content: dict) -> dict:
-    """The keywords that the model of one of our checkpoints was built with. Files from before these
-    were stored hold the name of a row and the keywords that overrode it."""
-    if "keywords" in content:
-        return resolve(dict(content["keywords"]))
-    overrides = {{"iou": "box_loss"}.get(k, k): v for k, v in content["overrides"].items()}
-    if "dcn" in overrides:
-        overrides["tower_dcn"] = bool(overrides["dcn"])
-    if content["name"] not in MODELS:
-        raise UserError(f"the file is of {content['name']}, a row that MODELS no longer has")
-    size = {"test_size": content.get("test_size", (800, 1333))}
-    return resolve(MODELS[content["name"]] | overrides | size)
+    """Return the resolved keywords of the model in one of our checkpoints."""
+    return resolve(dict(content["keywords"]))
 
 
 def checkpoint(model: "FCOS") -> dict:
@@ -1126,7 +1589,6 @@ def checkpoint(model: "FCOS") -> dict:
         "classes",
         "category_ids",
         "convention",
-        "test_size",
     )
     return {name: getattr(model, name) for name in names} | {"model": model.state_dict()}
 
@@ -1168,7 +1630,7 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
     _, content, state, family, mark = weights = open_weights(path)
     if family not in DETECTORS:
         raise UserError(f"{path}: is an ImageNet classifier, as {mark} tells, and no detector")
-    if "test_size" not in content:  # not ours, or no more than a state dict
+    if "keywords" not in content:  # not ours, or only a state dict
         if family == "torchvision":
             name = name or "fcos_torchvision_R_50_FPN"
         if name is None:
@@ -1189,7 +1651,7 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
             keywords = keywords | {"backbone": backbone}
         model = FCOS(K := content["num_classes"], **keywords)
         model.name = content["name"]
-        for name, length in ("classes", K), ("category_ids", K), ("test_size", 2):
+        for name, length in ("classes", K), ("category_ids", K):
             value = content[name]
             if value is not None and (not isinstance(value, (list, tuple)) or len(value) != length):
                 raise UserError(f"{name} {value!r:.99}: expected {length} of them")
@@ -1549,15 +2011,18 @@ def _(boxes, scores, labels, iou_threshold, max_detections):
 
 
 class Deployed(nn.Module):
-    """What is exported, or captured: images uint8 (B, 3, H, W) RGB, padded at the bottom and right,
-    and their sizes int64 (B, 2) before that -> boxes, scores, labels of `FCOS.decode`."""
+    """The part of prediction that is exported, or recorded as a CUDA graph.
 
-    def __init__(self, model: "FCOS", **thresholds):
+    Images uint8 RGB (B, 3, H, W), padded at the bottom and right, and their sizes int64 (B, 2)
+    before padding become the detections of `FCOS.decode`.
+    """
+
+    def __init__(self, model: "FCOS"):
         super().__init__()
-        self.model, self.thresholds = model, thresholds
+        self.model = model
 
-    def forward(self, images: Tensor, sizes: Tensor):
-        return self.model.decode(self.model(images, sizes), sizes, **self.thresholds)
+    def forward(self, images: Tensor, sizes: Tensor) -> dict:
+        return self.model.decode(self.model(images, sizes), sizes)
 
 
 def export_onnx(model: "FCOS", path, height: int, width: int):
@@ -1587,11 +2052,13 @@ def export_onnx(model: "FCOS", path, height: int, width: int):
         torch.zeros(2, 3, height, width, dtype=torch.uint8, device=device),
         torch.tensor([[height, width]] * 2, device=device),
     )
+    with torch.no_grad():
+        output_names = list(Deployed(model).eval()(*example))
     program = torch.onnx.export(
         Deployed(model).eval(),
         example,
         input_names=["images", "sizes"],
-        output_names=["boxes", "scores", "labels"],
+        output_names=output_names,
         dynamo=True,
         verbose=False,
         dynamic_shapes={"images": {0: B}, "sizes": {0: B}},

@@ -211,14 +211,10 @@ def resolve(args):
     settings |= {name: str(path) for name, path in zip(names, paths)}
     for name in ("ema", "seed", "precision", "negatives", "augment"):
         settings[name] = getattr(args, name)
-    if settings["model"] not in fcos.MODELS:
-        raise UserError(
-            f"recipe {args.recipe}: its model {settings['model']!r} is no row of fcos.MODELS"
-        )
-    keywords = fcos.MODELS[settings["model"]] | dict(args.set)
-    if "test_size" not in keywords:  # as it is trained
-        keywords["test_size"] = max(settings["min_size"]), settings["max_size"]
-    keywords = fcos.resolve(keywords)
+    overrides = dict(args.set)
+    if "test_size" not in fcos.MODELS.get(settings["model"], {}) | overrides:  # as it is trained
+        overrides["test_size"] = max(settings["min_size"]), settings["max_size"]
+    keywords = fcos.model_keywords(settings["model"], overrides)
     assert not (both := keywords.keys() & settings.keys()), f"{both}: names of settings, too"
     return settings | {"keywords": keywords}
 
@@ -289,53 +285,120 @@ class TrainBatches(Dataset):
         return len(self.group) * self.micro_batches
 
     def __getitem__(self, item):
-        """-> images uint8 (b, 3, H, W), sizes (b, 2), boxes (sum of G, 4) xyxy pixels, labels (sum
-        of G,) and the list of the b numbers of boxes G. UserError names an unreadable image."""
+        """Return a micro-batch of this rank, with the boxes of its b images concatenated.
+
+        {"images": uint8 (b, 3, H, W), "sizes": (b, 2), "counts": the b numbers of boxes, "boxes":
+        (sum of G, 4) xyxy pixels, "labels": (sum of G,), and every further column}. Raises
+        UserError, naming the image, if one cannot be read or an augmentation spoils it.
+        """
         step, m = divmod(item, self.micro_batches)
-        plan, samples = self.plan(step), []
-        first, every = m * self.world_size + self.rank, self.world_size * self.micro_batches
+        plan = self.plan(step)
+        first = m * self.world_size + self.rank
+        every = self.world_size * self.micro_batches
+        samples = []
         for slot in range(first, self.batch_size, every):
-            row, hw = plan.rows[slot], plan.sizes[slot]
+            row = plan.rows[slot]
+            sample = self.dataset.sample(row, plan.sizes[slot])
             change = augment_more if self.more else augment
-            sample = self.dataset.sample(row, hw)
-            image, box, label = change(*sample, self.rng("augment", step, slot))
-            good = (box[:, 2:] > box[:, :2]).all() and ((0 <= label) & (label < self.classes)).all()
-            if image.dtype != torch.uint8 or len(box) != len(label) or not good:
-                made = f"{image.dtype} pixels, boxes {box.tolist()} and labels {label.tolist()}"
-                raise UserError(f"{self.dataset.path(row)}: augment made {made:.300}")
-            samples.append((image, box, label))
-        images, boxes, labels = zip(*samples)
-        counts = [len(label) for label in labels]
-        batch = fcos.pad_batch(images, plan.padded_hw)
-        return *batch, torch.cat(boxes), torch.cat(labels), counts
+            sample = change(sample, self.rng("augment", step, slot))
+            self.check(sample, self.dataset.path(row))
+            samples.append(sample)
+        images, sizes = fcos.pad_batch([sample.pop("image") for sample in samples], plan.padded_hw)
+        columns = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+        counts = [len(sample["labels"]) for sample in samples]
+        return {"images": images, "sizes": sizes, "counts": counts} | columns
+
+    def check(self, sample, path):
+        """Raise UserError unless an augmented sample is one that can be trained on."""
+        boxes, labels = sample["boxes"], sample["labels"]
+        good = (boxes[:, 2:] > boxes[:, :2]).all() and (0 <= labels).all()
+        good = good and (labels < self.classes).all()
+        good = good and {len(sample[name]) for name in sample if name != "image"} == {len(boxes)}
+        if sample["image"].dtype != torch.uint8 or not good:
+            made = (
+                f"{sample['image'].dtype} pixels, boxes {boxes.tolist()}, labels {labels.tolist()}"
+            )
+            raise UserError(f"{path}: augment made {made:.300}")
 
 
-def augment(image, boxes, labels, rng):
-    """A training sample, changed at random: image uint8 (3, H, W), boxes (G, 4) xyxy pixels and
-    labels (G,) -> the same, with as many boxes as are left, and an image that is not larger: the
-    padding of a step is known before its pixels. `rng` is a NumPy generator of this image alone."""
+def split_columns(batch):
+    """Return the truths of a batch of TrainBatches: for each image, its rows of every column."""
+    columns = {
+        name: values.split(batch["counts"])
+        for name, values in batch.items()
+        if name not in ("images", "sizes", "counts")
+    }
+    return [dict(zip(columns, rows)) for rows in zip(*columns.values())]
+
+
+# How each column of the boxes changes when the image is mirrored or cropped. A column without a
+# rule is an error: it would silently keep the values of another image.
+MIRROR = {
+    "boxes": lambda boxes, width: torch.stack(
+        [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1
+    ),
+    "labels": lambda labels, width: labels,
+}
+CROP = {
+    "boxes": lambda boxes, offset, scale: (boxes - offset) * scale,
+    "labels": lambda labels, offset, scale: labels,
+}
+
+
+def transform(sample, rules, *values):
+    """Return the columns of a sample changed by the rules of a table such as MIRROR.
+
+    Raises UserError for a column that has no rule there.
+    """
+    columns = sample.keys() - {"image"}
+    if missing := columns - rules.keys():
+        raise UserError(f"column {min(missing)!r}: has no rule in MIRROR and CROP of train.py")
+    return {name: rules[name](sample[name], *values) for name in columns}
+
+
+def augment(sample, rng):
+    """Return a training sample changed at random: half of them are mirrored.
+
+    The image must not become larger: the padding of a step is decided before its pixels are read.
+    Boxes may be removed, with their row in every column. rng: a NumPy generator of this image.
+    """
     if rng.random() < 0.5:
-        W = image.shape[2]
-        image = image.flip(2)
-        boxes = torch.stack([W - boxes[:, 2], boxes[:, 1], W - boxes[:, 0], boxes[:, 3]], 1)
-    return image, boxes, labels
+        width = sample["image"].shape[2]
+        return {"image": sample["image"].flip(2)} | transform(sample, MIRROR, width)
+    return sample
 
 
-def augment_more(image, boxes, labels, rng):
-    """`augment` of --augment: brightness, contrast and saturation vary by a third, and half of the
-    images are enlarged up to twice, cut to their size. Objects whose centre is cut off go."""
-    for what in ("brightness", "contrast", "saturation"):
-        image = getattr(vision, f"adjust_{what}")(image, rng.uniform(0.7, 1.3))
+def augment_more(sample, rng):
+    """Return a sample changed more strongly, then by `augment` (--augment).
+
+    Brightness, contrast and saturation vary by up to 30 %. Half of the images are enlarged up to
+    twice and cut to their size; boxes whose centre lies outside the crop are dropped.
+    """
+    image = sample["image"]
+    for name in ("brightness", "contrast", "saturation"):
+        image = getattr(vision, f"adjust_{name}")(image, rng.uniform(0.7, 1.3))
+    sample = sample | {"image": image}
     if rng.random() < 0.5:
-        H, W = image.shape[1:]
-        h, w = (round(side / rng.uniform(1, 2)) for side in (H, W))
-        y, x = rng.integers(H - h + 1), rng.integers(W - w + 1)
-        image = fcos.resize(image[:, y : y + h, x : x + w], (H, W))
-        boxes = (boxes - torch.tensor([x, y, x, y])) * torch.tensor([W / w, H / h, W / w, H / h])
-        centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-        kept = ((centre > 0) & (centre < torch.tensor([W, H]))).all(1)
-        boxes, labels = boxes[kept].clamp(min=0).minimum(torch.tensor([W, H, W, H])), labels[kept]
-    return augment(image, boxes, labels, rng)
+        sample = crop(sample, rng)
+    return augment(sample, rng)
+
+
+def crop(sample, rng):
+    """Cut out a random part of at least half the height and width, and enlarge it to full size."""
+    image = sample["image"]
+    H, W = image.shape[1:]
+    h = round(H / rng.uniform(1, 2))
+    w = round(W / rng.uniform(1, 2))
+    y = rng.integers(H - h + 1)
+    x = rng.integers(W - w + 1)
+    scale = torch.tensor([W / w, H / h, W / w, H / h])
+    columns = transform(sample, CROP, torch.tensor([x, y, x, y]), scale)
+    boxes = columns["boxes"]
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    kept = ((centre > 0) & (centre < torch.tensor([W, H]))).all(1)
+    columns["boxes"] = boxes.clamp(min=0).minimum(torch.tensor([W, H, W, H]))
+    image = fcos.resize(image[:, y : y + h, x : x + w], (H, W))
+    return {"image": image} | {name: values[kept] for name, values in columns.items()}
 
 
 # ---- the model ---------------------------------------------------------------------------------
@@ -447,6 +510,14 @@ def load_data(settings, rank, world_size, say):
             f"are {'negatives' if settings['negatives'] else 'left out; --negatives takes them'}"
         )
     return datasets
+
+
+def to_device(batch, device):
+    """Move the tensors of a batch to the device, without waiting for it."""
+    return {
+        name: values.to(device, non_blocking=True) if isinstance(values, torch.Tensor) else values
+        for name, values in batch.items()
+    }
 
 
 def main(args):
@@ -582,11 +653,9 @@ def main(args):
             # ---- this rank's images, and what their locations are to learn
             inputs, targets = [], []
             for _ in range(micro_batches):
-                *tensors, counts = next(loader)
-                images, sizes, boxes, labels = (x.to(device, non_blocking=True) for x in tensors)
-                inputs.append((images, sizes))
-                truth = boxes.split(counts), labels.split(counts)
-                targets.append(model.targets(images.shape[2:], *truth))
+                batch = to_device(next(loader), device)
+                inputs.append((batch["images"], batch["sizes"]))
+                targets.append(model.targets(batch["images"].shape[2:], split_columns(batch)))
 
             # ---- gradients. Targets do not depend on predictions, so what normalises the loss of
             # the whole step, over all micro-batches and ranks, is summed while the first forward
