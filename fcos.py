@@ -571,6 +571,10 @@ ACTIVATIONS = {
     # exp(16) exceeds any image; infinity would give NaN gradients at background locations
     "exp": lambda x, stride: x.clamp(max=16).exp(),
     "relu": lambda x, stride: x.relu() * stride,
+    # No paper of FCOS has this one. The gradient of an IoU loss grows as a box gets smaller, so one
+    # step that is too long can push every distance of the relu below 0, where the gradient is 0 for
+    # good. exp makes a step relative to the size of the box, and no distance is ever 0.
+    "exp_stride": lambda x, stride: x.clamp(max=16).exp() * stride,
 }
 
 
@@ -738,6 +742,9 @@ def loss_normalizers(targets: dict) -> Tensor:
     return torch.stack([positives, centerness(targets["ltrb"]).sum()])
 
 
+PUBLISHED_WEIGHT = {"centerness": "centerness", "iou": "uniform"}  # of the boxes, by quality
+
+
 def fcos_loss(
     outputs: dict,
     targets: dict,
@@ -745,6 +752,7 @@ def fcos_loss(
     box_loss: str = "giou",
     unit: str = "stride",
     quality: str = "centerness",
+    box_weight: str | None = None,
 ) -> dict[str, Tensor]:
     """Return the losses of FCOS by name (eq. 2 and section 3.3), each a scalar.
 
@@ -754,9 +762,12 @@ def fcos_loss(
     is split over GPUs and micro-batches.
 
     outputs: of FCOS.forward. targets: of FCOS.targets. normalizers: (2,), see loss_normalizers.
-    box_loss, unit, quality: the keywords of FCOS. With quality "centerness" the output "ctr" learns
-    the centerness, which also weights the boxes. With "iou" it learns the IoU of the predicted box,
-    and all positive locations weigh the same (AdelaiDet's BOX_QUALITY).
+    box_loss, unit, quality, box_weight: the keywords of FCOS. With quality "centerness" the output
+    "ctr" learns the centerness, with "iou" the IoU of the predicted box (AdelaiDet's BOX_QUALITY).
+    box_weight says how much the positive locations weigh in the box loss: by their "centerness", or
+    "uniform", all the same. None is as published: "centerness" if that is the quality, or else
+    "uniform". "centerness" takes weight from small objects: a box of one stride has one or two
+    locations, and those are rarely central.
 
     Background locations are masked, not removed: shapes never depend on values, nothing waits for
     the GPU, and a batch without a box is an ordinary input.
@@ -771,20 +782,26 @@ def fcos_loss(
     wanted = targets["ltrb"] / divisor
 
     if quality == "centerness":
-        # A location near the border of its box predicts a poor box, and its centerness will push
-        # its score down at test time: weighting by centerness spends the box loss where it counts.
         wanted_quality = centerness(targets["ltrb"])
-        box_weight = wanted_quality
-        box_normalizer = centerness_sum
     elif quality == "iou":
         wanted_quality = iou(predicted.detach(), wanted).where(positive, 0)
-        box_weight = positive.float()
-        box_normalizer = positives
     else:
         raise NotImplementedError(f"quality {quality!r} has no branch in fcos_loss")
 
+    box_weight = box_weight or PUBLISHED_WEIGHT[quality]
+    if box_weight == "centerness":
+        # A location near the border of its box predicts a poor box, and its centerness will push
+        # its score down at test time: weighting by centerness spends the box loss where it counts.
+        weight = centerness(targets["ltrb"])
+        box_normalizer = centerness_sum
+    elif box_weight == "uniform":
+        weight = positive.float()
+        box_normalizer = positives
+    else:
+        raise NotImplementedError(f"box_weight {box_weight!r} has no branch in fcos_loss")
+
     cls = sigmoid_focal_loss(outputs["cls"].flatten(0, 1), labels.flatten())
-    box = iou_loss(predicted.flatten(0, 1), wanted.flatten(0, 1), box_weight.flatten(), box_loss)
+    box = iou_loss(predicted.flatten(0, 1), wanted.flatten(0, 1), weight.flatten(), box_loss)
     ctr = F.binary_cross_entropy_with_logits(
         outputs["ctr"], wanted_quality, weight=positive.float(), reduction="sum"
     )
@@ -886,10 +903,11 @@ class FCOS(nn.Module):
         channels=256,            # of pyramid and head (BACKBONE_OUT_CHANNELS)
         levels=(3, 4, 5, 6, 7),  # of the pyramid; level n has a stride of 2**n (FPN_STRIDES)
         ranges=None,             # pixels where one level ends (SIZES_OF_INTEREST); None: RANGES
-        activation="relu",       # of the distances: "exp", or "relu" (with NORM_REG_TARGETS)
+        activation="relu",       # of the distances, one of ACTIVATIONS (NORM_REG_TARGETS: "relu")
         unit="stride",           # of the distances in the box loss, or "pixel" (NORM_REG_TARGETS)
         ctr_on="box",            # the tower that predicts centerness, or "cls" (CENTERNESS_ON_REG)
         quality="centerness",    # what multiplies the scores, or "iou" (BOX_QUALITY)
+        box_weight=None,         # "centerness" or "uniform"; None: as published, see fcos_loss
         radius=1.5,              # of center sampling, in strides; 0: none (CENTER_SAMPLING_RADIUS)
         box_loss="giou",         # one of kernels.iou_loss.KINDS (IOU_LOSS_TYPE)
         tower_dcn=False,         # last convolution of both towers deformable (USE_DCN_IN_TOWER)
@@ -1190,7 +1208,10 @@ IOU = dict(quality="iou")  # AdelaiDet's, as is the real-time model
 
 RT = dict(levels=(3, 4, 5), ranges=(64, 128), test_size=(512, 736))
 
-VISION = IMPRV | dict(scales=False, grid="corner")
+# As torchvision trains: its loss is checked against ours in tests/test_fcos.py.
+UNIFORM_LOSS = dict(box_loss="giou_exact", box_weight="uniform")
+
+VISION = IMPRV | UNIFORM_LOSS | dict(scales=False, grid="corner")
 
 TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=16, channels=64, norm="gn")
 
@@ -1227,6 +1248,7 @@ CHOICES = dict(
     activation=ACTIVATIONS,
     ctr_on=("cls", "box"),
     quality=("centerness", "iou"),
+    box_weight=(None, "centerness", "uniform"),
     box_loss=KINDS,
     unit=("pixel", "stride"),
     grid=GRIDS,

@@ -30,16 +30,20 @@ def iou(pred: Tensor, target: Tensor) -> Tensor:
     """
     if pred.shape != target.shape or pred.shape[-1:] != (4,):
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)}: not (..., 4)")
-    return _overlap(pred, target)[0]
+    inter, union, _ = _areas(pred, target)
+    return (inter + 1) / (union + 1)
 
 
-def _overlap(pred, target):
-    """(...) each: IoU, area of the union, area of the hull (the smallest box around both)."""
+def _areas(pred, target):
+    """Return the areas of the intersection, the union and the hull, (...) each.
+
+    The hull is the smallest box around both. 1e-7 is added to it, as in the official code.
+    """
     if pred.dtype != torch.float64:
         pred, target = pred.float(), target.float()
     inter, hull = _area(torch.minimum(pred, target)), _area(torch.maximum(pred, target))
     union = _area(pred) + _area(target) - inter
-    return (inter + 1) / (union + 1), union, hull + 1e-7
+    return inter, union, hull + 1e-7
 
 
 def _area(ltrb):
@@ -48,8 +52,13 @@ def _area(ltrb):
 
 
 def _giou(pred, target):
-    ratio, union, hull = _overlap(pred, target)
-    return ratio - (hull - union) / hull
+    inter, union, hull = _areas(pred, target)
+    return (inter + 1) / (union + 1) - (hull - union) / hull
+
+
+def _giou_exact(pred, target):
+    inter, union, hull = _areas(pred, target)
+    return inter / (union + 1e-7) - (hull - union) / hull
 
 
 # The loss of each location by kind, (..., 4) and (..., 4) to (...). A new kind is one more entry:
@@ -58,6 +67,7 @@ KINDS = {
     "iou": lambda pred, target: -iou(pred, target).log(),
     "linear_iou": lambda pred, target: 1 - iou(pred, target),
     "giou": lambda pred, target: 1 - _giou(pred, target),
+    "giou_exact": lambda pred, target: 1 - _giou_exact(pred, target),
 }
 
 
@@ -107,10 +117,11 @@ extern "C" __global__ void iou_loss(
         const float i_height = fminf(p.y, t.y) + fminf(p.w, t.w);
         const float inter = i_width * i_height;
         const float uni = p_width * p_height + (t.x + t.z) * (t.y + t.w) - inter;
-        const float iou = (inter + 1.0f) / (uni + 1.0f);
+        const float above = kind == 3 ? 0.0f : 1.0f, below = kind == 3 ? 1e-7f : 1.0f;
+        const float iou = (inter + above) / (uni + below);
 
         // The derivatives of the loss by the areas of the intersection, of pred and of the hull.
-        float d_inter = -(1.0f + iou) / (uni + 1.0f), d_area = iou / (uni + 1.0f), d_hull = 0.0f;
+        float d_inter = -(1.0f + iou) / (uni + below), d_area = iou / (uni + below), d_hull = 0.0f;
         const float h_width = fmaxf(p.x, t.x) + fmaxf(p.z, t.z);
         const float h_height = fmaxf(p.y, t.y) + fmaxf(p.w, t.w);
         if (kind == 0) {
@@ -119,7 +130,7 @@ extern "C" __global__ void iou_loss(
             d_area /= iou;
         } else if (kind == 1) {
             loss = 1.0f - iou;
-        } else if (kind == 2) {
+        } else if (kind == 2 || kind == 3) {
             const float hull = h_width * h_height + 1e-7f;
             loss = 1.0f - (iou - (hull - uni) / hull);
             d_inter += 1.0f / hull;
@@ -144,7 +155,7 @@ extern "C" __global__ void iou_loss(
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 """
-CUDA_KINDS = {"iou": 0, "linear_iou": 1, "giou": 2}  # as in the CUDA text
+CUDA_KINDS = {"iou": 0, "linear_iou": 1, "giou": 2, "giou_exact": 3}  # as in the CUDA text
 KERNELS, OPTIONS, THREADS = ("iou_loss",), (), 256
 
 
@@ -227,8 +238,11 @@ def iou_loss(pred: Tensor, target: Tensor, weight: Tensor, kind: str = "giou") -
     pixels or strides (the unit matters, see `iou`); weight: (N,). fp32, bf16 or fp16, computed in
     fp32; float64 is computed in float64, always by PyTorch. kind, one of KINDS: "iou" is -log IoU
     (arXiv 1608.01471), "linear_iou" 1 - IoU, "giou" 1 - IoU + (H - U) / H, with the area U of the
-    union and H of the hull + 1e-7 (arXiv 1902.09630). A kind that no kernel computes runs as
-    PyTorch on a GPU too, and one warning says so.
+    union and H of the hull + 1e-7 (arXiv 1902.09630), each with the official IoU (I + 1) / (U + 1).
+    "giou_exact" is "giou" with I / (U + 1e-7), which does not depend on the unit. The official 1
+    hides the error of small boxes: for a box of half a stride the gradient of "giou" in strides is
+    a fifth of that of "giou_exact", for a box of eight strides both are equal. A kind that no
+    kernel computes runs as PyTorch on a GPU too, and one warning says so.
 
     Returns a scalar, differentiable in pred alone, by the kernel only once. Where weight is 0,
     value and gradient are exactly 0 whatever pred is, inf and NaN included: give background the

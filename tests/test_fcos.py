@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from golden.synth_image import image as synth_image
 from golden.weights_recipe import make_weights
 from PIL import Image
+from torchvision.models.detection.image_list import ImageList
 
 import evaluate
 import fcos
@@ -566,6 +568,72 @@ def test_quality_is_what_ctr_learns_and_how_boxes_weigh(quality, unit):
     again = fcos.fcos_loss(outputs | {"ltrb": spoilt}, targets, normalizers, **model.loss)
     assert all(again[name].item() == loss.item() for name, loss in losses.items())
     assert torch.autograd.grad(sum(again.values()), spoilt)[0].equal(ltrb.grad)
+
+
+@pytest.mark.parametrize(
+    "keywords, uniform",
+    [
+        (dict(), False),
+        (dict(quality="iou"), True),
+        (dict(box_weight="uniform"), True),
+        (dict(quality="iou", box_weight="centerness"), False),
+    ],
+    ids=str,
+)
+def test_box_weight_is_apart_from_what_ctr_learns(keywords, uniform):
+    outputs = {
+        "cls": torch.zeros(1, 2, 3),
+        "ltrb": torch.tensor([[[8.0, 8, 8, 8], [4, 4, 4, 4]]]),
+        "ctr": torch.zeros(1, 2),
+        "points": torch.tensor([[8.0, 8, 8, -1, 64]] * 2),
+    }
+    wanted = torch.tensor([[[8.0, 8, 8, 8], [1, 8, 9, 8]]])  # a centerness of 1 and of 1/3
+    targets = {"labels": torch.tensor([[0, 1]]), "ltrb": wanted}
+    losses = fcos.fcos_loss(outputs, targets, fcos.loss_normalizers(targets), **keywords)
+    poor = fcos.KINDS["giou"](outputs["ltrb"][0, 1] / 8, wanted[0, 1] / 8)
+    expected = poor / 2 if uniform else poor / 3 / (1 + 1 / 3)
+    torch.testing.assert_close(losses["box"], expected)
+
+
+def test_the_torchvision_row_trains_with_torchvisions_loss():
+    hw = 224, 256
+    small = {name: fcos.MODELS["shapes"][name] for name in ("block", "blocks", "stem", "norm")}
+    model = fcos.build("fcos_torchvision_R_50_FPN", 3, **small, frozen_stages=0)
+    body = torch.nn.Identity()
+    body.out_channels = 32
+    theirs = torchvision.models.detection.FCOS(body, 3)
+    outputs = model(torch.zeros(2, 3, *hw, dtype=torch.uint8))
+    P = len(outputs["points"])
+    cls = torch.randn(2, P, 3).requires_grad_()
+    ltrb = torch.rand(2, P, 4).mul(60).requires_grad_()
+    ctr = torch.randn(2, P).requires_grad_()
+    outputs |= {"cls": cls, "ltrb": ltrb, "ctr": ctr}
+    corner = torch.rand(2, 20, 2) * 120
+    boxes = torch.cat([corner, corner + 4 + torch.rand(2, 20, 2) * 100], 2)
+    labels = torch.randint(3, (2, 20))
+    truths = [{"boxes": b, "labels": l} for b, l in zip(boxes, labels)]
+
+    targets = model.targets(hw, truths)
+    losses = fcos.fcos_loss(outputs, targets, fcos.loss_normalizers(targets), **model.loss)
+    images = ImageList(torch.zeros(2, 3, *hw), [hw] * 2)
+    sizes = fcos.level_sizes(hw)
+    anchors = theirs.anchor_generator(images, [torch.zeros(2, 8, *size) for size in sizes])
+    predicted = {
+        "cls_logits": cls,
+        "bbox_regression": ltrb / outputs["points"][:, 2:3],
+        "bbox_ctrness": ctr[..., None],
+    }
+    levels = [rows * columns for rows, columns in sizes]
+    expected = theirs.compute_loss(truths, predicted, anchors, levels)
+    names = {"cls": "classification", "box": "bbox_regression", "ctr": "bbox_ctrness"}
+    for ours, name in names.items():
+        torch.testing.assert_close(losses[ours], expected[name], rtol=1e-5, atol=1e-6)
+        pair = [
+            torch.autograd.grad(x, {"cls": cls, "box": ltrb, "ctr": ctr}[ours])[0]
+            for x in (losses[ours], expected[name])
+        ]
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-7)
+    assert losses["box"] > 0.3
 
 
 @pytest.mark.parametrize(
@@ -1425,9 +1493,15 @@ def test_rows_resolve_to_all_their_keywords(name):
         (dict(levels=(2, 3, 4)), r"levels \(2, 3, 4\): expected one of \(3, 4, 5\), "),
         (dict(norm="batch"), "norm 'batch': expected one of frozen, gn, bn, syncbn"),
         (dict(block="wide"), "block 'wide': expected one of bottleneck, basic"),
-        (dict(activation="softplus"), "activation 'softplus': expected one of exp, relu"),
+        (
+            dict(activation="softplus"),
+            "activation 'softplus': expected one of exp, relu, exp_stride",
+        ),
         (dict(ctr_on="both"), "ctr_on 'both': expected one of cls, box"),
-        (dict(box_loss="diou"), "box_loss 'diou': expected one of iou, linear_iou, giou"),
+        (
+            dict(box_loss="diou"),
+            "box_loss 'diou': expected one of iou, linear_iou, giou, giou_exact",
+        ),
         (dict(quality="area"), "quality 'area': expected one of centerness, iou"),
         (dict(unit="metre"), "unit 'metre': expected one of pixel, stride"),
         (dict(grid="center"), "grid 'center': expected one of centre, corner"),

@@ -91,11 +91,23 @@ def check_iou_loss(n, kind):
 
 def test_iou_loss_of_known_boxes():
     pred, target = torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[2.0, 1, 4, 3]])  # I 16, U 32
-    assert list(KINDS) == list(CUDA_KINDS) == ["iou", "linear_iou", "giou"]
-    for kind, expected in zip(KINDS, (0.663294, 0.484848, 0.595960), strict=True):
+    assert list(KINDS) == list(CUDA_KINDS) == ["iou", "linear_iou", "giou", "giou_exact"]
+    for kind, expected in zip(KINDS, (0.663294, 0.484848, 0.595960, 0.611111), strict=True):
         value = iou_loss(pred, target, torch.tensor([0.5]), kind)
         torch.testing.assert_close(value, torch.tensor(expected / 2), rtol=1e-5, atol=0)
     assert torch.equal(iou(pred, target), torch.tensor([17 / 33]))
+
+
+def test_exact_giou_is_torchvisions_and_does_not_depend_on_the_unit():
+    pred, target = 0.1 + 5 * torch.rand(2, 100, 4, dtype=torch.float64)
+    boxes = [torch.cat((-x[:, :2], x[:, 2:]), 1) for x in (pred, target)]
+    expected = torchvision.ops.generalized_box_iou_loss(*boxes, reduction="sum")
+    for unit in (1, 8):
+        value = iou_loss(pred * unit, target * unit, torch.ones(100), "giou_exact")
+        torch.testing.assert_close(value, expected)
+    nothing = torch.zeros(1, 4)
+    assert iou_loss(nothing, target[:1].float(), torch.ones(1), "giou_exact") == 1
+    assert iou_loss(nothing, nothing, torch.ones(1), "giou_exact").isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
@@ -137,7 +149,7 @@ def test_a_kind_that_no_kernel_computes_runs_as_pytorch_and_says_so_once(on_shim
     known = value_and_grad(iou_loss_ref, pred, target, weight)[0]
     assert not torch.isclose(value, known)
     # Given to the kernel in spite of that it is no other kind but NaN.
-    monkeypatch.setitem(CUDA_KINDS, "squared", 3)
+    monkeypatch.setitem(CUDA_KINDS, "squared", 4)
     iou_file._in_cuda.__wrapped__.cache_clear()
     value, grad = value_and_grad(iou_loss, pred, target, weight, "squared")
     assert value.isnan() and grad[weight != 0].isnan().all() and (grad[weight == 0] == 0).all()
@@ -480,7 +492,7 @@ def test_losses_equal_the_official_code(kernel, monkeypatch):
         weight = torch.where(labels >= 0, ratio_x * ratio_y, 0).sqrt()  # centerness
         unit = points[:, 2:3] if facts["norm_reg_targets"] else torch.ones(1)
         pred, target = by_location(heads["reg"]).flatten(0, 1), (ltrb / unit).flatten(0, 1)
-        for kind in KINDS:
+        for kind in ("iou", "linear_iou", "giou"):
             loss, grad = value_and_grad(iou_loss, pred, target, weight.flatten(), kind)
             total = weight.sum().clamp(min=1e-6)
             torch.testing.assert_close(
@@ -590,7 +602,9 @@ FAULTS = {
         ("grad && i < n", "grad && i < n - 1"),
         ("if (w != 0.0f)", "if (i < n)"),
         ("__syncthreads();", ""),
-        ("kind == 2", "kind == 3"),
+        ("kind == 2 || kind == 3", "kind == 3"),
+        ("kind == 3 ? 0.0f", "kind == 4 ? 0.0f"),
+        ("kind == 3 ? 1e-7f", "kind == 4 ? 1e-7f"),
     ],
     "focal_loss": [
         ("labels[row++]", "labels[row]"),
@@ -636,6 +650,7 @@ def small_check(name):
     """Enough comparisons to see every planted fault, few enough for one compile after another."""
     if name == "iou_loss":
         check_iou_loss(257, "giou")
+        check_iou_loss(257, "giou_exact")
     elif name == "focal_loss":
         check_focal_loss(1, 1, torch.float32)
         check_focal_loss(257, 3, torch.float32)
