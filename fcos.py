@@ -73,8 +73,7 @@ def resized_hw(h, w, min_size, max_size):
     """Return the (height, width) to which an image of h x w pixels is resized.
 
     The short side becomes `min_size` pixels, or less where the long side would exceed `max_size`.
-    Rounding follows the official code: the long side is truncated, and an image whose short side
-    already fits is not resized.
+    Rounding follows the official code, which truncates the long side.
 
     Raises UserError unless 1 <= min_size <= max_size.
     """
@@ -83,9 +82,10 @@ def resized_hw(h, w, min_size, max_size):
     short, long = min(h, w), max(h, w)
     if long / short * min_size > max_size:
         min_size = max(round(max_size * short / long), 1)
-    if short == min_size and long <= max_size:
-        return h, w
-    long = min(int(min_size * long / short), max_size)
+    if short != min_size:
+        long = int(min_size * long / short)
+    if long > 1.05 * max_size:  # rounding adds a few pixels, but thousands to a 1 x 5000 image
+        long = max_size
     return (min_size, long) if h <= w else (long, min_size)
 
 
@@ -506,7 +506,7 @@ class FPN(nn.Module):
     convolution, the upsampled coarser level added to it, and a 3x3 output convolution. Each further
     level is a strided convolution of the level before.
 
-    Raises UserError if the levels are not consecutive or the finest is none of the backbone's.
+    Raises UserError if the finest level is none of the backbone's.
     """
 
     def __init__(self, strides_in, channels_in, channels, levels):
@@ -515,14 +515,11 @@ class FPN(nn.Module):
         self.lateral_levels = [level for level in levels if level in backbone_levels]
         self.extra_levels = [level for level in levels if level not in backbone_levels]
         self.used = [backbone_levels.index(level) for level in self.lateral_levels]
-        consecutive = list(range(levels[0], levels[0] + len(levels)))
-        if list(levels) != consecutive or self.lateral_levels + self.extra_levels != consecutive:
+        if levels[0] not in backbone_levels or self.lateral_levels + self.extra_levels != [*levels]:
             raise UserError(
-                f"levels {levels}: expected consecutive levels from one of the backbone's, "
-                f"{tuple(backbone_levels)}"
+                f"levels {levels}: expected to start at one of the backbone's, "
+                f"{tuple(backbone_levels)}, and to have all of them above it"
             )
-        if not self.lateral_levels:
-            raise UserError(f"levels {levels}: the backbone has {tuple(backbone_levels)}")
         for level, index in zip(self.lateral_levels, self.used):
             setattr(self, f"lateral{level}", nn.Conv2d(channels_in[index], channels, 1))
             setattr(self, f"output{level}", nn.Conv2d(channels, channels, 3, padding=1))
@@ -772,6 +769,7 @@ def fcos_loss(
     Background locations are masked, not removed: shapes never depend on values, nothing waits for
     the GPU, and a batch without a box is an ordinary input.
     """
+    check_choices(box_loss=box_loss, unit=unit, quality=quality)
     positives = normalizers[0].clamp(min=1)
     centerness_sum = normalizers[1].clamp(min=1e-6)
     labels = targets["labels"]
@@ -1045,7 +1043,7 @@ class FCOS(nn.Module):
         x1, y1, x2, y2 = boxes.unbind(-1)
         valid = (product >= 0) & (x2 > x1) & (y2 > y1)  # false for NaN, too
         scores = rule.final(product.clamp(min=0)).where(valid, -math.inf)
-        image = torch.arange(len(location), device=location.device)[:, None]
+        image = torch.arange(location.shape[0], device=location.device)[:, None]
         further = {
             name: output[image, location]
             for name, output in outputs.items()
@@ -1059,7 +1057,7 @@ class FCOS(nn.Module):
         x, y = points[..., 0], points[..., 1]
         extra = float(self.convention["inclusive"])  # see CONVENTION
         sizes = torch.as_tensor(sizes, device=ltrb.device).float()
-        h, w = sizes.view(len(ltrb), 2, 1).unbind(1)
+        h, w = sizes.view(ltrb.shape[0], 2, 1).unbind(1)
         x1 = torch.minimum((x - left).clamp(min=0), w - extra)
         y1 = torch.minimum((y - top).clamp(min=0), h - extra)
         x2 = torch.minimum((x + right + extra).clamp(min=extra), w)
@@ -1143,7 +1141,7 @@ def best_pairs(cls, ctr, levels, rule, threshold, topk):
         passed = rule.compared(probability, product) > threshold
         return rule.ranked(probability, product).where(passed, -math.inf), product
 
-    image = torch.arange(len(cls), device=cls.device)[:, None]
+    image = torch.arange(cls.shape[0], device=cls.device)[:, None]
     locations, labels, products = [], [], []
     first = 0
     for count in levels:
@@ -1166,7 +1164,7 @@ def best_pairs(cls, ctr, levels, rule, threshold, topk):
 
 def select(candidates, keep, scores):
     """Return the rows `keep` (B, D) of candidates (B, N, ...) with these scores; -1 is padding."""
-    image = torch.arange(len(keep), device=keep.device)[:, None]
+    image = torch.arange(keep.shape[0], device=keep.device)[:, None]
     detections = {}
     for name, values in candidates.items():
         kept = values[image, keep.clamp(min=0)]
@@ -1305,6 +1303,9 @@ def resolve(keywords: dict) -> dict:
         if default is not None and not fits and not custom_backbone:
             raise UserError(f"{keyword} {value!r}: expected a value like {default!r}")
         known[keyword] = value
+    levels = known["levels"]
+    if levels != tuple(range(levels[0], levels[0] + len(levels))):
+        raise UserError(f"levels {levels}: expected consecutive levels, such as (3, 4, 5, 6, 7)")
     if known["ranges"] is None:
         if known["levels"] != defaults(FCOS)["levels"]:
             raise UserError(f"levels {known['levels']}: expected ranges with them, found none")
@@ -1325,8 +1326,9 @@ def model_keywords(name: str, overrides: dict) -> dict:
     if name not in MODELS:
         raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
     row = resolve(MODELS[name])
-    levels = tuple(overrides.get("levels", row["levels"]))
-    if levels != row["levels"] and "ranges" not in overrides:
+    levels = overrides.get("levels", row["levels"])
+    differ = isinstance(levels, (list, tuple)) and tuple(levels) != row["levels"]
+    if differ and "ranges" not in overrides:
         raise UserError(
             f"levels {levels}: expected ranges with them, the {len(levels) - 1} largest distances "
             f"between two levels in pixels; the row {name} has levels {row['levels']} and ranges "
@@ -1474,13 +1476,10 @@ UNMIRROR = {
 def predict_views(model, images, test_size, score_threshold):
     """Run `FCOS.predict` with the official test-time augmentation.
 
-    An image is seen at `test_size` and at eight other sizes (of 800: 400, 500, ..., 1200), each
-    time mirrored, too. The candidates of all views compete in one suppression, in pixels of the
-    first view.
+    An image is seen at nine sizes, each time mirrored, too. The candidates of all views compete in
+    one suppression, in pixels of the first view.
     """
-    short, long = test_size
-    sizes = [test_size]
-    sizes += [(max(short * n // 8, 1), round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
+    sizes = tta_sizes(test_size)
     results = []
     with torch.no_grad(), inference(model):
         for image in map(as_image, images):
@@ -1493,6 +1492,13 @@ def predict_views(model, images, test_size, score_threshold):
             merged = select({name: x[None] for name, x in found.items()}, keep.cpu(), scores.cpu())
             results += as_list(merged, score_threshold)
     return results
+
+
+def tta_sizes(test_size):
+    """Return the sizes of test-time augmentation; of 800: 800, then 400, 500, ..., 1200."""
+    short, long = test_size
+    others = [(max(short * n // 8, 1), round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
+    return [test_size, *others]
 
 
 def collect_views(model, image, sizes):
