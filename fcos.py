@@ -1215,6 +1215,14 @@ TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=16, channels=64, norm="gn")
 
 HALVED = dict(ranges=(32, 64, 128, 256))  # so that small pictures use several levels
 
+# For own boxes, small ones among them: a finest stride of 4, and the loss that learns them.
+SMALL = (
+    IMPRV
+    | UNIFORM_LOSS
+    | dict(block="basic", blocks=(1, 1, 2, 2), stem=32, channels=32, norm="gn")
+    | dict(levels=(2, 3, 4, 5, 6), activation="exp_stride")
+)
+
 
 # fmt: off
 MODELS = {
@@ -1236,6 +1244,7 @@ MODELS = {
     "fcos_imprv_iou_R_50_FPN":          R_50        | IMPRV | IOU,
     "fcos_rt_R_50_FPN":                 R_50        | IMPRV | SYNCBN | RT,
     "fcos_torchvision_R_50_FPN":        V_50        | VISION,
+    "small":                            SMALL       | HALVED,
     "shapes":                           TINY        | IMPRV | HALVED,
 }
 # fmt: on

@@ -1,27 +1,33 @@
-"""Average precision on real data: beside torchvision's FCOS, ablated as in the paper, over seeds.
+"""Measure average precision on real data: beside torchvision's FCOS, ablated, over seeds.
 
     python tests/benchmarks/accuracy.py bccd          # ours and torchvision's, from scratch
+    python tests/benchmarks/accuracy.py hituav        # the same with small objects
+    python tests/benchmarks/accuracy.py small         # the recipe `small` of train.py as it is
     python tests/benchmarks/accuracy.py ablation      # one thing less, or another one
     python tests/benchmarks/accuracy.py padding       # of the whole step, or of pairs of images
     python tests/benchmarks/accuracy.py extras        # what the paper does not have
     python tests/benchmarks/accuracy.py invariance    # processes, micro-batches, resume
-    python tests/benchmarks/accuracy.py all           # in order of weight
+    python tests/benchmarks/accuracy.py all           # everything, in order of importance
     python tests/benchmarks/accuracy.py table         # Markdown, and accuracy.png beside the rows
+    python tests/benchmarks/accuracy.py check         # train one seed again: is it in the old band?
 
-BCCD are 292 pictures of blood cells for training and 72 for validation, 640x480, three classes, in
---data as images/, annotations/train.json and annotations/test.json. Every run is train.main with
-the recipe and the flags below, in a process of its own with one thread, so that what is measured is
-the product. A finished run is a row of results/accuracy.jsonl and is not run again; an interrupted
-one resumes; several invocations may work on the same rows, each takes runs that no other has. AP is
-that of the last step, not of the best.
+BCCD: 292 pictures of blood cells for training and 72 for validation, 640x480, three classes.
+HIT-UAV: 2,029 and 579 thermal aerial pictures, 400x320, four classes; half of the boxes are persons
+of 8 x 12 pixels. --data holds bccd/ and hituav/, each with images/, annotations/train.json and
+annotations/test.json.
 
-torchvision's side are the head, assignment, losses and post-processing of torchvision.models.
-detection.FCOS on our backbone and pyramid, in our trainer: the same pixels in every step, the same
-optimiser, schedule and initial backbone. It stays as it is where it differs from ours: locations at
+Every run is train.main with the recipe and flags below, in a process of its own with one thread: it
+measures the product. A finished run is a row of results/accuracy.jsonl and is not run again; an
+interrupted run resumes; several invocations may share the work. AP is that of the last step, not of
+the best. "ms" is the CPU time of one validation image in that evaluation, in milliseconds.
+
+The side "torchvision" is the head, assignment, losses and post-processing of
+torchvision.models.detection.FCOS on our backbone and pyramid, in our trainer: the same pixels in
+every step, the same optimizer, schedule and initial backbone. It keeps its own ways: locations at
 the corner of their cells; no learned scale of the distances for each level; distances of exactly 64
-(128, ...) pixels belong to no level; boxes that are not weighed by their centerness; a GIoU without
-the official 1; a threshold of 0.2 on sqrt(class * centerness); and, no matter in one process, the
-positive locations of a process alone as normaliser.
+(128, ...) pixels belong to no level; boxes that are not weighted by their centerness; a GIoU
+without the official 1; a threshold of 0.2 on sqrt(class * centerness); and, which makes no
+difference in one process, the positive locations of a process alone as normalizer.
 """
 
 import argparse
@@ -34,32 +40,28 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate
 import fcos
 import train
-from kernels import iou_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = dict(block="basic", blocks=(1, 1, 2, 2), stem=32, channels=64, norm="gn") | fcos.IMPRV
-RECIPE = dict(
-    model="bccd",
-    weights="none",
-    iters=900,
-    batch_size=4,
-    lr=0.01,
-    warmup=50,
-    min_size=[240],
-    max_size=400,
-)
+RECIPE = dict(model="bench", weights="none", iters=900, batch_size=4, lr=0.01, warmup=50)
+SIZES_OF = {
+    "bccd": dict(min_size=[240], max_size=400),
+    "hituav": dict(iters=600, min_size=[384], max_size=480),
+}
 
 # ---- torchvision's detector in our trainer -----------------------------------------------------
 
@@ -71,23 +73,25 @@ class Torchvision(fcos.FCOS):
 
     @classmethod
     def of(cls, model):
-        """Replaces the head of one of our models."""
-        body = torch.nn.Identity()  # the features are made before, in forward
+        """Replace the head of one of our models."""
+        body = torch.nn.Identity()  # forward computes the features before
         body.out_channels = model.keywords["channels"]
-        model.head = torchvision.models.detection.FCOS(body, model.num_classes)
+        anchors = AnchorGenerator([(s,) for s in model.strides], [(1.0,)] * len(model.strides))
+        model.head = torchvision.models.detection.FCOS(
+            body, model.num_classes, anchor_generator=anchors
+        )
         model.__class__ = cls
         return model.to(memory_format=torch.channels_last)
 
     def forward(self, images, sizes):
         images = self.normalize(images, sizes).contiguous(memory_format=torch.channels_last)
-        features = self.fpn(*self.backbone(images))
+        features = self.fpn(self.backbone(images))
         anchors = self.head.anchor_generator(ImageList(images, sizes.tolist()), features)
         levels = [feature.shape[2] * feature.shape[3] for feature in features]
         return self.head.head(features) | {"anchors": anchors, "levels": levels}
 
-    def targets(self, hw, boxes, labels):
-        theirs = [{"boxes": b, "labels": l} for b, l in zip(boxes, labels)]
-        return super().targets(hw, boxes, labels) | {"theirs": theirs}
+    def targets(self, hw, truths):
+        return super().targets(hw, truths) | {"theirs": truths}
 
     def loss_of(self, outputs, targets, normalizers, **keywords):
         predicted = {name: outputs[name] for name in self.OUTPUTS}
@@ -100,10 +104,10 @@ class Torchvision(fcos.FCOS):
         predicted = {name: list(outputs[name].split(levels, 1)) for name in self.OUTPUTS}
         anchors = [list(anchors.split(levels)) for anchors in outputs["anchors"]]
         found = self.head.postprocess_detections(predicted, anchors, sizes.tolist())
-        return [
-            torch.nn.utils.rnn.pad_sequence([image[name] for image in found], True, empty)
+        return {
+            name: torch.nn.utils.rnn.pad_sequence([image[name] for image in found], True, empty)
             for name, empty in (("boxes", 0), ("scores", -math.inf), ("labels", -1))
-        ]
+        }
 
 
 def torchvision_side():
@@ -123,9 +127,9 @@ def torchvision_side():
 def no_centerness_at_test():
     ours = fcos.FCOS.decode
 
-    def decode(self, outputs, *args, **keywords):
+    def decode(self, outputs, sizes):
         certain = torch.full_like(outputs["ctr"], math.inf)
-        return ours(self, outputs | {"ctr": certain}, *args, **keywords)
+        return ours(self, outputs | {"ctr": certain}, sizes)
 
     fcos.FCOS.decode = decode
 
@@ -145,6 +149,20 @@ def bf16_at_test():
     evaluate.predict = in_bf16
 
 
+def larger_at_test():
+    """Evaluate at 1.5 times the size of training."""
+    predict = evaluate.predict
+
+    def at_larger(model, *args):
+        size = model.test_size
+        model.test_size = tuple(3 * side // 2 for side in size)
+        results = predict(model, *args)
+        model.test_size = size
+        return results
+
+    evaluate.predict = at_larger
+
+
 def no_centerness():
     """Neither as a weight of the boxes, nor learned, nor in the score."""
     ours = fcos.fcos_loss
@@ -155,17 +173,6 @@ def no_centerness():
 
     fcos.fcos_loss = loss
     no_centerness_at_test()
-
-
-def no_smoothing():
-    """GIoU of the areas as they are, without the official 1."""
-
-    def giou(pred, target):
-        _, union, hull = iou_loss._overlap(pred, target)
-        inter = iou_loss._area(torch.minimum(pred, target))
-        return 1 - inter / union + (hull - union) / hull
-
-    iou_loss.KINDS["giou_exact"] = giou
 
 
 def pad_pairs():
@@ -189,9 +196,12 @@ def stop_halfway():
 
 
 class Config(NamedTuple):
-    """A training. `patch` is called before it; it is compared with the config `base`, seed by seed;
+    """A training. `patch` is called before it; it is compared with the config `base`, seed by seed.
+
     `paper` is the difference in AP that the paper has for the same change (tables 3 and 4 of arXiv
-    1904.01355: one improvement less, or None of table 4, of another starting point)."""
+    1904.01355: one improvement less, or None of table 4, of another starting point). `model` is a
+    row of fcos.MODELS instead of MODEL; `recipe` one of train.RECIPES instead of RECIPE.
+    """
 
     group: str
     flags: str = ""
@@ -202,11 +212,25 @@ class Config(NamedTuple):
     processes: int = 1
     starts: int = 1
     from_base: bool = False  # nothing to train: another evaluation of the base's last weights
+    data: str = "bccd"
+    model: str | None = None
+    recipe: str | None = None
+
+    def settings(self):
+        """Return the recipe of this training."""
+        if self.recipe:
+            return train.RECIPES[self.recipe]
+        return RECIPE | SIZES_OF[self.data]
+
+    def keywords(self):
+        """Return the model's keywords before the flags."""
+        return fcos.MODELS[self.model or self.recipe] if self.model or self.recipe else MODEL
 
 
 # Mean pixels of a batch padded as a whole over those of its pairs padded alone: 1.18. On 100 images
 # of COCO, 16 a step, it is 1.08 with a short side of 800 and 1.20 with the official 640 to 800.
 SIZES = "--accumulate 2 --min-size " + " ".join(map(str, range(128, 305, 16)))
+HIT_UAV = Config("hituav", base="HIT-UAV, torchvision", data="hituav")
 CONFIGS = {
     "torchvision": Config("bccd", patch=torchvision_side, base="torchvision"),
     "plain": Config(
@@ -214,6 +238,17 @@ CONFIGS = {
     ),
     "imprv": Config("bccd", base="torchvision"),
     "imprv, quality iou": Config("bccd", "--set quality=iou"),
+    "stride 4 and its loss": Config("bccd", base="torchvision", model="small"),
+    "HIT-UAV, torchvision": HIT_UAV._replace(patch=torchvision_side),
+    "HIT-UAV, imprv": HIT_UAV,
+    "HIT-UAV, stride 4 and its loss": HIT_UAV._replace(model="small"),
+    "HIT-UAV, 1.5 times larger at test": HIT_UAV._replace(
+        base="HIT-UAV, stride 4 and its loss", model="small", patch=larger_at_test, from_base=True
+    ),
+    "BCCD, recipe small": Config("small", base="BCCD, recipe small", recipe="small"),
+    "HIT-UAV, recipe small": Config(
+        "small", base="HIT-UAV, recipe small", recipe="small", data="hituav"
+    ),
     "no centerness": Config("ablation", patch=no_centerness, paper=-3.6),
     "no centerness at test": Config("ablation", patch=no_centerness_at_test, from_base=True),
     "centerness on class tower": Config("ablation", "--set ctr_on=cls", paper=-0.3),
@@ -221,7 +256,7 @@ CONFIGS = {
     "IoU loss": Config("ablation", "--set box_loss=iou", paper=-0.2),
     "linear IoU loss": Config("ablation", "--set box_loss=linear_iou"),
     "unit pixel": Config("ablation", "--set unit=pixel", paper=-0.3),
-    "GIoU without + 1": Config("ablation", "--set box_loss=giou_exact", no_smoothing),
+    "GIoU without + 1": Config("ablation", "--set box_loss=giou_exact"),
     "mixed sizes": Config("padding", SIZES, base="mixed sizes"),
     "mixed sizes, padded in pairs": Config("padding", SIZES, pad_pairs, base="mixed sizes"),
     "EMA 0.99": Config("extras", "--ema 0.99"),
@@ -233,9 +268,19 @@ CONFIGS = {
     "2 micro-batches": Config("invariance", "--accumulate 2"),
     "stopped and resumed": Config("invariance", patch=stop_halfway, starts=2),
 }
-SEEDS = {"bccd": 5, "ablation": 3, "padding": 3, "extras": 3, "invariance": 2}
+SEEDS = {
+    "bccd": 5,
+    "hituav": 3,
+    "small": 1,
+    "ablation": 3,
+    "padding": 3,
+    "extras": 3,
+    "invariance": 2,
+}
 ALL = [
     ("bccd", range(3)),
+    ("hituav", range(3)),
+    ("small", range(1)),
     ("ablation", range(3)),
     ("bccd", range(3, 5)),
     ("padding", range(3)),
@@ -244,14 +289,22 @@ ALL = [
 ]
 
 
+def steps_of(name, args):
+    return args.iters or CONFIGS[name].settings()["iters"]
+
+
 def train_one(name, seed, out, args):
-    """The training itself, in this process."""
-    config, iters, data = CONFIGS[name], args.iters, args.data.resolve()
-    fcos.MODELS["bccd"], train.RECIPES["bccd"] = MODEL, RECIPE
-    fcos.read_image = functools.cache(fcos.read_image)  # the same 364 again and again
+    """Train in this process."""
+    config, iters = CONFIGS[name], steps_of(name, args)
+    data = (args.data / config.data).resolve()
+    fcos.MODELS["bench"] = config.keywords()
+    train.RECIPES["bench"] = config.settings() | {"model": "bench"}
+    fcos.read_image = functools.cache(fcos.read_image)  # the same few hundred again and again
     if config.patch:
         config.patch()
-    flags = f"bccd --iters {iters} --seed {seed} --eval-every {iters // 10} --workers 0 --out {out}"
+    evaluate.predict = timed(evaluate.predict, out / "ms")
+    every = iters // (10 if config.data == "bccd" else 2)
+    flags = f"bench --iters {iters} --seed {seed} --eval-every {every} --workers 0 --out {out}"
     folders = [f"--{split}-images={data}/images" for split in ("train", "val")]
     files = [
         f"--train-annotations={data}/annotations/train.json",
@@ -261,14 +314,29 @@ def train_one(name, seed, out, args):
     evaluate.run(train.main, train.parse_args(args))
 
 
+def timed(predict, path):
+    """Return `predict` that writes the CPU milliseconds of an image to `path`."""
+
+    def predict_and_time(model, dataset, *args):
+        start = time.process_time()
+        results = predict(model, dataset, *args)
+        path.write_text(f"{1e3 * (time.process_time() - start) / len(dataset.hw):.1f}")
+        return results
+
+    return predict_and_time
+
+
 def folder_of(name, seed, iters):
     return ROOT / "runs" / "accuracy" / f"{name} {seed} {iters}".replace(",", "").replace(" ", "-")
 
 
 def run(name, seed, args):
-    """The training in a process of its own, unless its row is there or another invocation is at it.
-    The lock is the child's too: it ends with the last of them, however that ends."""
-    config, out = CONFIGS[name], folder_of(name, seed, args.iters)
+    """Train in a process of its own, unless its row exists or another invocation works on it.
+
+    The child holds the lock too, so that it ends with the last of them, however that ends.
+    """
+    config, iters = CONFIGS[name], steps_of(name, args)
+    out = folder_of(name, seed, iters)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "w") as lock:
         try:
@@ -277,7 +345,7 @@ def run(name, seed, args):
             return
         if (name, seed) in read_rows(args):
             return
-        base = folder_of(config.base, seed, args.iters)
+        base = folder_of(config.base, seed, iters)
         if config.from_base and (base / "last.pt").exists():
             shutil.copy(base / "last.pt", out)
         launch = [sys.executable]
@@ -300,7 +368,7 @@ def run(name, seed, args):
                     "--seeds",
                     str(seed),
                     "--iters",
-                    str(args.iters),
+                    str(iters),
                     "--data",
                     args.data,
                     "--results",
@@ -311,14 +379,15 @@ def run(name, seed, args):
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
-        row = result(name, seed, out, args.iters)
+        row = result(name, seed, out, iters)
         with open(args.results, "a") as file:  # one write of one line
             file.write(json.dumps(row) + "\n")
         print(f"  AP {row['AP']:.3f}, {row['seconds']} s", flush=True)
 
 
 def result(name, seed, out, iters):
-    """The row of a finished run: AP and mean losses of every tenth, from the trainer's log."""
+    """Return the row of a finished run: AP and mean losses of every part, from the log."""
+    recipe = CONFIGS[name].settings()
     curve, losses, seconds, last = [], [], 0, 0
     for line in (out / "log.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -330,7 +399,7 @@ def result(name, seed, out, iters):
             curve.append({"step": entry["step"], "AP": round(entry["AP"], 4), **point})
             losses, metrics = [], entry
         else:
-            seconds += (entry["step"] - last) * RECIPE["batch_size"] / entry["images_per_second"]
+            seconds += (entry["step"] - last) * recipe["batch_size"] / entry["images_per_second"]
             last = entry["step"]
             other = ("step", "lr", "images_per_second", "skipped_images")
             losses.append({key: value for key, value in entry.items() if key not in other})
@@ -352,13 +421,15 @@ def result(name, seed, out, iters):
         "iters": iters,
         "flags": config.flags,
         "patch": config.patch and config.patch.__name__,
-        "recipe": RECIPE,
-        "model": MODEL,
+        "recipe": recipe,
+        "model": config.keywords(),
+        "data": config.data,
         "commit": commit,
         "versions": versions,
         "threads": config.threads,
         "processes": config.processes,
         "seconds": round(seconds),
+        "ms": float((out / "ms").read_text()),
         **metrics,
         "curve": curve,
     }
@@ -368,18 +439,38 @@ def result(name, seed, out, iters):
 
 
 def read_rows(args):
-    """{(config, seed): row} of the runs of this length."""
+    """Return {(config, seed): row} of the runs of their config's length, or of --iters."""
     rows = {}
     if args.results.exists():
         for line in args.results.read_text().splitlines():
             row = json.loads(line)
-            if row["iters"] == args.iters:
+            known = row["config"] in CONFIGS
+            if known and row["iters"] == steps_of(row["config"], args):
                 rows[row["config"], row["seed"]] = row
     return rows
 
 
+def check(args):
+    """Train seed 0 of imprv on BCCD again and exit with 1 unless its AP is in the recorded band.
+
+    The band is three standard deviations of the recorded seeds to both sides of their mean: after
+    900 steps, rounding alone makes another training of the same seed.
+    """
+    values = [100 * row["AP"] for (name, _), row in read_rows(args).items() if name == "imprv"]
+    width = 3 * np.std(values, ddof=1)
+    args.results = ROOT / "runs" / "accuracy" / "check.jsonl"
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.unlink(missing_ok=True)
+    shutil.rmtree(folder_of("imprv", 0, steps_of("imprv", args)), ignore_errors=True)
+    run("imprv", 0, args)
+    ap = 100 * read_rows(args)["imprv", 0]["AP"]
+    fits = abs(ap - np.mean(values)) <= width
+    print(f"AP {ap:.1f}, recorded {np.mean(values):.1f} ± {width:.1f}: {'ok' if fits else 'wrong'}")
+    sys.exit(not fits)
+
+
 def spread(values):
-    """Mean and standard error along the first axis; of one value, no error."""
+    """Return mean and standard error along the first axis; the error of one value is 0."""
     return np.mean(values, 0), np.std(values, 0) / math.sqrt(len(values) - 1 or math.inf)
 
 
@@ -404,9 +495,8 @@ def table(args):
     rows, metrics = read_rows(args), evaluate.METRICS[:6]
     for group in SEEDS:
         print(
-            f"\n`python tests/benchmarks/accuracy.py {group}`: {args.iters} steps of "
-            f"{RECIPE['batch_size']} images; mean ± standard error; differences are of the same "
-            "seeds\n"
+            f"\n`python tests/benchmarks/accuracy.py {group}`: mean ± standard error; differences "
+            "are of the same seeds\n"
         )
         head = [*metrics, "seeds", "seconds", "against", *metrics[:3], "paper"]
         print("| |", " | ".join(head), "|\n" + "|---" * (len(head) + 1) + "|")
@@ -422,9 +512,9 @@ def table(args):
     figure(rows, args.results.with_suffix(".png"))
 
 
-def summary(results, iters=RECIPE["iters"]):
-    """The README's table, of what has been run."""
-    rows = read_rows(argparse.Namespace(results=Path(results), iters=iters))
+def summary(results):
+    """Return the README's table of the finished runs."""
+    rows = read_rows(argparse.Namespace(results=Path(results), iters=None))
     lines = [
         "| | AP | AP50 | seeds | difference in AP, same seeds | the paper's |",
         "|---|---|---|---|---|---|",
@@ -479,18 +569,21 @@ def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("what", choices=[*SEEDS, "all", "table", "one"])
+    add("what", choices=[*SEEDS, "all", "table", "check", "one"])
     add("--seeds", type=int, nargs="+", help="(the group's own)")
-    add("--iters", type=int, default=RECIPE["iters"], help="steps of a run (%(default)s)")
-    add("--data", type=Path, default=ROOT.parent / "shared/data/bccd")
+    add("--iters", type=int, help="steps of a run (the config's own)")
+    add("--data", type=Path, default=ROOT.parent / "shared/data", help="holds bccd/ and hituav/")
     add("--results", type=Path, default=Path(__file__).parent / "results/accuracy.jsonl")
     add("--config", help="of `one`: the training alone, in this process, without a row")
     args = parser.parse_args()
     if args.what == "table":
         return table(args)
+    if args.what == "check":
+        return check(args)
     if args.what == "one":
         (seed,) = args.seeds
-        return train_one(args.config, seed, folder_of(args.config, seed, args.iters), args)
+        out = folder_of(args.config, seed, steps_of(args.config, args))
+        return train_one(args.config, seed, out, args)
     groups = ALL if args.what == "all" else [(args.what, range(SEEDS[args.what]))]
     for group, seeds in groups:
         for seed in args.seeds or seeds:
