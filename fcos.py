@@ -61,6 +61,8 @@ from kernels.focal_loss import sigmoid_focal_loss
 from kernels.iou_loss import KINDS, iou, iou_loss
 from kernels.nms import batched_nms
 
+__version__ = "1.0"
+
 
 class UserError(ValueError):
     """A mistake in the caller's input; the scripts print it as one line, without a traceback."""
