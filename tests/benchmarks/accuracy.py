@@ -60,7 +60,7 @@ MODEL = dict(block="basic", blocks=(1, 1, 2, 2), stem=32, channels=64, norm="gn"
 RECIPE = dict(model="bench", weights="none", iters=900, batch_size=4, lr=0.01, warmup=50)
 SIZES_OF = {
     "bccd": dict(min_size=[240], max_size=400),
-    "hituav": dict(iters=600, min_size=[384], max_size=480),
+    "hituav": dict(iters=450, min_size=[384], max_size=480),
 }
 
 # ---- torchvision's detector in our trainer -----------------------------------------------------
@@ -240,8 +240,8 @@ CONFIGS = {
     "imprv, quality iou": Config("bccd", "--set quality=iou"),
     "stride 4 and its loss": Config("bccd", base="torchvision", model="small"),
     "HIT-UAV, torchvision": HIT_UAV._replace(patch=torchvision_side),
-    "HIT-UAV, imprv": HIT_UAV,
     "HIT-UAV, stride 4 and its loss": HIT_UAV._replace(model="small"),
+    "HIT-UAV, imprv": HIT_UAV,
     "HIT-UAV, 1.5 times larger at test": HIT_UAV._replace(
         base="HIT-UAV, stride 4 and its loss", model="small", patch=larger_at_test, from_base=True
     ),
@@ -303,7 +303,7 @@ def train_one(name, seed, out, args):
     if config.patch:
         config.patch()
     evaluate.predict = timed(evaluate.predict, out / "ms")
-    every = iters // (10 if config.data == "bccd" else 2)
+    every = iters // 10 if config.data == "bccd" else iters
     flags = f"bench --iters {iters} --seed {seed} --eval-every {every} --workers 0 --out {out}"
     folders = [f"--{split}-images={data}/images" for split in ("train", "val")]
     files = [
