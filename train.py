@@ -305,10 +305,16 @@ class TrainBatches(Dataset):
             sample = change(sample, self.rng("augment", step, slot))
             self.check(sample, self.dataset.path(row))
             samples.append(sample)
-        images, sizes = fcos.pad_batch([sample.pop("image") for sample in samples], plan.padded_hw)
-        columns = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
-        counts = [len(sample["labels"]) for sample in samples]
-        return {"images": images, "sizes": sizes, "counts": counts} | columns
+        return collate(samples, plan.padded_hw)
+
+    def smallest(self):
+        """Return a batch of one image, the one with the fewest pixels after padding."""
+        rows = np.concatenate(self.groups)
+        shapes, places = np.unique(self.dataset.hw[rows], axis=0, return_index=True)
+        sizes = [fcos.resized_hw(*hw, min(self.min_size), self.max_size) for hw in shapes.tolist()]
+        paddeds = [fcos.padded_hw([size]) for size in sizes]
+        k = min(range(len(paddeds)), key=lambda k: paddeds[k][0] * paddeds[k][1])
+        return collate([self.dataset.sample(rows[places[k]], sizes[k])], paddeds[k])
 
     def check(self, sample, path):
         """Raise UserError unless an augmented sample is one that can be trained on."""
@@ -323,14 +329,16 @@ class TrainBatches(Dataset):
             raise UserError(f"{path}: augment made {made:.300}")
 
 
-def split_columns(batch):
-    """Return the truths of a batch of TrainBatches: for each image, its rows of every column."""
+def collate(samples, padded_hw):
+    """Return a batch of samples: see TrainBatches.__getitem__."""
+    images, sizes = fcos.pad_batch([sample["image"] for sample in samples], padded_hw)
     columns = {
-        name: values.split(batch["counts"])
-        for name, values in batch.items()
-        if name not in ("images", "sizes", "counts")
+        name: torch.cat([sample[name] for sample in samples])
+        for name in samples[0]
+        if name != "image"
     }
-    return [dict(zip(columns, rows)) for rows in zip(*columns.values())]
+    counts = [len(sample["labels"]) for sample in samples]
+    return {"images": images, "sizes": sizes, "counts": counts} | columns
 
 
 # How each column of the boxes changes when the image is mirrored or cropped. A column without a
@@ -403,44 +411,92 @@ def crop(sample, rng):
     return {"image": image} | {name: values[kept] for name, values in columns.items()}
 
 
-# ---- the model ---------------------------------------------------------------------------------
+# ---- the model's start -------------------------------------------------------------------------
+
+
+def load_data(settings, say):
+    """Return the training and the validation set, and report what is odd about them."""
+    if settings["train_images"] == "data/shapes/train2017":
+        draw_shapes("data/shapes", say)
+    train, val = (load_split(settings, split, say) for split in ("train", "val"))
+    if train.image_dir == val.image_dir:
+        shared = np.intersect1d(train._names, val._names)
+        if len(shared):
+            say(
+                f"{val.annotations}: {len(shared)} of its images are also trained on, so its AP "
+                "will be too high"
+            )
+    unlabeled = int((~train.trainable).sum())
+    if unlabeled == len(train):
+        raise UserError(f"{train.annotations}: has no image with a box to learn")
+    if unlabeled:
+        use = "negatives" if settings["negatives"] else "left out; --negatives trains on them"
+        say(
+            f"{train.annotations}: {unlabeled} of {len(train)} images have no boxes to learn and "
+            f"are {use}"
+        )
+    return train, val
+
+
+def load_split(settings, split, say):
+    """Read the "train" or "val" data set and report its size and what is odd about it."""
+    path = settings[f"{split}_annotations"]
+    if not Path(path).exists():
+        raise UserError(
+            f"{path}: no such file; {evaluate.what_is_there(path)}; --train-annotations, "
+            "--train-images, --val-annotations and --val-images name other places"
+        )
+    dataset = evaluate.CocoDataset(path, settings[f"{split}_images"])
+    names = ", ".join(map(str, dataset.classes))
+    say(
+        f"{path}: {len(dataset)} images, {len(dataset.boxes)} boxes of {len(dataset.classes)} "
+        f"classes: {names:.100}"
+    )
+    for note in dataset.notes:
+        say(f"{path}: {note}")
+    return dataset
+
+
+def draw_shapes(folder, say):
+    """Draw the shapes data set on rank 0 if it is not there; the other ranks wait."""
+    rank, world_size = evaluate.rank_and_world_size()
+    if rank == 0 and not Path(folder).exists():
+        say(f"drawing {folder}")
+        make_shapes(folder)
+    if world_size > 1:
+        dist.barrier()
 
 
 def find_weights(name, keywords):
-    """The path that a recipe's or the user's --weights means for a model of these keywords; None
-    for "none"."""
+    """Return the path that --weights means for a model of these keywords; None for "none"."""
     if name == "none":
         return None
     if name in ("imagenet", "coco"):
         return fcos.hub_file(name, keywords["imagenet"])
     path, cached = Path(name), Path.home() / ".torch" / "models" / name
-    if path.exists() or (path.name == name and cached.exists()):
-        return path if path.exists() else cached
+    if path.exists():
+        return path
+    if path.name == name and cached.exists():
+        return cached
     raise UserError(
-        f"{name}: no such weights, neither here nor in {cached.parent}; the README has "
-        "where to get a recipe's; coco is torchvision's detector, none a random start"
+        f"{name}: no such weights, neither here nor in {cached.parent}; the README says where to "
+        "get the weights of a recipe; coco is torchvision's detector, none a random start"
     )
 
 
 def make_model(settings, dataset, say):
-    """The recipe's model for the classes of a data set, with its initial weights."""
+    """Build the recipe's model for the classes of a data set, with its initial weights."""
     keywords = settings["keywords"]
     path = find_weights(settings["weights"], keywords)
-    if path:  # one of our own checkpoints says which norms it has
-        weights = fcos.open_weights(path)
-        stored = fcos.stored_keywords(weights.content) if "num_classes" in weights.content else {}
-        keywords |= {name: stored[name] for name in ("norm", "frozen_stages") if name in stored}
-    elif keywords["frozen_stages"] or keywords.get("norm") == "frozen":
-        new = {"frozen_stages": 0} | ({"norm": "gn"} if keywords.get("norm") == "frozen" else {})
-        keywords |= new
-        say(f"no pretrained weights: {new}, because frozen random filters learn nothing")
+    weights = fcos.open_weights(path) if path else None
+    keywords |= settled_keywords(keywords, weights, say)
     torch.manual_seed(settings["seed"])
     try:
         model = fcos.FCOS(len(dataset.classes), **keywords)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{settings['model']} cannot be built: {error}") from None
     model.name = settings["model"]
-    if path:
+    if weights:
         report = fcos.load_weights(model, weights, dataset.classes)
         random = {".".join(name.split(".")[:2]) for name in report["missing"]}
         random = {name for name in random if not name.startswith("backbone.")}
@@ -452,14 +508,85 @@ def make_model(settings, dataset, say):
         say(", ".join(f"{name} {value}" for name, value in report["convention"].items()))
     model.set_convention(inclusive=False, score="fcos")  # the data set's boxes are continuous
     model.classes, model.category_ids = dataset.classes, dataset.category_ids
+    del settings["keywords"]
+    settings |= model.keywords
     return model
 
 
-# ---- optimisation ------------------------------------------------------------------------------
+def settled_keywords(keywords, weights, say):
+    """Return the keywords that the initial weights decide.
+
+    One of our own checkpoints says which norms it has. Without weights nothing can be frozen.
+    """
+    if weights:
+        own = "num_classes" in weights.content
+        stored = fcos.stored_keywords(weights.content) if own else {}
+        return {name: stored[name] for name in ("norm", "frozen_stages") if name in stored}
+    changes = {}
+    if keywords.get("norm") == "frozen":
+        changes["norm"] = "gn"
+    if changes or keywords["frozen_stages"]:
+        changes["frozen_stages"] = 0
+        say(f"no pretrained weights: {changes}, because frozen random filters learn nothing")
+    return changes
+
+
+def make_network(model, settings, batches, compiled, say):
+    """Return what computes the forward pass of a step: the model, or DDP around it.
+
+    It has run once: see `rehearse`. With `compiled`, torch.compile has changed the model.
+    """
+    rank, world_size = evaluate.rank_and_world_size()
+    network = model
+    if world_size > 1:
+        if settings.get("norm") == "syncbn":
+            if next(model.parameters()).is_cuda:
+                torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            else:
+                say("SyncBN needs GPUs: every process normalizes by its own images alone")
+        # Buffers are no use in training, so none is broadcast; torch 2.15 deprecates the flag.
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        network = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    rehearse(network, model, batches, settings)
+    if compiled:  # many sizes would be compiled beyond the limit of eight
+        model.compile(dynamic=False if len(settings["min_size"]) == 1 else None)
+    return network
+
+
+def rehearse(network, model, batches, settings):
+    """Run one forward and backward pass that trains nothing, on the smallest image of the run.
+
+    What does not fit together fails here, before anything is written. DDP sums gradients in
+    another order after its first backward pass; with this pass behind it, a resumed run sums in
+    the same order as one that never stopped. Raises UserError if no loss depends on a parameter,
+    or if a loss has a name that the log uses.
+    """
+    device = next(model.parameters()).device
+    batch = to_device(batches.smallest(), device)
+    network.eval()  # running statistics stay as they are
+    with torch.autocast(device.type, torch.bfloat16, settings["precision"] == "bf16"):
+        outputs = network(batch["images"], batch["sizes"])
+    targets = model.targets(batch["images"].shape[2:], split_columns(batch))
+    losses = fcos.fcos_loss(outputs, targets, fcos.loss_normalizers(targets), **model.loss)
+    sum(losses.values()).backward()
+    network.train()
+    named = model.named_parameters()
+    unused = [name for name, p in named if p.requires_grad and p.grad is None]
+    if unused:
+        raise UserError(f"no loss depends on {', '.join(unused)}")
+    if losses.keys() & {"step", "loss", "lr", "AP"}:
+        raise UserError(f"losses {', '.join(losses)}: one has a name that the log uses")
+    model.zero_grad()
+
+
+# ---- optimization ------------------------------------------------------------------------------
 
 
 def parameter_groups(model):
-    """Weights decay; biases, those of the norms included, do not and learn twice as fast."""
+    """Return the optimizer's groups. Biases, those of the norms included, have no weight decay
+    and twice the learning rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for name, p in named if "bias" not in name], "rate": 1, "weight_decay": 1e-4},
@@ -467,51 +594,61 @@ def parameter_groups(model):
     ]
 
 
+def make_optimizer(model, settings):
+    """Return the optimizer. A group's learning rate at a step is what `lr_at` makes of the rate
+    given here, times the group's "rate" if it has one."""
+    optimizer = torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
 def lr_at(step, lr, iters, warmup, decays=DECAYS):
-    """The learning rate of a step counted from 0: constant warm-up, then decays (see RECIPES)."""
+    """Return the learning rate of a step, counted from 0: constant warm-up, then decays (see
+    RECIPES)."""
     passed = sum(step >= iters * eighteenths // 18 for eighteenths in decays)
     return lr * (1 / 3 if step < warmup else 1) * 0.1**passed
 
 
-# ---- training ----------------------------------------------------------------------------------
+class MovingAverage:
+    """The moving average of a model's weights, which is evaluated and kept in its place (--ema).
+
+    Its memory is short at first, so that the random start is forgotten: step k, counted from 0,
+    weighs at least 9 / (9 + k).
+    """
+
+    def __init__(self, model, decay):
+        self.source = model
+        self.model = copy.deepcopy(model)
+        self.decay = decay
+
+    def update(self, step):
+        average = get_ema_multi_avg_fn(min(self.decay, step / (9 + step)))
+        average(list(self.model.parameters()), list(self.source.parameters()), None)
+
+    def evaluated(self):
+        """Return the averaged model, with the running statistics of the model itself."""
+        for buffer, current in zip(self.model.buffers(), self.source.buffers()):
+            buffer.copy_(current)
+        return self.model
+
+    def state_dict(self):
+        return self.model.state_dict()
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state)
 
 
-def load_data(settings, rank, world_size, say):
-    """-> the training and the validation set, after saying what is odd about them."""
-    if settings["train_images"] == "data/shapes/train2017":
-        if rank == 0 and not Path("data/shapes").exists():
-            say("drawing data/shapes")
-            make_shapes("data/shapes")
-        if world_size > 1:
-            dist.barrier()
-    datasets = []
-    for split in ("train", "val"):
-        path = settings[f"{split}_annotations"]
-        if not Path(path).exists():
-            raise UserError(
-                f"{path}: no such file; {evaluate.what_is_there(path)}; other places "
-                "are named by --train-annotations, --train-images and so on"
-            )
-        datasets.append(data := evaluate.CocoDataset(path, settings[f"{split}_images"]))
-        say(
-            f"{path}: {len(data)} images, {len(data.boxes)} boxes of {len(data.classes)} classes: "
-            f"{', '.join(map(str, data.classes)):.100}"
-        )
-        for note in data.notes:
-            say(f"{path}: {note}")
-    train, val = datasets
-    same = np.intersect1d(train._names, val._names) if train.image_dir == val.image_dir else ()
-    if len(same):
-        say(f"{path}: {len(same)} of its images are trained on, too: its AP says too much")
-    path, trainable = settings["train_annotations"], train.trainable
-    if not trainable.any():
-        raise UserError(f"{path}: has no image with a box to learn")
-    if not trainable.all():
-        say(
-            f"{path}: {(~trainable).sum()} of {len(trainable)} images have no boxes to learn and "
-            f"are {'negatives' if settings['negatives'] else 'left out; --negatives takes them'}"
-        )
-    return datasets
+def make_companions(model, settings):
+    """Return what changes with the weights after every step, by name: a moving average, a teacher.
+
+    Each has `update(step)`, and `state_dict` and `load_state_dict`, by which it is saved and
+    resumed under its name. The one called "ema" is evaluated in place of the model.
+    """
+    return {"ema": MovingAverage(model, settings["ema"])} if settings["ema"] else {}
+
+
+# ---- the step ----------------------------------------------------------------------------------
 
 
 def to_device(batch, device):
@@ -522,244 +659,290 @@ def to_device(batch, device):
     }
 
 
+def split_columns(batch):
+    """Return the truths of a batch of TrainBatches: for each image, its rows of every column."""
+    columns = {
+        name: values.split(batch["counts"])
+        for name, values in batch.items()
+        if name not in ("images", "sizes", "counts")
+    }
+    return [dict(zip(columns, rows)) for rows in zip(*columns.values())]
+
+
+def read_step(loader, micro_batches, device):
+    """Return the micro-batches of the next step on the device."""
+    return [to_device(next(loader), device) for _ in range(micro_batches)]
+
+
+def compute_gradients(model, network, batches, settings, stop_requested):
+    """Compute the gradients of one step from its micro-batches on this rank.
+
+    Targets do not depend on predictions, so the normalizers of the whole step, over all
+    micro-batches and ranks, are summed while the first forward pass runs. The same sum tells every
+    rank whether any of them was asked to stop.
+
+    Returns {name: this rank's part of the loss} and the number of ranks that were asked to stop,
+    as tensors without dimensions: nothing is read from the device.
+    """
+    targets = [model.targets(batch["images"].shape[2:], split_columns(batch)) for batch in batches]
+    device = targets[0]["labels"].device
+    _, world_size = evaluate.rank_and_world_size()
+    stops = torch.full((1,), float(bool(stop_requested)), device=device)
+    sums = torch.cat([sum(map(fcos.loss_normalizers, targets)), stops])
+    reduction = dist.all_reduce(sums, async_op=True) if world_size > 1 else None
+    step_losses = 0
+    for m, batch in enumerate(batches):
+        add_only = world_size > 1 and m < len(batches) - 1  # DDP reduces with the last one
+        with network.no_sync() if add_only else contextlib.nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, settings["precision"] == "bf16"):
+                outputs = network(batch["images"], batch["sizes"])
+            if reduction and m == 0:
+                reduction.wait()
+            losses = fcos.fcos_loss(outputs, targets[m], sums[:-1], **model.loss)
+            values = torch.stack(list(losses.values()))
+            (values.sum() * world_size).backward()  # DDP averages what is to be added
+        step_losses = step_losses + values.detach()
+    return dict(zip(losses, step_losses)), sums[-1]
+
+
+def update(step, optimizer, companions, settings):
+    """Set the learning rates of a step, change the weights, and then what follows them."""
+    for group in optimizer.param_groups:
+        rate = lr_at(
+            step, group["initial_lr"], settings["iters"], settings["warmup"], settings["decays"]
+        )
+        group["lr"] = rate * group.get("rate", 1)
+    optimizer.step()
+    optimizer.zero_grad()
+    for companion in companions.values():
+        companion.update(step)
+
+
+class Meter:
+    """The losses of the last step, and the speed since the last row of the log.
+
+    Reading a number from a GPU waits for all of its work, so `add` reads nothing. `read` does, and
+    is called every few steps.
+    """
+
+    def __init__(self, step, batches, device):
+        self.batches = batches
+        self.losses = {}
+        self.first_bad = torch.tensor(len(batches.group), device=device)
+        self.restart(step)
+
+    def restart(self, step):
+        """Measure the speed from this step on."""
+        self.step = step
+        self.clock = time.perf_counter()
+
+    def add(self, step, losses, model):
+        """Keep the losses, and the step if it is the first whose loss or gradient is not finite."""
+        self.losses = losses
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = torch.stack(list(losses.values())).sum().isfinite() & norm.isfinite()
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
+
+    def read(self, step):
+        """Return {name: loss} over all ranks and the images per second up to now.
+
+        Raises UserError on every rank if a loss or a gradient of any was not finite.
+        """
+        values = torch.stack(list(self.losses.values()))
+        if dist.is_initialized():
+            dist.all_reduce(values)
+            dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)
+        losses = dict(zip(self.losses, values.tolist()))
+        bad = self.first_bad.item()
+        if bad < len(self.batches.group):
+            ids = self.batches.dataset.image_ids[self.batches.plan(bad).rows].tolist()
+            raise UserError(
+                f"the loss or its gradient is not finite since step {bad + 1}, of the images "
+                f"{ids}; the losses are now {loss_text(losses)}; last.pt is from before that"
+            )
+        speed = (step - self.step) * self.batches.batch_size / (time.perf_counter() - self.clock)
+        self.restart(step)
+        return losses, speed
+
+
+def loss_text(losses):
+    return " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+
+
+def validate(step, model, val_set, best, files, workers):
+    """Score a model after `step` steps; log the metrics, and keep it if it is the best so far.
+
+    Returns the metrics of the best evaluation, on rank 0.
+    """
+    device = next(model.parameters()).device
+    if dist.is_initialized():
+        for buffer in model.buffers():  # running statistics differ between ranks: take rank 0's
+            dist.broadcast(buffer, 0)
+    batch_size = 8 if device.type == "cuda" else 1
+    results = evaluate.predict(model, val_set, batch_size, workers)
+    if results is None:  # not rank 0
+        return best
+    metrics = evaluate.score(results, val_set.annotations)
+    files.log(step, **metrics)
+    tqdm.write(f"step {step}: AP {metrics['AP']:.3f}{peak_memory(device)}", file=sys.stderr)
+    if best is None or metrics["AP"] > best["AP"]:
+        candidate = metrics | {"step": step}
+        if files.best(model, candidate):
+            best = candidate
+    return best
+
+
+def peak_memory(device):
+    """Return the peak memory of the GPU, or of the process on Linux, as text for the log."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    elif sys.platform == "linux":
+        from resource import RUSAGE_SELF, getrusage  # Windows has none, macOS other units
+
+        peak = getrusage(RUSAGE_SELF).ru_maxrss / 2**20
+    else:
+        return ""
+    return f", peak {peak:.1f} GiB"
+
+
+# ---- main --------------------------------------------------------------------------------------
+
+
 def main(args):
-    # ---- everything that can be wrong, before anything is written
+    """Train as the command line says."""
+    # Set up. Every mistake is found before anything is written.
     settings = resolve(args)
     rank, world_size, device = evaluate.start_process(args.device, fresh_store)
     say = print if rank == 0 else lambda text: None
-    recipe, out = RECIPES[args.recipe], Path(args.out or f"runs/{args.recipe}")
-    iters, batch_size, micro_batches = settings["iters"], settings["batch_size"], args.accumulate
+    check_batch_size(settings, world_size, args.accumulate)
+    train_set, val_set = load_data(settings, say)
+    model = make_model(settings, train_set, say).to(device)
+    evaluate.check_classes(model, val_set)
+    optimizer = make_optimizer(model, settings)
+    companions = make_companions(model, settings)
+    settings["optimizer"] = type(optimizer).__name__
+    print_settings(settings, args, say)
+    batches = TrainBatches(train_set, settings, rank, world_size, args.accumulate)
+    network = make_network(model, settings, batches, args.compile, say)
+    saved = {"optimizer": optimizer} | companions
+    files, start, best = open_run(args, settings, model, saved, say)
+
+    # Train. The last turn of the loop only evaluates.
+    iters = settings["iters"]
+    workers = (4 if device.type == "cuda" else 1) if args.workers is None else args.workers
+    with evaluate.no_worker_left(), stop_signals() as signals:
+        loader = start_loader(batches, start, workers, device)
+        meter = Meter(start, batches, device)
+        bar = progress_bar(args.recipe, start, iters)
+        for step in bar:
+            # The model of an evaluation has been saved: a run that is stopped here repeats it.
+            if step == iters or is_due(step, args.eval_every):
+                evaluated = companions["ema"].evaluated() if "ema" in companions else model
+                best = validate(step, evaluated, val_set, best, files, workers)
+                meter.restart(step)
+            if step == iters:
+                break
+            micro_batches = read_step(loader, args.accumulate, device)
+            losses, stops = compute_gradients(model, network, micro_batches, settings, signals)
+            meter.add(step, losses, model)
+            update(step, optimizer, companions, settings)
+
+            done = step + 1
+            saving = must_save(done, args, iters)
+            logging = saving or is_due(done, max(1, min(20, iters // 100)))
+            stopping = (logging or device.type == "cpu") and stops.item() > 0
+            if logging or stopping:
+                report(done, meter, optimizer, files, bar)
+            if saving or stopping:
+                files.checkpoint(done, settings, model, saved, best)
+            if stopping and done < iters:
+                sender = signals[0] if signals else "a signal to another rank"
+                say(
+                    f"{sender}: stopped after step {done} of {iters}; the same command resumes "
+                    "from there"
+                )
+                return
+    if rank == 0:
+        print_result(best, files)
+    if world_size > 1:  # torchrun restarts all ranks if one fails before it is here
+        dist.barrier()
+
+
+def check_batch_size(settings, world_size, micro_batches):
+    """Raise UserError unless every micro-batch of every rank gets an image."""
+    batch_size = settings["batch_size"]
     if batch_size < world_size * micro_batches:
         raise UserError(
             f"--batch-size {batch_size}: less than an image for each of {world_size} "
             f"processes and {micro_batches} micro-batches"
         )
-    train_set, val_set = load_data(settings, rank, world_size, say)
-    model = make_model(settings, train_set, say).to(device)
-    del settings["keywords"]  # the model has settled them
-    settings |= model.keywords
+
+
+def print_settings(settings, args, say):
+    """Print the settings, and the learning rate before and after it was scaled."""
     for name, value in settings.items():
         if isinstance(value, list) and len(value) > 8:
             value = f"{value[0]} to {value[-1]}"
         say(f"{name:18s} {value}")
+    recipe = RECIPES[args.recipe]
     if settings["lr"] != recipe["lr"] and args.lr is None:
         say(
             f"the learning rate {recipe['lr']} for {recipe['batch_size']} images a step becomes "
-            f"{settings['lr']:g} for {batch_size}"
+            f"{settings['lr']:g} for {settings['batch_size']}"
         )
-    if model.keywords.get("norm") == "syncbn" and world_size > 1:
-        if device.type == "cuda":
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        else:
-            say("SyncBN needs GPUs: every process normalises by its own images alone")
-    evaluate.check_classes(model, val_set)
-    optimizer = torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
-    settings["optimizer"] = type(optimizer).__name__
-    saved = {"optimizer": optimizer}  # beside the model: whatever has a state_dict, by name
-    if settings["ema"]:
-        saved["ema"] = ema = copy.deepcopy(model)
-    # --fresh is for the first start of a launch: torchrun's restarts and Slurm's resume from it
-    launch = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("SLURM_RESTART_COUNT")
-    if args.fresh and not any(count and count.isdigit() and int(count) for count in restarts):
-        start, best, damaged = 0, None, False
-    else:
-        start, best, damaged = resume(out, settings, model, saved, say, args.fresh and launch)
-    if start == 0 and not args.fresh and (out / "model.pt").exists():
-        raise UserError(
-            f"{out}: holds a model.pt and no checkpoint; choose another --out, or "
-            "--fresh to replace it"
-        )
-    if world_size > 1:
-        starts = [None] * world_size
-        dist.all_gather_object(starts, start)
-        if len(set(starts)) > 1:
-            raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
-    evaluate.make_folder(out)
-    inputs = settings["weights"], settings["train_annotations"], settings["val_annotations"]
-    for name in RunFiles.NAMES if start == 0 else ():
-        evaluate.check_target(out / name, inputs)
 
-    # ---- from here on the run is under way
-    files = RunFiles(out, start, launch, damaged) if rank == 0 else None
-    on_gpu = device.type == "cuda"
-    workers = (4 if on_gpu else 1) if args.workers is None else args.workers
-    batches = TrainBatches(train_set, settings, rank, world_size, micro_batches)
-    items = range(start * micro_batches, iters * micro_batches)
-    loader = iter(evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=on_gpu))
-    loader = evaluate.raised(loader)  # whose workers have begun
-    network = model
-    if world_size > 1:  # no buffer is of use in training, so none is broadcast
-        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # since torch 2.15
-        network = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-        # After its first backward pass DDP sums the gradients in another order. With a pass that
-        # counts for nothing, a resumed run is in the same order as one that never stopped.
-        outputs = network.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
-        maps = [x for x in outputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-        sum(x.sum() for x in maps).backward()
-        optimizer.zero_grad()
-    if args.compile:  # many sizes would be compiled beyond the limit of eight
-        model.compile(dynamic=False if len(settings["min_size"]) == 1 else None)
-    network.train()
 
-    def validate(step):
-        """Score the model after `step` steps; the best so far becomes model.pt."""
-        nonlocal best
-        scored = model
-        if settings["ema"]:
-            scored = ema
-            for buffer, now in zip(ema.buffers(), model.buffers()):
-                buffer.copy_(now)
-        if world_size > 1:  # the running statistics of batch norms differ: rank 0's count
-            for buffer in scored.buffers():
-                dist.broadcast(buffer, 0)
-        results = evaluate.predict(scored, val_set, 8 if on_gpu else 1, workers)
-        if rank == 0:
-            metrics = evaluate.score(results, val_set.annotations)
-            files.log(step, **metrics)
-            peak = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
-            if sys.platform == "linux" and not on_gpu:
-                from resource import RUSAGE_SELF, getrusage  # Windows has none, macOS other units
+def start_loader(batches, start, workers, device):
+    """Return the iterator over all micro-batches from step `start` on; its workers begin now."""
+    items = range(start * batches.micro_batches, len(batches))
+    pinned = device.type == "cuda"
+    loader = evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=pinned)
+    return evaluate.raised(iter(loader))
 
-                peak = getrusage(RUSAGE_SELF).ru_maxrss / 2**20
-            told = f"step {step}: AP {metrics['AP']:.3f}" + f", peak {peak:.1f} GiB" * (peak > 0)
-            if args.compile:
-                graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-                told += f", {graphs} compiled graphs"
-            bar.write(told, file=sys.stderr)
-            if best is None or metrics["AP"] > best["AP"]:
-                found = metrics | {"step": step}
-                best = found if files.best(scored, found) else best
 
-    log_every = max(1, min(20, iters // 100))
-    diverged = torch.tensor(iters, device=device)  # the first step whose loss was not finite
-    clock, clock_step = time.perf_counter(), start
-    bar = tqdm(
-        range(start, iters),
-        args.recipe,
-        iters,
-        initial=start,
-        disable=rank != 0,
-        unit="step",
-        dynamic_ncols=True,
+def progress_bar(name, start, iters):
+    """Return the steps from `start` to `iters`, both included, shown as a bar on rank 0."""
+    rank, _ = evaluate.rank_and_world_size()
+    steps = range(start, iters + 1)
+    return tqdm(
+        steps, name, iters, initial=start, disable=rank != 0, unit="step", dynamic_ncols=True
     )
-    with evaluate.no_worker_left(), stop_signals() as signals, bar:
-        for step in bar:
-            # ---- an evaluation is due. Its model is saved: a run that is stopped here repeats it
-            if step and args.eval_every and step % args.eval_every == 0:
-                validate(step)
-                clock, clock_step = time.perf_counter(), step
-
-            # ---- this rank's images, and what their locations are to learn
-            inputs, targets = [], []
-            for _ in range(micro_batches):
-                batch = to_device(next(loader), device)
-                inputs.append((batch["images"], batch["sizes"]))
-                targets.append(model.targets(batch["images"].shape[2:], split_columns(batch)))
-
-            # ---- gradients. Targets do not depend on predictions, so what normalises the loss of
-            # the whole step, over all micro-batches and ranks, is summed while the first forward
-            # pass runs. The same sum tells every rank whether any of them was asked to stop.
-            stop = torch.full((1,), float(len(signals) > 0), device=device)
-            sums = torch.cat([sum(map(fcos.loss_normalizers, targets)), stop])
-            reduction = dist.all_reduce(sums, async_op=True) if world_size > 1 else None
-            step_losses = 0
-            for m in range(micro_batches):
-                more = world_size > 1 and m < micro_batches - 1
-                with network.no_sync() if more else contextlib.nullcontext():
-                    bf16 = settings["precision"] == "bf16"
-                    with torch.autocast(device.type, torch.bfloat16, bf16):
-                        outputs = network(*inputs[m])
-                    if reduction and m == 0:
-                        reduction.wait()
-                    losses = fcos.fcos_loss(outputs, targets[m], sums[:-1], **model.loss)
-                    values = torch.stack(list(losses.values()))
-                    (values.sum() * world_size).backward()  # DDP averages what is to be added
-                step_losses = step_losses + values.detach()
-            if step == start:
-                idle = [
-                    name
-                    for name, p in model.named_parameters()
-                    if p.requires_grad and p.grad is None
-                ]
-                if idle:
-                    raise UserError(f"no loss depends on {', '.join(idle)}")
-                if losses.keys() & {"step", "loss", "lr", "AP"}:
-                    raise UserError(f"losses {', '.join(losses)}: one has a name of the log's")
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            finite = step_losses.sum().isfinite() & norm.isfinite()
-            diverged = torch.where(finite, diverged, diverged.clamp(max=step))
-
-            # ---- the step
-            rate = lr_at(step, *(settings[name] for name in ("lr", "iters", "warmup", "decays")))
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["rate"]
-            optimizer.step()
-            optimizer.zero_grad()
-            if settings["ema"]:  # at first of a short past, so that the random start is forgotten
-                average = get_ema_multi_avg_fn(min(settings["ema"], step / (9 + step)))
-                average(list(ema.parameters()), list(model.parameters()), None)
-
-            # ---- now and then: log and checkpoint. Reading a number from a GPU waits for all its
-            # work, so nothing is read in between; from a CPU it is free.
-            done = step + 1
-            saving = done == iters or done % args.checkpoint_every == 0
-            saving |= bool(args.eval_every) and done % args.eval_every == 0
-            logging = saving or done % log_every == 0
-            stopping = (logging or device.type == "cpu") and sums[-1].item() > 0
-            if logging or stopping:
-                if world_size > 1:
-                    dist.all_reduce(step_losses)
-                    dist.all_reduce(diverged, dist.ReduceOp.MIN)
-                losses = dict(zip(losses, step_losses.tolist()))
-                text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-                if diverged.item() < iters:
-                    ids = train_set.image_ids[batches.plan(diverged.item()).rows].tolist()
-                    raise UserError(
-                        "the loss or its gradient is not finite since step "
-                        f"{diverged.item() + 1}, of the images {ids}; the losses are "
-                        f"now {text}; nothing of it is in {out / 'last.pt'}"
-                    )
-                speed = (done - clock_step) * batch_size / (time.perf_counter() - clock)
-                clock, clock_step = time.perf_counter(), done
-                if rank == 0:
-                    files.log(
-                        done,
-                        loss=sum(losses.values()),
-                        **losses,
-                        lr=rate,
-                        images_per_second=round(speed, 2),
-                    )
-                bar.set_postfix_str(f"{text} lr {rate:.2g} {speed:.1f} img/s")
-            if rank == 0 and (saving or stopping):
-                files.checkpoint(done, settings, model, saved, best)
-            if stopping and done < iters:
-                say(
-                    f"{signals[0] if signals else 'a signal elsewhere'}: stopped after step {done} "
-                    f"of {iters}; the same command resumes from there"
-                )
-                return
-
-    # ---- the result
-    with evaluate.no_worker_left():
-        validate(iters)
-    if rank == 0 and best is None:
-        raise UserError(f"{out / 'model.pt'}: cannot be written; last.pt holds the model")
-    if rank == 0:
-        print(
-            f"AP {best['AP']:.3f} after step {best['step']}, the best, is of {out / 'model.pt'}; "
-            f"{time.process_time():.0f} s of CPU time. To see what it finds:\n"
-            f"python evaluate.py {out / 'model.pt'} --images PHOTO.jpg --out drawn/"
-        )
-        print(json.dumps(best))
-    if world_size > 1:  # torchrun restarts all ranks if one fails before it is here
-        dist.barrier()
 
 
-# ---- what a run leaves -------------------------------------------------------------------------
+def is_due(step, every):
+    """Return whether something that happens every so many steps happens after this one."""
+    return bool(every) and step > 0 and step % every == 0
+
+
+def must_save(done, args, iters):
+    """Return whether a checkpoint is written after `done` steps; before an evaluation it is."""
+    return done == iters or is_due(done, args.checkpoint_every) or is_due(done, args.eval_every)
+
+
+def report(done, meter, optimizer, files, bar):
+    """Log the losses after `done` steps and show them beside the progress bar."""
+    losses, speed = meter.read(done)
+    rate = optimizer.param_groups[0]["lr"]
+    total = sum(losses.values())
+    files.log(done, loss=total, **losses, lr=rate, images_per_second=round(speed, 2))
+    bar.set_postfix_str(f"{loss_text(losses)} lr {rate:.2g} {speed:.1f} img/s")
+
+
+def print_result(best, files):
+    """Print where the best model is, and its metrics as JSON in the last line."""
+    path = files.out / "model.pt"
+    if best is None:
+        raise UserError(f"{path}: cannot be written; last.pt holds the model")
+    print(
+        f"AP {best['AP']:.3f} after step {best['step']}, the best, is of {path}; "
+        f"{time.process_time():.0f} s of CPU time. To see what it finds:\n"
+        f"python evaluate.py {path} --images PHOTO.jpg --out drawn/"
+    )
+    print(json.dumps(best))
+
+
+# ---- what a run writes and resumes -------------------------------------------------------------
 
 
 class RunFiles:
@@ -768,8 +951,10 @@ class RunFiles:
 
     NAMES = ("previous.pt", "model.pt", "metrics.json", "last.pt", "log.jsonl", "log.new.jsonl")
 
-    def __init__(self, out, start, launch, damaged):
-        self.out, rows = out, []
+    def __init__(self, out, start, launch, damaged, active):
+        self.out, self.active, rows = out, active, []
+        if not active:
+            return
         if damaged:  # or the next save would keep it as previous.pt
             os.replace(out / "last.pt", out / "damaged.pt")
         self.replaces = list(self.NAMES[:3]) if start == 0 else []
@@ -786,6 +971,9 @@ class RunFiles:
             file.writelines(rows)
 
     def log(self, step, **values):
+        """Write a row of the log: losses or metrics. Another logger takes them here."""
+        if not self.active:
+            return
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
@@ -793,6 +981,9 @@ class RunFiles:
             tqdm.write(f"{self.path}: {error.strerror}", file=sys.stderr)
 
     def checkpoint(self, step, settings, model, saved, best):
+        """Write all that a run needs to resume after `step` steps."""
+        if not self.active:
+            return
         content = {
             "settings": settings,
             "step": step,
@@ -826,6 +1017,37 @@ class RunFiles:
             return False
         self.replaces = self.replaces[:1]
         return True
+
+
+def open_run(args, settings, model, saved, say):
+    """Resume the run in --out, or start one. With --fresh, only a run of the same launch resumes.
+
+    Returns its RunFiles, the number of steps done, and the metrics of the best evaluation.
+    """
+    out = Path(args.out or f"runs/{args.recipe}")
+    rank, world_size = evaluate.rank_and_world_size()
+    launch = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    # --fresh is for the first start of a launch: torchrun's restarts and Slurm's resume from it
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("SLURM_RESTART_COUNT")
+    restarted = any(count and count.isdigit() and int(count) for count in restarts)
+    start, best, damaged = 0, None, False
+    if restarted or not args.fresh:
+        start, best, damaged = resume(out, settings, model, saved, say, args.fresh and launch)
+    if start == 0 and not args.fresh and (out / "model.pt").exists():
+        raise UserError(
+            f"{out}: holds a model.pt and no checkpoint; choose another --out, or "
+            "--fresh to replace it"
+        )
+    if world_size > 1:
+        starts = [None] * world_size
+        dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:
+            raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
+    evaluate.make_folder(out)
+    inputs = settings["weights"], settings["train_annotations"], settings["val_annotations"]
+    for name in RunFiles.NAMES if start == 0 else ():
+        evaluate.check_target(out / name, inputs)
+    return RunFiles(out, start, launch, damaged, rank == 0), start, best
 
 
 def resume(out, settings, model, saved, say, launch=None):
@@ -886,7 +1108,7 @@ def resume(out, settings, model, saved, say, launch=None):
     return step, best, len(problems) > 0
 
 
-# ---- what a run must survive -------------------------------------------------------------------
+# ---- signals and processes ---------------------------------------------------------------------
 
 
 @contextlib.contextmanager
