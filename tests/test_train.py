@@ -247,6 +247,9 @@ class Fake:
         image[0], image[1] = int(i), torch.arange(w) % 256
         return image
 
+    def path(self, i):
+        return f"{i}.jpg"
+
     def target(self, i):
         h, w = self.hw[i].tolist()
         return torch.tensor([[1.0, 2, w / 2, h]]), torch.tensor([int(i)])
@@ -272,7 +275,7 @@ def batches(dataset=MIXED, rank=0, world_size=1, micro_batches=1, **settings):
 
 def shown(item):
     """The multiset of (row, size, flipped, stamp) of an item, from its pixels."""
-    images, sizes, _, labels, counts = item
+    images, sizes, labels, counts = (item[name] for name in ("images", "sizes", "labels", "counts"))
     assert len(images) == len(sizes) == len(counts) and sum(counts) == len(labels)
     rows = [label[0].item() for label in labels.split(counts)]
     seen = []
@@ -292,11 +295,11 @@ def stamp(monkeypatch):
     """An augmentation that writes the random numbers that it was given into the blue pixels."""
     augment = train.augment
 
-    def stamped(image, boxes, labels, rng):
-        image, boxes, labels = augment(image, boxes, labels, rng)
-        image = image.clone()
+    def stamped(sample, rng):
+        sample = augment(sample, rng)
+        image = sample["image"].clone()
         image[2] = int(rng.integers(1, 256))
-        return image, boxes, labels
+        return sample | {"image": image}
 
     monkeypatch.setattr(train, "augment", stamped)
 
@@ -313,8 +316,8 @@ def test_a_step_is_the_same_however_it_is_divided(monkeypatch, world_size, micro
         expected = whole[step]
         items = [share[step * micro_batches + m] for share in shares for m in range(micro_batches)]
         assert sorted(sum(map(shown, items), [])) == sorted(shown(expected))
-        assert {item[0].shape[2:] for item in items} == {expected[0].shape[2:]}
-        assert all(len(item[0]) >= 4 // (world_size * micro_batches) for item in items)
+        assert {item["images"].shape[2:] for item in items} == {expected["images"].shape[2:]}
+        assert all(len(item["images"]) >= 4 // (world_size * micro_batches) for item in items)
         stamps |= {row[-1] for row in shown(expected)}
     assert len(shares[0]) == 30 * micro_batches and len(stamps) > 30  # of 40 from 255
 
@@ -381,7 +384,7 @@ def test_a_step_is_of_one_aspect_and_never_short():
 @pytest.mark.parametrize("hw", [[(40, 60)], [(60, 40)] * 3, [(50, 50), (60, 40)], [(40, 60)] * 5])
 def test_few_images_and_one_aspect_fill_any_batch(hw):
     made = batches(Fake(hw), batch_size=16, iters=5)
-    assert all(len(made[step][0]) == 16 for step in range(5))
+    assert all(len(made[step]["images"]) == 16 for step in range(5))
     rows = sum((made.plan(step).rows for step in range(5)), [])
     assert np.ptp(np.bincount(rows, minlength=len(hw))) <= 1  # all equally often
 
@@ -395,9 +398,9 @@ def test_all_sizes_and_both_flips_are_drawn_and_boxes_follow_their_pixels():
     made, sides, flips = batches(iters=50), set(), []
     for step in range(50):
         rows, sizes, _ = made.plan(step)
-        images, _, boxes, labels, counts = made[step]
-        assert counts == [1] * 4 and labels.tolist() == rows
-        for image, box, row, (h, w) in zip(images, boxes, rows, sizes):
+        batch = made[step]
+        assert batch["counts"] == [1] * 4 and batch["labels"].tolist() == rows
+        for image, box, row, (h, w) in zip(batch["images"], batch["boxes"], rows, sizes):
             old_h, old_w = MIXED.hw[row]
             x1, y1, x2, y2 = 1 / old_w * w, 2 / old_h * h, w / 2, h
             flips.append(flipped(image[:, :h, :w]))
@@ -412,8 +415,8 @@ def test_all_sizes_and_both_flips_are_drawn_and_boxes_follow_their_pixels():
 def test_a_flip_mirrors_pixels_and_boxes_exactly():
     sample, seen = Fake([(32, 64)]).sample(0, (32, 64)), []
     for seed in range(20):
-        image, box, _ = train.augment(*sample, np.random.default_rng(seed))
-        seen.append((image[1, 0].tolist(), *box.tolist()))
+        made = train.augment(sample, np.random.default_rng(seed))
+        seen.append((made["image"][1, 0].tolist(), *made["boxes"].tolist()))
     columns = list(range(64))
     straight, mirrored = (columns, [1, 2, 32, 32]), (columns[::-1], [32, 2, 63, 32])
     assert straight in seen and mirrored in seen
@@ -425,16 +428,18 @@ def test_a_cropping_augmentation_trains_alike_with_any_workers_and_micro_batches
 ):
     """It makes images smaller, and drops boxes, of some images all."""
 
-    def crop(image, boxes, labels, rng):
-        h, w = (int(side * rng.uniform(0.5, 1)) for side in image.shape[1:])
-        boxes = boxes.clamp(max=torch.tensor([w, h, w, h]))
+    def crop(sample, rng):
+        h, w = (int(side * rng.uniform(0.5, 1)) for side in sample["image"].shape[1:])
+        boxes = sample["boxes"].clamp(max=torch.tensor([w, h, w, h]))
         inside = ((boxes[:, 2:] - boxes[:, :2]) > 1).all(1)
-        return image[:, :h, :w], boxes[inside], labels[inside]
+        image, labels = sample["image"][:, :h, :w], sample["labels"][inside]
+        return {"image": image, "boxes": boxes[inside], "labels": labels}
 
     monkeypatch.setattr(train, "augment", crop)
     dataset = evaluate.CocoDataset(*evaluate.coco_paths(shapes, "train2017"))
-    _, sizes, _, _, counts = batches(dataset)[0]
-    assert (sizes < torch.tensor(batches(dataset).plan(0).sizes)).any() and sum(counts) > 0
+    batch = batches(dataset)[0]
+    assert (batch["sizes"] < torch.tensor(batches(dataset).plan(0).sizes)).any()
+    assert sum(batch["counts"]) > 0
     for n in (1, 2):
         call(flags(shapes, tmp_path / f"{n}", "--iters", 3, "--workers", n - 1, "--accumulate", n))
     assert_close_run(tmp_path / "1", tmp_path / "2")
@@ -555,9 +560,10 @@ def test_flags_beat_the_recipe_and_the_rate_follows_the_batch():
     assert warmups == [499, 500, 500]  # a tenth of a run that is too short for the recipe's
     before = json.dumps([train.RECIPES, fcos.MODELS])
     row = settings()["keywords"]
-    changed = settings(*"--min-size 1 --set radius=0 levels=[3,4,5] --set norm=bn".split())
+    levels = "levels=[3,4,5] ranges=[64,128]"
+    changed = settings(*f"--min-size 1 --set radius=0 {levels} --set norm=bn".split())
     assert changed["keywords"] == row | dict(
-        radius=0, levels=(3, 4, 5), norm="bn", test_size=(1, 1333)
+        radius=0, levels=(3, 4, 5), ranges=(64, 128), norm="bn", test_size=(1, 1333)
     )
     assert json.dumps([train.RECIPES, fcos.MODELS]) == before
 
@@ -671,12 +677,11 @@ def test_strong_augmentation_is_a_function_of_its_stream_and_keeps_boxes_on_thei
         x, y = np.random.default_rng(seed).integers(4, 40, 2).tolist()
         image[:, y : y + 16, x : x + 20] = 220
         boxes, labels = torch.tensor([[x, y, x + 20, y + 16]]).float(), torch.tensor([3])
-        made = [
-            train.augment_more(image, boxes, labels, np.random.default_rng(seed)) for _ in range(2)
-        ]
-        for one, other in zip(*made):
-            assert one.equal(other)
-        picture, moved, kept = made[0]
+        sample = {"image": image, "boxes": boxes, "labels": labels}
+        made = [train.augment_more(sample, np.random.default_rng(seed)) for _ in range(2)]
+        assert made[0].keys() == made[1].keys() == sample.keys()
+        assert all(made[0][name].equal(made[1][name]) for name in sample)
+        picture, moved, kept = (made[0][name] for name in ("image", "boxes", "labels"))
         assert picture.shape == image.shape and picture.dtype == torch.uint8
         assert len(moved) == len(kept) and not picture.equal(image)
         bright = picture.float().mean(0)
@@ -736,15 +741,15 @@ def kill():
 
 def at_step(number, action, monkeypatch=None):
     """Let `action` happen in the midst of a step, counted from 0, of the next run."""
-    lr_at, monkeypatch = train.lr_at, monkeypatch or pytest.MonkeyPatch()
+    update, monkeypatch = train.update, monkeypatch or pytest.MonkeyPatch()
 
     def acting(step, *rest):
         if step == number:
-            monkeypatch.setattr(train, "lr_at", lr_at)
+            monkeypatch.setattr(train, "update", update)
             action()
-        return lr_at(step, *rest)
+        update(step, *rest)
 
-    monkeypatch.setattr(train, "lr_at", acting)
+    monkeypatch.setattr(train, "update", acting)
 
 
 def call_until(step, argv):
@@ -925,41 +930,6 @@ def test_a_run_of_a_renamed_row_resumes(half, finished, shapes, monkeypatch):
     assert fcos.load(half / "model.pt").keywords["radius"] == 1.5
 
 
-def test_a_run_from_before_keywords_were_stored_resumes_if_nothing_changed(
-    half, finished, shapes, capsys
-):
-    names = (
-        "recipe",
-        "weights",
-        "iters",
-        "batch_size",
-        "lr",
-        "warmup",
-        "min_size",
-        "max_size",
-        "model",
-        "train_images",
-        "train_annotations",
-        "val_images",
-        "val_annotations",
-        "seed",
-        "precision",
-    )
-    content = load(half / "previous.pt")
-    content["settings"] = {name: content["settings"][name] for name in names}
-    del content["best"], content["model"]["keywords"]
-    content["model"]["overrides"] = {"stem": 16, "channels": 64, "iou": "giou", "dcn": ()}
-    torch.save(content, half / "last.pt")
-    (half / "previous.pt").unlink()
-    argv = flags(shapes, half, *EVERY_3)
-    for keyword, value in ("radius", "0"), ("box_loss", "iou"), ("tower_dcn", "True"):
-        code, lines = mistake(capsys, [*argv, *SMALL, f"{keyword}={value}"])
-        assert code == 2 and len(lines) == 1 and lines[0].count(" there, ") == 1, lines
-        assert re.search(rf"\({keyword} \S+ there, {value} here\)", lines[0]), lines
-    call(argv)
-    assert_same_run(half, finished.out)
-
-
 def test_keywords_from_the_command_line_are_stored_with_the_run(shapes, tmp_path, capsys):
     argv = flags(shapes, tmp_path, "--iters", 2, "--checkpoint-every", 1)
     given = [*argv, *SMALL, "radius=0", "quality=iou", "levels=[3,4,5,6]", "ranges=[32,64,128]"]
@@ -1081,11 +1051,11 @@ def test_a_recipe_of_ones_own_says_all_that_is_needed_and_nothing_that_is_not(mo
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda image, boxes, labels, rng: (image.float() / 255, boxes, labels),
-        lambda image, boxes, labels, rng: (image, boxes.flip(1), labels),
-        lambda image, boxes, labels, rng: (image, boxes * torch.nan, labels),
-        lambda image, boxes, labels, rng: (image, boxes, labels + 6),
-        lambda image, boxes, labels, rng: (image, boxes[1:], labels),
+        lambda sample, rng: sample | {"image": sample["image"].float() / 255},
+        lambda sample, rng: sample | {"boxes": sample["boxes"].flip(1)},
+        lambda sample, rng: sample | {"boxes": sample["boxes"] * torch.nan},
+        lambda sample, rng: sample | {"labels": sample["labels"] + 6},
+        lambda sample, rng: sample | {"boxes": sample["boxes"][1:]},
     ],
     ids=["floats", "inverted", "NaN", "labels", "fewer boxes"],
 )
@@ -1101,7 +1071,7 @@ def test_an_output_that_no_loss_uses_and_a_loss_with_a_name_of_the_log_are_named
     loss = fcos.fcos_loss
     for patch, named in [
         (lambda losses: {"cls": losses["cls"]}, "no loss depends on head.box_t"),
-        (lambda losses: losses | {"lr": losses["cls"]}, "name of the log"),
+        (lambda losses: losses | {"lr": losses["cls"]}, "name that the log uses"),
     ]:
         monkeypatch.setattr(fcos, "fcos_loss", lambda *a, p=patch, **k: p(loss(*a, **k)))
         code, (line,) = mistake(capsys, flags(shapes, tmp_path / "run"))
@@ -1311,7 +1281,7 @@ def test_images_of_one_pixel_and_of_ten_thousand_are_ordinary(shapes, tmp_path):
 
 def poison(monkeypatch, step, gradient=False, here=True):
     """Make the loss of one step infinite, as a bad batch would, or only its gradient."""
-    fcos_loss, calls = fcos.fcos_loss, itertools.count()
+    fcos_loss, calls = fcos.fcos_loss, itertools.count(-1)  # the first call is the rehearsal
 
     def poisoned(*args, **keywords):
         losses = fcos_loss(*args, **keywords)
@@ -1566,8 +1536,8 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(shapes, tmp_pa
 def test_between_log_rows_no_number_is_read_from_the_device(shapes, tmp_path, monkeypatch):
     """On the meta device, which has no numbers: to read one, or a shape that depends on one, is an
     error. The first row of 300 steps is logged after the third."""
-    steps, lr_at = [], train.lr_at
-    monkeypatch.setattr(train, "lr_at", lambda *now: steps.append(now[0]) or lr_at(*now))
+    steps, update = [], train.update
+    monkeypatch.setattr(train, "update", lambda *now: steps.append(now[0]) or update(*now))
     monkeypatch.setattr(evaluate, "start_process", lambda *_: (0, 1, torch.device("meta")))
     monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())  # knows no meta
     for more in ("--accumulate", 2, "--ema", 0.9, "--workers", 1), ("--set", "quality=iou"):
@@ -1581,15 +1551,15 @@ def test_between_log_rows_no_number_is_read_from_the_device(shapes, tmp_path, mo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_between_log_rows_nothing_waits_for_the_gpu(shapes, tmp_path, monkeypatch):
     """Of 400 steps every fourth is logged; to wait in the first three of them is an error."""
-    lr_at = train.lr_at
+    update = train.update
 
     def watched(step, *rest):
         torch.cuda.set_sync_debug_mode("default" if step % 4 == 3 else "error")
         if step == 12:
             raise Killed
-        return lr_at(step, *rest)
+        update(step, *rest)
 
-    monkeypatch.setattr(train, "lr_at", watched)
+    monkeypatch.setattr(train, "update", watched)
     try:
         with pytest.raises(Killed):
             call(
@@ -1658,9 +1628,9 @@ def empty_images(monkeypatch):
         positions[0] = position
         return rng(self, purpose, *position)
 
-    def emptied(image, boxes, labels, random):
+    def emptied(sample, random):
         left = slice(0) if positions[0][-1] % 2 else slice(None)
-        return augment(image, boxes[left], labels[left], random)
+        return augment(sample | {name: sample[name][left] for name in ("boxes", "labels")}, random)
 
     monkeypatch.setattr(train.TrainBatches, "rng", noted)
     monkeypatch.setattr(train, "augment", emptied)
@@ -1829,10 +1799,10 @@ def test_ranks_that_see_different_folders_are_refused(launched):
 def script(path, body):
     path.write_text(f"""import os, time, evaluate, fcos, train
 def broken(*_): raise fcos.UserError("broken")
-def acting(step, *rest, lr_at=train.lr_at):
+def acting(step, *rest, update=train.update):
     {body}
-    return lr_at(step, *rest)
-train.lr_at = acting
+    update(step, *rest)
+train.update = acting
 evaluate.run(train.main, train.parse_args())""")
     return path
 
