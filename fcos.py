@@ -68,6 +68,16 @@ class UserError(ValueError):
     """A mistake in the caller's input; the scripts print it as one line, without a traceback."""
 
 
+def printable(text, limit=200):
+    """Return text that can be shown in one line of at most `limit` characters: control characters
+    and others that do not print become escapes, and the middle of a longer text is left out."""
+    text = str(text)
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[-limit // 3 :]}"
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return shown if len(shown) <= limit else f"{shown[: limit - 4]} ..."
+
+
 # ---- images -------------------------------------------------------------------------------------
 
 
@@ -1576,31 +1586,271 @@ def replay(function):
 # ---- checkpoints --------------------------------------------------------------------------------
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """A pickle can run any program; this one admits numpy arrays and plain Python values only."""
+# The instructions of a pickle that plain values need; not those that create objects of classes,
+# sets and extension codes, or that read buffers outside the file.
+INSTRUCTIONS = """
+    PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
+    FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8
+    UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3
+    LIST EMPTY_LIST APPEND APPENDS DICT EMPTY_DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE
+    GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID""".split()
 
-    ALLOWED = ("_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype")
+
+class PlainUnpickler(pickle._Unpickler):
+    """Read a pickle without calling anything that the file names.
+
+    A pickle is a program. Subclasses answer the names in it (`find_class`) with functions of ours
+    that check their arguments, and finish the values that they return (`build`). Dictionary keys
+    must be plain, because hashing a deeply nested tuple overflows the interpreter's stack.
+    """
+
+    def __init__(self, file, size):
+        super().__init__(file, encoding="latin1")
+        self.left = 2 * size  # bytes; an array may be stored as text, which becomes bytes first
+
+    def use(self, size):
+        """Count bytes that become values. Raises UnpicklingError beyond what a sound file holds:
+        otherwise a small file that refers to a part of itself many times would fill the memory."""
+        if type(size) is not int or not 0 <= size <= self.left:
+            raise pickle.UnpicklingError("values larger than the file")
+        self.left -= size
+
+    def encode(self, text, encoding):
+        """Return text as bytes: the protocols of Python 2 store bytes as text."""
+        if encoding not in ("latin1", "latin-1"):
+            raise pickle.UnpicklingError("bytes in another encoding")
+        self.use(len(text))
+        return text.encode("latin1")
+
+    def fill(self, target, items):
+        """Add a list of keys and values, in turn, to a dict, and return it."""
+        if type(target) is not dict:
+            raise pickle.UnpicklingError(f"items of a {type(target).__name__}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in (str, bytes, int, float, bool, type(None)):
+                raise pickle.UnpicklingError(f"a key of type {type(key).__name__}")
+            target[key] = value
+        return target
+
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append(self.fill({}, items))
+
+    def load_setitems(self):
+        items = self.pop_mark()
+        self.fill(self.stack[-1], items)
+
+    def load_setitem(self):
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self.fill(self.stack[-1], [key, value])
+
+    def load_build(self):
+        state = self.stack.pop()
+        self.stack[-1] = self.build(self.stack[-1], state)
+
+    dispatch = {
+        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+        for name in INSTRUCTIONS
+    }
+    dispatch |= {
+        pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,  # its own fills any size with zeros
+    }
+
+
+class StoredArray:
+    """A numpy array in a pickle between the instructions that create it and fill it."""
+
+    array = None
+
+
+class Memo(dict):
+    """The values that a pickle refers to again, with arrays in place of what they came from."""
+
+    def __getitem__(self, index):
+        value = super().__getitem__(index)
+        return value.array if isinstance(value, StoredArray) else value
+
+
+class StoredKind:
+    """The element type of an array in a pickle, called as numpy.dtype is: "f4", False, True."""
+
+    CODES = r"(?:f[248]|[iu][1248]|b1|[SU][1-9]\d{0,8})"
+
+    def __init__(self, code, align, copy):
+        self.code = code
+        self.order = "|"
+        self.plain = re.fullmatch(self.CODES, code) is not None
+
+    def set_state(self, version, order, subarray, names, fields, *sizes):
+        """Take over the state of a numpy.dtype: the byte order, and whether elements have parts."""
+        self.order = order
+        self.plain &= version == 3 and order in ("<", ">", "=", "|")
+        self.plain &= subarray is None and names is None and fields is None
+        self.plain &= len(sizes) == 3 and all(type(size) is int for size in sizes)
+
+
+class ArrayUnpickler(PlainUnpickler):
+    """Read plain Python values and numpy arrays of numbers or strings, as Caffe2 and Detectron2
+    store them. numpy's own constructors trust a pickle, and a forged one makes them read and write
+    at any address. Here an array is made of bytes that fit its shape and its element type."""
+
+    def __init__(self, file, size):
+        super().__init__(file, size)
+        self.memo = Memo()
+
+    def fill(self, target, items):
+        if any(callable(item) or isinstance(item, (StoredArray, StoredKind)) for item in items):
+            raise pickle.UnpicklingError("a part of an array in place of an array")
+        return super().fill(target, items)
 
     def find_class(self, module, name):
-        if (module, name) == ("_codecs", "encode") or (
-            re.fullmatch(r"numpy(\._?core\.(multiarray|numeric))?", module) and name in self.ALLOWED
-        ):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        functions = {
+            "ndarray": "numpy.ndarray",
+            "dtype": StoredKind,
+            "_reconstruct": self.reconstruct,
+            "_frombuffer": self.from_buffer,
+            "scalar": lambda kind, raw: self.make_array((), kind, "C", raw)[()],
+        }
+        if (module, name) == ("_codecs", "encode"):
+            return self.encode
+        if (module, name) == ("__builtin__", "bytes"):  # without arguments, empty ones
+            return lambda: b""
+        if re.fullmatch(r"numpy(\._?core\.(multiarray|numeric))?", module) and name in functions:
+            return functions[name]
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+    def build(self, value, state):
+        if isinstance(value, StoredKind):
+            value.set_state(*state)
+            return value
+        if not isinstance(value, StoredArray):
+            raise pickle.UnpicklingError(f"a state of a {type(value).__name__}")
+        version, shape, kind, fortran, raw = state
+        if version != 1 or type(fortran) not in (bool, int) or value.array is not None:
+            raise pickle.UnpicklingError("a state of an array of another version")
+        if isinstance(kind, StoredKind) and not kind.plain:
+            name = self.stack[-2] if isinstance(self.stack[-2], str) else "an array"
+            found = printable(kind.code, 20)
+            raise UserError(f"{printable(name, 99)}: expected an array of numbers, found {found}")
+        value.array = self.make_array(shape, kind, "F" if fortran else "C", raw)
+        return value.array
+
+    def reconstruct(self, kind, shape, code):
+        if (kind, shape) != ("numpy.ndarray", (0,)) or code not in (b"b", "b"):
+            raise pickle.UnpicklingError("another class than numpy.ndarray")
+        return StoredArray()
+
+    def from_buffer(self, raw, kind, shape, order, axes=None):
+        array = self.make_array(shape, kind, order, raw)
+        if axes is None:
+            return array
+        if sorted(axes) != list(range(array.ndim)):
+            raise pickle.UnpicklingError("axes that are not the array's")
+        return array.transpose(axes)
+
+    def make_array(self, shape, kind, order, raw):
+        """Return an array of the bytes `raw`; raises UnpicklingError unless they fit exactly."""
+        if not kind.plain:
+            raise pickle.UnpicklingError("elements that are no numbers")
+        dtype = np.dtype(kind.order + kind.code)
+        fits = type(raw) in (bytes, str) and type(shape) is tuple and len(shape) <= 32
+        fits = fits and all(type(side) is int and side >= 0 for side in shape)
+        if not fits or math.prod(shape) * dtype.itemsize != len(raw):
+            raise pickle.UnpicklingError("an array whose shape does not fit its bytes")
+        self.use(len(raw))
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        if dtype.kind == "U":
+            raw.decode("utf-32-be" if kind.order == ">" else "utf-32-le")  # raises if it is no text
+        return np.frombuffer(raw, dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
+class TensorOutline(PlainUnpickler):
+    """Check the pickle in a file of torch before torch.load reads it, which refuses functions that
+    could do harm, but lets a small file fill the memory. Values do not matter here."""
+
+    def __init__(self, file, size):
+        super().__init__(file, size)
+        self.storages = set()
+
+    def find_class(self, module, name):
+        checked = {
+            "collections.OrderedDict": self.pairs,
+            "collections.Counter": self.keys,
+            "set": self.keys,
+            "bytearray": lambda text, *_: self.use(len(text)),
+            "complex": lambda *_: None,
+            "_codecs.encode": self.encode,
+        }
+        full_name = f"{module}.{name}".removeprefix("builtins.").removeprefix("__builtin__.")
+        if full_name in checked:
+            return checked[full_name]
+        if module.split(".")[0] == "torch":
+            return lambda *_: None
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+    def pairs(self, pairs=()):
+        return self.fill({}, [part for pair in pairs for part in pair])
+
+    def keys(self, keys=()):
+        return self.fill({}, [part for key in keys for part in (key, None)])
+
+    def build(self, value, state):
+        return value
+
+    def persistent_load(self, storage):
+        """Count the elements of a storage once, however many tensors share it."""
+        _, _, key, _, elements, *_ = storage
+        if type(key) is not str:
+            raise pickle.UnpicklingError(f"a storage named by a {type(key).__name__}")
+        if key not in self.storages:
+            self.storages.add(key)
+            self.use(elements)
+
+
+def check_archive(file, size):
+    """Raise an error if the zip archive of torch.save is damaged, or holds more than its size."""
+    archive = zipfile.ZipFile(file)
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        raise UserError("expected a file of torch.save, found a compressed archive; unpack it")
+    if sum(member.file_size for member in archive.infolist()) > size:
+        raise ValueError("members overlap")
+    if damaged := archive.testzip():  # torch.load verifies no checksum
+        raise ValueError(f"the checksum of {damaged} is wrong")
+    for member in archive.infolist():
+        if member.filename.endswith("data.pkl"):
+            with archive.open(member) as pickled:
+                TensorOutline(pickled, size).load()
 
 
 def read_checkpoint(path):
-    """The content of a .pth, .pt or .pkl file, without running code from it. UserError if the file
-    is missing, torn, or holds anything but tensors, arrays and plain values."""
+    """Read a file of torch.save, a pickle of arrays (.pkl) or a .safetensors file, without running
+    code from it.
+
+    Raises UserError if it is missing or damaged, or if it holds more than tensors, arrays and plain
+    values.
+    """
     try:
         with open(regular(path), "rb") as file:
-            if str(path).endswith(".pkl"):
-                return ArrayUnpickler(file, encoding="latin1").load()
-            if zipfile.is_zipfile(file) and (name := zipfile.ZipFile(file).testzip()):
-                raise ValueError(f"the checksum of {name} is wrong")  # torch.load checks none
+            size = os.fstat(file.fileno()).st_size
+            if zipfile.is_zipfile(file):
+                check_archive(file, size)
+            else:
+                file.seek(0)
+                content = ArrayUnpickler(file, size).load()
+                if type(content) is not int or content != torch.serialization.MAGIC_NUMBER:
+                    return content
+                for _ in range(4):  # torch.save before 1.6: version, system, content, storages
+                    TensorOutline(file, size).load()
             file.seek(0)
-            with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused
+            with warnings.catch_warnings(action="ignore"):  # about rare kinds of tensors
                 return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except OSError as error:
         why = "damaged" if error.errno == errno.EINVAL else error.strerror or error  # torn files
         raise UserError(f"{path}: {why}") from None
@@ -1608,7 +1858,7 @@ def read_checkpoint(path):
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise UserError(
-                f"{path}: refused, because it holds {refused[1]} and could run any "
+                f"{path}: refused, because it holds {printable(refused[1], 99)} and could run any "
                 "program; save its state dict alone"
             ) from None
         raise UserError(f"{path}: not a checkpoint or damaged ({type(error).__name__})") from None
