@@ -384,7 +384,8 @@ def test_one_step_reaches_every_parameter(name):
     torch.nn.init.ones_(model.head.box.bias)  # relu passes gradients on where distances are over 0
     images = torch.from_numpy(synth_image(3, 128, 128)).permute(2, 0, 1)[None]
     boxes = torch.tensor([[4.0, 4, 34, 44], [20, 10, 125, 120], [60, 30, 122, 80]])
-    targets = model.targets((128, 128), [boxes], [torch.tensor([0, 1, 2])])
+    truth = {"boxes": boxes, "labels": torch.tensor([0, 1, 2])}
+    targets = model.targets((128, 128), [truth])
     outputs = model(images, torch.tensor([[128, 128]]))
     losses = fcos.fcos_loss(outputs, targets, fcos.loss_normalizers(targets), **model.loss)
     sum(losses.values()).backward()
@@ -654,8 +655,8 @@ def test_torchvision_grid():
     model = small("fcos_torchvision_R_50_FPN")
     outputs = model(torch.zeros(1, 3, 128, 192, dtype=torch.uint8), [(128, 192)])
     assert torch.equal(outputs["points"], fcos.make_points((128, 192), grid="corner"))
-    box = [torch.tensor([[0.0, 0, 16, 16]])]
-    targets = model.targets((64, 64), box, [torch.tensor([1])])
+    truth = {"boxes": torch.tensor([[0.0, 0, 16, 16]]), "labels": torch.tensor([1])}
+    targets = model.targets((64, 64), [truth])
     assert targets["ltrb"][0][(targets["labels"] == 1)[0]].tolist() == [[8, 8, 8, 8]]
 
 
@@ -1044,7 +1045,7 @@ def test_torchvision_backbones(name, theirs):
             c3 = theirs.layer2(theirs.layer1(x))
             c4 = theirs.layer3(c3)
             features = c3, c4, theirs.layer4(c4)
-    for ours, feature in zip(found, features):
+    for ours, feature in zip(found[-3:], features):
         assert ours.shape == feature.shape
         assert torch.allclose(ours, feature, rtol=1e-3, atol=1e-3 * feature.abs().max().item())
 
@@ -1102,6 +1103,9 @@ def test_backbones_that_only_seem_to_fit():
 
 class Steps(torch.nn.Module):
     """A backbone that is added with its row: what FCOS asks of a class, and what weights do."""
+
+    strides = (8, 16, 32)
+    convention = fcos.CAFFE
 
     def __init__(self, width=8, norm="gn"):
         super().__init__()
@@ -1200,9 +1204,8 @@ def found_in(model):
     sizes = torch.tensor([[64, 96], [50, 60]])
     with torch.inference_mode():
         outputs = model.eval()(images, sizes)
-    return [outputs[part] for part in ("cls", "ltrb", "ctr", "points")] + list(
-        model.decode(outputs, sizes, candidate_threshold=0.0)
-    )
+        detections = model.decode(outputs, sizes)
+    return [outputs[part] for part in ("cls", "ltrb", "ctr", "points")] + list(detections.values())
 
 
 def assert_finds_the_same(model, expected):
@@ -1232,6 +1235,7 @@ def test_saved_model_comes_back_whole_whatever_becomes_of_its_row(
     )
     model.classes, model.category_ids = ["cat", "dög", "tree"], [1, 7, 90]
     model.test_size = (320, 533)
+    model.candidate_threshold = 0.0
     expected = found_in(model)
     path = tmp_path / "model.pt"
     fcos.save(model.train(), path)
@@ -1267,58 +1271,6 @@ def test_saved_model_comes_back_whole_whatever_becomes_of_its_row(
         assert [p.requires_grad for p in loaded.parameters()] == [
             p.requires_grad for p in model.parameters()
         ]
-
-
-@pytest.mark.parametrize(
-    "name, overrides, expected",
-    [
-        ("shapes", {}, {}),
-        ("shapes", dict(iou="linear_iou", radius=0.0), dict(box_loss="linear_iou", radius=0.0)),
-        ("fcos_imprv_R_50_FPN", THIN, dict(norm="frozen", frozen_stages=2, box_loss="giou")),
-        (
-            "fcos_R_50_FPN",
-            dict(norm="gn", frozen_stages=0, **THIN),
-            dict(norm="gn", frozen_stages=0, activation="exp", unit="pixel", box_loss="iou"),
-        ),
-        ("fcos_imprv_R_50_FPN", dict(dcn=(4, 5), **THIN), dict(dcn=(4, 5), tower_dcn=True)),
-        ("fcos_imprv_dcnv2_R_50_FPN", dict(dcn=(), **THIN), dict(dcn=(), tower_dcn=False)),
-        ("fcos_imprv_dcnv2_R_50_FPN", THIN, dict(dcn=(3, 4, 5), tower_dcn=True)),
-        ("fcos_syncbn_c128_MNV2_FPN", {}, dict(backbone="mobilenet", norm="syncbn", channels=128)),
-    ],
-    ids=str,
-)
-def test_files_from_before_the_keywords_were_stored_still_load(name, overrides, expected, tmp_path):
-    """Their content, as it was written: a row's name, and keywords that went by other names."""
-    today = {{"iou": "box_loss"}.get(keyword, keyword): v for keyword, v in overrides.items()}
-    torch.manual_seed(0)
-    model = fcos.build(name, 3, **{**today, **expected, "test_size": (320, 533)})
-    content = {
-        "name": name,
-        "num_classes": 3,
-        "overrides": overrides,
-        "classes": ["a", "b", "c"],
-        "category_ids": [1, 2, 3],
-        "test_size": (320, 533),
-        "model": model.state_dict(),
-        "convention": {
-            "bgr": True,
-            "mean": (102.9801, 115.9465, 122.7717),
-            "std": (1.0, 1.0, 1.0),
-            "bn_eps": 0.0,
-            "inclusive": False,
-            "grid": "centre",
-            "score": "fcos",
-        },
-    }
-    torch.save(content, tmp_path / "model.pt")
-    loaded = fcos.load(tmp_path / "model.pt")
-    assert loaded.keywords == model.keywords and loaded.keywords.items() >= expected.items()
-    assert loaded.loss == model.loss and loaded.classes == ["a", "b", "c"]
-    assert loaded.test_size == (320, 533)
-    assert_finds_the_same(loaded, found_in(model))
-    assert fcos.load_weights(model, tmp_path / "model.pt")["family"] == "fcos"
-    torch.save({"step": 7, "settings": {}, "model": content, "optimizer": {}}, tmp_path / "last.pt")
-    assert fcos.load(tmp_path / "last.pt").keywords == model.keywords
 
 
 def test_own_weights_fill_a_model_and_bring_their_convention(tmp_path):
@@ -1457,15 +1409,11 @@ def test_other_contents_are_named(content, said, tmp_path):
         ({"num_classes": "two"}, "model.pt"),
         ({"keywords": {"backbone": "vgg"}}, "vgg"),
         ({"keywords": None}, "model.pt"),
-        ({"overrides": {"depth": 1}}, "depth"),
-        ({"overrides": {}, "name": "fcos_R_9_FPN"}, "fcos_R_9_FPN"),
     ],
     ids=str,
 )
 def test_own_checkpoint_of_a_model_that_is_unknown_here(changes, said, tmp_path):
     content = fcos.checkpoint(fcos.build("shapes", 2)) | changes
-    if "overrides" in changes:  # as files were before
-        del content["keywords"]
     torch.save(content, tmp_path / "model.pt")
     assert_refused(lambda: fcos.load(tmp_path / "model.pt"), tmp_path / "model.pt", said)
 
