@@ -437,8 +437,8 @@ class Timm(nn.Module):
         pixels = getattr(self.body, "pretrained_cfg", None) or self.body.default_cfg
         self.convention = dict(
             bgr=False,
-            mean=tuple(255.0 * value for value in pixels["mean"]),
-            std=tuple(255.0 * value for value in pixels["std"]),
+            mean=tuple(round(255.0 * value, 3) for value in pixels["mean"]),
+            std=tuple(round(255.0 * value, 3) for value in pixels["std"]),
             bn_eps=1e-5,
         )
 
@@ -458,7 +458,12 @@ class Timm(nn.Module):
         """Measure strides, channels and layout of the feature maps with a forward pass."""
         training = self.body.training
         side = 128
-        maps = self.body.eval()(torch.zeros(1, 3, side, side))
+        try:
+            maps = self.body.eval()(torch.zeros(1, 3, side, side))
+        except Exception as error:  # a model for images of one size asserts it
+            raise UserError(
+                f"arch {self.arch!r}: cannot read {side}x{side} images ({error})"
+            ) from None
         self.body.train(training)
         reductions = self.body.feature_info.reduction()
         self.indices = [i for i, stride in enumerate(reductions) if stride in (4, 8, 16, 32)]
