@@ -1346,12 +1346,18 @@ def resolve(keywords: dict) -> dict:
 def model_keywords(name: str, overrides: dict) -> dict:
     """Return the resolved keywords of the row `name` of MODELS with `overrides` in their place.
 
+    With another backbone, the keywords of the row's own backbone are dropped.
+
     Raises UserError for an unknown row or keyword, and for levels that are not the row's if no
     ranges come with them: those of the row would silently belong to other levels.
     """
     if name not in MODELS:
         raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
     row = resolve(MODELS[name])
+    kept = MODELS[name]
+    if overrides.get("backbone", row["backbone"]) != row["backbone"]:
+        of_backbone = {*defaults(BACKBONES[row["backbone"]]), "frozen_stages", "imagenet"}
+        kept = {key: value for key, value in kept.items() if key not in of_backbone}
     levels = overrides.get("levels", row["levels"])
     differ = isinstance(levels, (list, tuple)) and tuple(levels) != row["levels"]
     if differ and "ranges" not in overrides:
@@ -1360,7 +1366,7 @@ def model_keywords(name: str, overrides: dict) -> dict:
             f"between two levels in pixels; the row {name} has levels {row['levels']} and ranges "
             f"{row['ranges']}"
         )
-    return resolve(MODELS[name] | overrides)
+    return resolve(kept | overrides)
 
 
 def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":

@@ -487,15 +487,20 @@ def find_weights(name, keywords):
 def make_model(settings, dataset, say):
     """Build the recipe's model for the classes of a data set, with its initial weights."""
     keywords = settings["keywords"]
-    path = find_weights(settings["weights"], keywords)
+    from_timm = settings["weights"] == "imagenet" and keywords["backbone"] == "timm"
+    path = None if from_timm else find_weights(settings["weights"], keywords)
     weights = fcos.open_weights(path) if path else None
-    keywords |= settled_keywords(keywords, weights, say)
+    if not from_timm:
+        keywords |= settled_keywords(keywords, weights, say)
     torch.manual_seed(settings["seed"])
     try:
         model = fcos.FCOS(len(dataset.classes), **keywords)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{settings['model']} cannot be built: {error}") from None
     model.name = settings["model"]
+    if from_timm:
+        model.backbone.load_pretrained()
+        say(f"timm's pretrained weights of {keywords['arch']}; random: fpn, head")
     if weights:
         report = fcos.load_weights(model, weights, dataset.classes)
         random = {".".join(name.split(".")[:2]) for name in report["missing"]}

@@ -10,6 +10,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1761,3 +1762,86 @@ def test_autocast_to_bf16_finds_nearly_the_same():
     assert outputs["cls"].dtype == torch.bfloat16
     difference = (outputs["cls"].float().sigmoid() - expected["cls"].sigmoid()).abs()
     assert 0 < difference.max() < 0.05
+
+
+# ---- backbones of timm -------------------------------------------------------------------------
+
+
+def test_a_timm_model_is_a_backbone_with_its_own_pixels(tmp_path):
+    """As a row and as a module alike."""
+    pytest.importorskip("timm")
+    keywords = dict(backbone="timm", arch="resnet10t", channels=32, frozen_stages=3)
+    model = fcos.build("shapes", 3, **keywords).eval()
+    module = fcos.FCOS(3, backbone=fcos.Timm("resnet10t"), channels=32)
+    assert model.convention == module.convention
+    assert model.convention["mean"] == (123.675, 116.28, 103.53) and not model.convention["bgr"]
+    assert "blocks" not in model.keywords  # the row's ResNet has it, timm does not
+    first = next(model.backbone.parameters())
+    assert not first.requires_grad
+    images, sizes = fcos.pad_batch([picture(64, 96), picture(64, 96)])
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    model.head.requires_grad_(True)
+    sum(x.sum() for x in model(images, sizes).values() if torch.is_tensor(x)).backward()
+    frozen = [name for name in before if name.startswith("backbone.body.conv1.")]
+    assert frozen and all(before[name].equal(model.state_dict()[name]) for name in frozen)
+    fcos.save(model, tmp_path / "model.pt")
+    loaded = fcos.load(tmp_path / "model.pt").state_dict()
+    assert all(value.equal(loaded[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "arch, message",
+    [
+        ("no_such_model", "timm cannot create it"),
+        ("vit_tiny_patch16_224", "cannot read 128x128"),
+        ("swin_tiny_patch4_window7_224", "drops at random"),
+    ],
+)
+def test_a_timm_model_that_does_not_fit_is_refused(arch, message):
+    pytest.importorskip("timm")
+    with pytest.raises(fcos.UserError, match=f"{arch}.*{message}"):
+        fcos.build("shapes", 3, backbone="timm", arch=arch)
+
+
+class ChannelsLast(torch.nn.Module):
+    """A stand-in for models of timm that return maps (B, h, w, C), with a pretrained flag."""
+
+    default_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+
+    def __init__(self, pretrained):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Conv2d(3, 4 + n, 2**n, 2**n) for n in range(2, 6)
+        )
+        if pretrained:
+            for layer in self.layers:
+                torch.nn.init.ones_(layer.weight)
+        self.feature_info = SimpleNamespace(
+            reduction=lambda: [4, 8, 16, 32], channels=lambda: [6, 7, 8, 9]
+        )
+
+    def forward(self, x):
+        return [layer(x).permute(0, 2, 3, 1) for layer in self.layers]
+
+
+def test_maps_with_channels_last_are_permuted_and_pretrained_weights_come_when_asked(monkeypatch):
+    timm = pytest.importorskip("timm")
+    asked = []
+
+    def create_model(arch, pretrained, features_only):
+        asked.append(pretrained)
+        return ChannelsLast(pretrained)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    dataset = SimpleNamespace(classes=["a", "b"], category_ids=[1, 2])
+    for weights, expected in ("none", False), ("imagenet", True):
+        keywords = fcos.model_keywords("shapes", dict(backbone="timm", arch="any"))
+        settings = {"keywords": keywords, "weights": weights, "seed": 0, "model": "shapes"}
+        model = train.make_model(settings, dataset, lambda text: None)
+        assert model.backbone.body.layers[0].weight.eq(1).all() == expected
+        assert model.convention["mean"] == (127.5,) * 3
+        assert len(model.predict(picture(64, 96))) == 1
+    assert asked == [False, False, True]
+    fcos.FCOS(2, **model.keywords)  # what `load` does
+    assert asked == [False, False, True, False]
