@@ -585,9 +585,10 @@ ACTIVATIONS = {
     # exp(16) exceeds any image; infinity would give NaN gradients at background locations
     "exp": lambda x, stride: x.clamp(max=16).exp(),
     "relu": lambda x, stride: x.relu() * stride,
-    # No paper of FCOS has this one. The gradient of an IoU loss grows as a box gets smaller, so one
-    # step that is too long can push every distance of the relu below 0, where the gradient is 0 for
-    # good. exp makes a step relative to the size of the box, and no distance is ever 0.
+    # No paper of FCOS has this one. The gradient of an IoU loss grows as boxes get smaller. With
+    # small objects one step can overshoot and push all distances of the relu below 0, where the
+    # gradient is 0: the box loss then stands still, for hundreds of steps or for good. exp makes
+    # a step relative to the size of the box, and no distance is ever 0.
     "exp_stride": lambda x, stride: x.clamp(max=16).exp() * stride,
 }
 
@@ -916,7 +917,9 @@ class FCOS(nn.Module):
         frozen_stages=0,         # stages of the backbone that are frozen (FREEZE_CONV_BODY_AT)
         imagenet=None,           # torchvision's name of the backbone, for --weights imagenet
         channels=256,            # of pyramid and head (BACKBONE_OUT_CHANNELS)
-        levels=(3, 4, 5, 6, 7),  # of the pyramid; level n has a stride of 2**n (FPN_STRIDES)
+        # levels of the pyramid; level n has a stride of 2**n (FPN_STRIDES). Objects of less than two
+        # finest strides have few locations or none: (2, 3, 4, 5, 6) for those below 16 pixels.
+        levels=(3, 4, 5, 6, 7),
         ranges=None,             # pixels where one level ends (SIZES_OF_INTEREST); None: RANGES
         activation="relu",       # of the distances, one of ACTIVATIONS (NORM_REG_TARGETS: "relu")
         unit="stride",           # of the distances in the box loss, or "pixel" (NORM_REG_TARGETS)
