@@ -917,9 +917,8 @@ class FCOS(nn.Module):
         frozen_stages=0,         # stages of the backbone that are frozen (FREEZE_CONV_BODY_AT)
         imagenet=None,           # torchvision's name of the backbone, for --weights imagenet
         channels=256,            # of pyramid and head (BACKBONE_OUT_CHANNELS)
-        # levels of the pyramid; level n has a stride of 2**n (FPN_STRIDES). Objects of less than two
-        # finest strides have few locations or none: (2, 3, 4, 5, 6) for those below 16 pixels.
-        levels=(3, 4, 5, 6, 7),
+        levels=(3, 4, 5, 6, 7),  # of the pyramid; level n has a stride of 2**n (FPN_STRIDES);
+                                 # (2, 3, 4, 5, 6) for objects of less than 16 pixels
         ranges=None,             # pixels where one level ends (SIZES_OF_INTEREST); None: RANGES
         activation="relu",       # of the distances, one of ACTIVATIONS (NORM_REG_TARGETS: "relu")
         unit="stride",           # of the distances in the box loss, or "pixel" (NORM_REG_TARGETS)
