@@ -671,7 +671,8 @@ class PixelModel(torch.nn.Module):
             assert image[:, h:].sum() == 0 and image[:, :, w:].sum() == 0
             scores.append([image[:, :h, :w].double().mean().item() / 256])
             boxes.append([[w / 4, h / 4, w, h]])
-        return torch.tensor(boxes), torch.tensor(scores), torch.ones(len(images), 1).long()
+        labels = torch.ones(len(images), 1).long()
+        return {"boxes": torch.tensor(boxes), "scores": torch.tensor(scores), "labels": labels}
 
 
 @pytest.fixture(scope="module")
@@ -787,9 +788,8 @@ def test_a_data_set_is_predicted_as_its_images_are(mixed, inclusive, tta):
     """In inclusive boxes, too, whose last pixel is one of the original image."""
     dataset, model = evaluate.CocoDataset(*mixed), tiny_model()
     model.set_convention(inclusive=inclusive)
-    results = evaluate.predict(model, dataset, 1, 0, tta)
-    predict = model.predict_tta if tta else model.predict
-    found = predict([dataset.path(i) for i in range(len(dataset))])
+    results = evaluate.predict(model, dataset, 1, 0, tta=tta)
+    found = model.predict([dataset.path(i) for i in range(len(dataset))], tta=tta)
     boxes = torch.tensor([result["bbox"] for result in results])
     boxes[:, 2:] += boxes[:, :2]
     torch.testing.assert_close(boxes, torch.cat([one["boxes"] for one in found]))

@@ -228,14 +228,12 @@ TABLE = {  # by number of the point of the list that this test began with
         for where, value in {
             "convention": None,
             "convention mean": (1, 2),
-            "test_size": (5,),
+            "keywords test_size": (5,),
             "keywords channels": -1,
             "classes": "abcdef",
         }.items()
     },
-    "13 overrides": row(
-        EVAL, MODEL + "|NoneType", model("keywords", ...), model("overrides", None)
-    ),
+    "13 no keywords": row(EVAL, MODEL + "|which model", model("keywords", ...)),
     **{
         f"13 step {step}": row(TRAIN, LAST + "|step", last("step", step))
         for step in (..., "x", -1, 99)
@@ -298,7 +296,7 @@ TABLE = {  # by number of the point of the list that this test began with
             ("bgr no", "bgr", "no"),
         )
     },
-    "14 size": row(PLAIN, MODEL + "|float", model("test_size", (64.5, 96.5))),
+    "14 size": row(PLAIN, MODEL + "|float", model("keywords test_size", (64.5, 96.5))),
     "14 EMA": row(TRAIN + " --ema 0.9", LAST + "|ema holds NaN", spoilt_average),
     "14 momentum": row(
         TRAIN,
