@@ -1010,9 +1010,7 @@ class FCOS(nn.Module):
         """
         hw = images.shape[-2:]
         if not images.is_floating_point():
-            if sizes is None:
-                sizes = [hw] * len(images)
-            images = self.normalize(images, sizes)
+            images = self.normalize(images, [hw] * len(images) if sizes is None else sizes)
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         outputs = self.head(self.fpn(features))
         levels = [rows * columns for rows, columns in level_sizes(hw, self.strides)]
@@ -1195,54 +1193,33 @@ def select(candidates, keep, scores):
 # ---- models -------------------------------------------------------------------------------------
 
 
-# One architecture a row, named as the official configurations are, without their schedule; then
-# those that are not official. Keywords are those of FCOS and of the row's backbone: see there.
+# Rows of MODELS are made of these parts. Backbones:
 FROZEN = dict(norm="frozen", frozen_stages=2)
-
 R_50 = dict(blocks=(3, 4, 6, 3)) | FROZEN
-
 R_101 = dict(blocks=(3, 4, 23, 3)) | FROZEN
-
-IN_3x3 = dict(stride_in_1x1=False)  # the stride, as in torchvision's ImageNet weights
-
-V_50 = R_50 | IN_3x3 | dict(imagenet="resnet50")
-
-X_101_32x8d = R_101 | IN_3x3 | dict(groups=32, width=8, imagenet="resnext101_32x8d")
-
-X_101_64x4d = R_101 | IN_3x3 | dict(groups=64, width=4, imagenet="resnext101_64x4d")
-
+STRIDE_IN_3x3 = dict(stride_in_1x1=False)
+R_50_TORCH = R_50 | STRIDE_IN_3x3 | dict(imagenet="resnet50")
+X_101_32x8d = R_101 | STRIDE_IN_3x3 | dict(groups=32, width=8, imagenet="resnext101_32x8d")
+X_101_64x4d = R_101 | STRIDE_IN_3x3 | dict(groups=64, width=4, imagenet="resnext101_64x4d")
 MNV2 = dict(backbone="mobilenet", norm="bn", imagenet="mobilenet_v2")
-
-SYNCBN, C128 = dict(norm="syncbn"), dict(channels=128)
-
+SYNCBN = dict(norm="syncbn")
+TINY = dict(block="basic", blocks=(1, 1, 2, 2), norm="gn")  # six blocks of two convolutions
+# The paper's first version, and the improved one ("imprv") of the official repository:
 PLAIN = dict(activation="exp", ctr_on="cls", radius=0.0, box_loss="iou", unit="pixel")
-
 IMPRV = dict(activation="relu", ctr_on="box", radius=1.5, box_loss="giou", unit="stride")
-
-DCN_345, DCN_45 = (IMPRV | dict(dcn=dcn, tower_dcn=True) for dcn in ((3, 4, 5), (4, 5)))
-
-IOU = dict(quality="iou")  # AdelaiDet's, as is the real-time model
-
-RT = dict(levels=(3, 4, 5), ranges=(64, 128), test_size=(512, 736))
-
-# As torchvision trains: its loss is checked against ours in tests/test_fcos.py.
+# Variants of the improved version:
+DCN_345 = IMPRV | dict(dcn=(3, 4, 5), tower_dcn=True)
+DCN_45 = IMPRV | dict(dcn=(4, 5), tower_dcn=True)
+IOU = IMPRV | dict(quality="iou")  # AdelaiDet's
+REAL_TIME = IMPRV | dict(levels=(3, 4, 5), ranges=(64, 128), test_size=(512, 736))  # AdelaiDet's
 UNIFORM_LOSS = dict(box_loss="giou_exact", box_weight="uniform")
-
-VISION = IMPRV | UNIFORM_LOSS | dict(scales=False, grid="corner")
-
-TINY = dict(block="basic", blocks=(1, 1, 2, 2), stem=16, channels=64, norm="gn")
-
+TORCHVISION = IMPRV | UNIFORM_LOSS | dict(scales=False, grid="corner")
 HALVED = dict(ranges=(32, 64, 128, 256))  # so that small pictures use several levels
+# For small objects: a finest stride of 4, and a loss that does not neglect them (see fcos_loss)
+STRIDE_4 = IMPRV | UNIFORM_LOSS | dict(levels=(2, 3, 4, 5, 6), activation="exp_stride") | HALVED
 
-# For own boxes, small ones among them: a finest stride of 4, and the loss that learns them.
-SMALL = (
-    IMPRV
-    | UNIFORM_LOSS
-    | dict(block="basic", blocks=(1, 1, 2, 2), stem=32, channels=32, norm="gn")
-    | dict(levels=(2, 3, 4, 5, 6), activation="exp_stride")
-)
-
-
+# One architecture per row, named as the official configurations are, without their schedule. The
+# last five are not official. The keywords are those of FCOS and of the row's backbone.
 # fmt: off
 MODELS = {
     "fcos_R_50_FPN":                    R_50        | PLAIN,
@@ -1259,12 +1236,12 @@ MODELS = {
     "fcos_imprv_dcnv2_X_101_64x4d_FPN": X_101_64x4d | DCN_45,
     "fcos_bn_MNV2_FPN":                 MNV2        | PLAIN,
     "fcos_syncbn_MNV2_FPN":             MNV2        | PLAIN | SYNCBN,
-    "fcos_syncbn_c128_MNV2_FPN":        MNV2        | PLAIN | SYNCBN | C128,
-    "fcos_imprv_iou_R_50_FPN":          R_50        | IMPRV | IOU,
-    "fcos_rt_R_50_FPN":                 R_50        | IMPRV | SYNCBN | RT,
-    "fcos_torchvision_R_50_FPN":        V_50        | VISION,
-    "small":                            SMALL       | HALVED,
-    "shapes":                           TINY        | IMPRV | HALVED,
+    "fcos_syncbn_c128_MNV2_FPN":        MNV2        | PLAIN | SYNCBN | dict(channels=128),
+    "fcos_imprv_iou_R_50_FPN":          R_50        | IOU,
+    "fcos_rt_R_50_FPN":                 R_50        | REAL_TIME | SYNCBN,
+    "fcos_torchvision_R_50_FPN":        R_50_TORCH  | TORCHVISION,
+    "small":                            TINY        | STRIDE_4 | dict(stem=32, channels=32),
+    "shapes":                           TINY        | IMPRV | HALVED | dict(stem=16, channels=64),
 }
 # fmt: on
 
