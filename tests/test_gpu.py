@@ -81,27 +81,32 @@ def make(name="shapes", **overrides):
 
 
 def batch(images=2):
-    """On the CPU: pixels, their sizes, boxes and labels; an image has no box."""
+    """On the CPU: pixels, their sizes and the truths; an image has no box."""
     h, w = HW
     pixels = torch.randint(256, (images, 3, h, w), dtype=torch.uint8)
     sizes = torch.tensor([[h, w]] + [[h - 9, w - 30]] * (images - 1))
     corner = torch.rand(images, 6, 2) * torch.tensor([w, h]) * 0.6
     boxes = torch.cat([corner, corner + 8 + torch.rand(images, 6, 2) * h / 3], 2)
     labels = torch.randint(5, (images, 6))
-    return pixels, sizes, [*boxes[:-1], boxes[-1, :0]], [*labels[:-1], labels[-1, :0]]
+    truths = [{"boxes": box, "labels": label} for box, label in zip(boxes, labels)]
+    truths[-1] = {name: column[:0] for name, column in truths[-1].items()}
+    return pixels, sizes, truths
 
 
 def put(values, device, dtype=None):
     """A batch on another device; boxes in another precision."""
-    pixels, sizes, boxes, labels = values
-    boxes = [box.to(device, dtype) for box in boxes]
-    return pixels.to(device), sizes.to(device), boxes, [label.to(device) for label in labels]
+    pixels, sizes, truths = values
+    truths = [
+        {"boxes": truth["boxes"].to(device, dtype), "labels": truth["labels"].to(device)}
+        for truth in truths
+    ]
+    return pixels.to(device), sizes.to(device), truths
 
 
 def step(model, values, autocast=False):
     """-> losses, and the gradient of each parameter that learns, by name."""
-    pixels, sizes, boxes, labels = values
-    targets = model.targets(pixels.shape[2:], boxes, labels)
+    pixels, sizes, truths = values
+    targets = model.targets(pixels.shape[2:], truths)
     targets["ltrb"] = targets["ltrb"].to(model.pixel_mean.dtype)
     with torch.autocast(pixels.device.type, torch.bfloat16, autocast):
         outputs = model(pixels, sizes)
@@ -189,7 +194,7 @@ def detector(name="fcos_imprv_R_50_FPN"):
 
 @pytest.mark.parametrize("name", ["fcos_imprv_R_50_FPN", "fcos_imprv_dcnv2_R_50_FPN"])
 def test_raw_outputs_and_detections_equal_the_cpus(name):
-    pixels, sizes, _, _ = batch()
+    pixels, sizes, _ = batch()
     model = detector(name)
     with torch.no_grad(), exact_float32():
         here = model(pixels.to(DEVICE), sizes.to(DEVICE))
@@ -204,9 +209,10 @@ def test_raw_outputs_and_detections_equal_the_cpus(name):
     for key in ("cls", "ctr"):
         torch.testing.assert_close(here[key].cpu(), there[key], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(here["ltrb"].cpu(), there["ltrb"], rtol=1e-3, atol=0.05)
-    assert (expected[2] >= 0).sum() > 20
-    assert (found[2].cpu() == expected[2]).float().mean() > 0.99  # a last bit may turn two about
-    torch.testing.assert_close(found[1].cpu(), expected[1], rtol=1e-4, atol=1e-5)
+    assert (expected["labels"] >= 0).sum() > 20
+    same = found["labels"].cpu() == expected["labels"]  # a last bit may turn two about
+    assert same.float().mean() > 0.99
+    torch.testing.assert_close(found["scores"].cpu(), expected["scores"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -219,8 +225,8 @@ def test_replayed_detections_equal_the_eager_ones(bf16, monkeypatch):
     images = torch.randint(256, (9, 3, high, wide), dtype=torch.uint8)
     images = [*images[:4], *images[4:6, :, :, : wide // 2], *images[6:]]
     with torch.autocast(DEVICE.type, torch.bfloat16, bf16):
-        eager = model.predict(images, high, wide, batch_size=2)
-        replayed = model.predict(images, high, wide, batch_size=2, graph=True)
+        eager = model.predict(images, min_size=high, max_size=wide, batch_size=2)
+        replayed = model.predict(images, min_size=high, max_size=wide, batch_size=2, graph=True)
     assert sum(len(found["scores"]) for found in eager) > 100
     for one, other in zip(replayed, eager, strict=True):
         torch.testing.assert_close(one["scores"], other["scores"], rtol=1e-4, atol=1e-4)
@@ -232,7 +238,7 @@ def test_replayed_detections_equal_the_eager_ones(bf16, monkeypatch):
 def test_predict_runs_on_the_device():
     model = detector("shapes")
     images = list(batch()[0])
-    found = model.predict(images, 96, 128)
+    found = model.predict(images, min_size=96, max_size=128)
     assert len(found) == 2 and all(x.device.type == "cpu" for f in found for x in f.values())
     assert sum(len(f["scores"]) for f in found) > 20
 
@@ -240,8 +246,8 @@ def test_predict_runs_on_the_device():
 def test_views_are_merged_on_the_device_as_on_the_cpu():
     model = detector("shapes")
     model.test_size, images = (96, 128), list(batch()[0])
-    here = model.predict_tta(images)
-    for found, expected in zip(here, model.cpu().predict_tta(images), strict=True):
+    here = model.predict(images, tta=True)
+    for found, expected in zip(here, model.cpu().predict(images, tta=True), strict=True):
         assert len(found["scores"]) == len(expected["scores"]) > 20
         same = found["labels"] == expected["labels"]  # a last bit may turn two about
         assert same.float().mean() > 0.9

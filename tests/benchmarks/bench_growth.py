@@ -113,7 +113,7 @@ def targets_and_loss(boxes, classes, hw):
     label = torch.randint(classes, (boxes,), device=DEVICE)
 
     def run():
-        targets = model.targets(hw, [box], [label])
+        targets = model.targets(hw, [{"boxes": box, "labels": label}])
         losses = fcos.fcos_loss(outputs, targets, fcos.loss_normalizers(targets), **model.loss)
         torch.autograd.grad(sum(losses.values()), leaves)
 
