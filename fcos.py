@@ -1458,7 +1458,7 @@ def predict_images(model, images, test_size, score_threshold, batch_size=1, grap
     if graph and device.type == "cuda":
         run = replay(run)
     results = []
-    with inference(model):
+    with torch.no_grad(), inference(model):
         sized = (
             (image, resized_hw(*image.shape[-2:], *test_size)) for image in map(as_image, images)
         )

@@ -1453,6 +1453,8 @@ def test_a_graph_is_captured_once_a_shape(monkeypatch):
 def test_predicted_tensors_are_ordinary_ones():
     found = detector().predict(picture(32, 32), 32, 32)[0]
     found["boxes"][:, 2:] -= found["boxes"][:, :2]  # a caller turns xyxy into xywh in place
+    # Otherwise the results of a whole data set would keep all of its feature maps in memory.
+    assert not any(values.requires_grad for values in found.values())
 
 
 @pytest.mark.parametrize("hw", [(1, 1), (1, 50), (32, 32), (7, 3)])
