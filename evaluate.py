@@ -17,21 +17,31 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import functools
 import gc
 import glob
+import hashlib
 import io
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
+import operator
 import os
+import pickle
+import re
+import socket
 import sys
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -78,195 +88,461 @@ def coco_paths(data, split):
     return (there or layouts)[0]
 
 
-def read_json(path):
-    """The content of a JSON file, without the polygons that are most of COCO's and of no use here.
-    UserError if it is missing or not JSON."""
+class ImageEntry(msgspec.Struct, gc=False):
+    """An entry of "images" in a COCO JSON. Fields that are not named here are skipped."""
 
-    def drop(entry):
-        entry.pop("segmentation", None)
-        return entry
+    id: int | str
+    file_name: str | int
+    height: float | None = None
+    width: float | None = None
 
+
+class CategoryEntry(msgspec.Struct, gc=False):
+    """An entry of "categories" in a COCO JSON."""
+
+    id: int | str
+    name: str | int
+    supercategory: str | int | None = None
+
+
+class BoxEntry(msgspec.Struct, gc=False, kw_only=True):
+    """An entry of "annotations" in a COCO JSON.
+
+    Any field after `iscrowd` becomes a column of the samples, under its name. It holds one number
+    or a fixed count of numbers of each box: `angle: float = 0.0` or `point: tuple[float, float]`.
+    A field without a default is required.
+    """
+
+    image_id: int | str
+    category_id: int | str
+    bbox: tuple[float, float, float, float]
+    area: float | None = None
+    iscrowd: bool | float | None = None
+
+
+class ResultEntry(msgspec.Struct, gc=False):
+    """A detection in COCO's results format."""
+
+    image_id: int | str
+    category_id: int | str
+    bbox: tuple[float, float, float, float]
+    score: float
+
+
+class Instances(msgspec.Struct):
+    """The lists of a COCO instances JSON."""
+
+    images: list[ImageEntry]
+    annotations: list[BoxEntry]
+    categories: list[CategoryEntry]
+
+
+def read_json(path, kind=Any):
+    """Read a JSON file as the msgspec type `kind`. See decode.
+
+    The file is mapped, not copied. Raises UserError if it is missing or has not the type.
+    """
     try:
-        with open(fcos.regular(path), encoding="utf-8-sig") as file:  # some write a byte order mark
-            return json.load(file, object_hook=drop)
+        with open(fcos.regular(path), "rb") as file:
+            return decode(file_content(file), kind, path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {what_is_there(path)}") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON, or no text
+    except OSError as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
+def file_content(file):
+    try:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # a file system that cannot map files, or an empty file
+        return file.read()
+
+
+def decode(data, kind, path):
+    """Decode JSON as the msgspec type `kind`. Fields that it does not name are skipped: polygons.
+
+    `json` decodes what msgspec refuses: a byte order mark, NaN, and numbers written as text.
+    Raises UserError, which names the list, the row and the field and shows the entry.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        return msgspec.json.decode(data, type=kind)
+    try:
+        content = json.loads(bytes(data), object_hook=without_polygons)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    try:
+        return msgspec.convert(content, kind, strict=False)
+    except msgspec.ValidationError as error:
+        problem, _, place = str(error).partition(" - at `$")
+    place = place.strip(".`")
+    row = re.match(r"(\w*)\[(\d+)\]", place)
+    if row is None:
+        lists = "a COCO instances JSON, with the lists 'images', 'annotations' and 'categories'"
+        expected = lists if kind is Instances else "a list of detections"
+        raise UserError(f"{path}: expected {expected}; {place or 'JSON'}: {problem}")
+    entries = content[row[1]] if row[1] else content
+    raise UserError(f"{path}: {place}: {problem}, in {entries[int(row[2])]!r:.300}")
+
+
+def without_polygons(entry):
+    """Drop what is most of an annotation, and of no use here."""
+    entry.pop("segmentation", None)
+    return entry
+
+
+def printable(text, length=100):
+    """Return text that is safe in a message: control characters escaped, and not too long."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:length])
+
+
 def what_is_there(path):
-    """What a user may have meant by a path that does not exist."""
+    """List the nearest existing folder of a path that does not exist, for error messages."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
     names = sorted(name for name in os.listdir(folder) if name[0] != ".")[:5]
-    return f"{folder} holds {', '.join(names) or 'nothing'}"
+    return f"{folder} holds {', '.join(map(printable, names)) or 'nothing'}"
 
 
-def read_coco(path):
-    """A COCO instances JSON, checked -> its content, {image id: row}, {category id: label}, and its
-    annotations as plain_boxes. Rows and labels count from 0 in rising order of the ids."""
-    coco = read_json(path)
-    for part in ("images", "annotations", "categories"):
-        if not isinstance(coco, dict) or not isinstance(coco.get(part), list):
-            raise UserError(f"{path}: not COCO instances: it has no list {part!r}")
-    rows = numbered(coco["images"], "file_name", f"{path}: images")
-    labels = numbered(coco["categories"], "name", f"{path}: categories")
-    boxes = plain_boxes(coco["annotations"], rows, labels, path)
-    if boxes and all(box["image_id"] < 0 for box in boxes):
+def in_order(entries, where):
+    """Return images or categories in ascending order of their ids.
+
+    Raises UserError unless the ids are unique, and all whole numbers or all text.
+    """
+    ids = [entry.id for entry in entries]
+    kinds = {type(id) for id in ids}
+    if kinds not in ({int}, {str}) or (kinds == {int} and max(map(abs, ids)) >= 2**63):
         raise UserError(
-            f"{path}: no annotation is of an image of the file; the first image_id is "
-            f"{coco['annotations'][0]['image_id']!r}, an id {next(iter(rows))!r}"
+            f"{where}: expected one or more, whose ids are all whole numbers below 2**63 or all "
+            f"text; the first ids are {ids[:5]!r:.200}"
         )
-    return coco, rows, labels, boxes
-
-
-def numbered(entries, name, where):
-    """{id: number} of images or categories, which have an id and a name."""
-    for entry in entries:
-        if not isinstance(entry, dict) or not {"id", name} <= entry.keys():
-            raise UserError(f"{where}: no id and {name} in {entry!r:.300}")
-    ids = [entry["id"] for entry in entries]
-    if {type(id) for id in ids} not in ({int}, {str}) or np.array(ids).dtype == object:
-        raise UserError(f"{where}: expected one or more, with whole numbers below 2**63 as ids")
     id, count = Counter(ids).most_common(1)[0]
     if count > 1:
-        raise UserError(f"{where}: id {id} is there {count} times")
-    return {id: number for number, id in enumerate(sorted(ids))}
+        raise UserError(f"{where}: id {id!r:.100} is there {count} times")
+    return sorted(entries, key=operator.attrgetter("id"))
 
 
-def plain_boxes(entries, rows, labels, where):
-    """Annotations or results in the form that training and scoring share: "image_id" is a row, or
-    -1 for an unknown image, "category_id" is a label, and optional fields are filled in."""
-    boxes = []
-    for id, entry in enumerate(entries, 1):  # pycocotools ignores whatever matches annotation 0
-        try:
-            x, y, w, h = map(float, entry["bbox"])
-            row, label = rows.get(entry["image_id"], -1), labels.get(entry["category_id"])
-            area, crowd = entry.get("area"), float(entry.get("iscrowd") or 0)
-            area = w * h if area is None or not float(area) >= 0 else float(area)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(
-                f"{where}: expected image_id, category_id and bbox [x, y, w, h] in "
-                f"{entry!r:.300} ({error!r})"
-            ) from None
-        if label is None:
-            raise UserError(
-                f"{where}: category_id {entry['category_id']!r} is not in the "
-                f"categories {list(labels)}"
-            )
-        boxes.append(
-            {
-                "id": id,
-                "image_id": row,
-                "category_id": label,
-                "bbox": [x, y, w, h],
-                "area": area,
-                "iscrowd": int(crowd != 0),
-            }
+def look_up(ids, wanted):
+    """Return the positions in `ids` of M wanted ids: int64 (M,), -1 for an id that is not there.
+
+    7 and "7" are the same id, since some tools write the ids of results as text.
+    """
+    positions = {id: position for position, id in enumerate(ids)}
+    found = np.fromiter((positions.get(id, -1) for id in wanted), np.int64, len(wanted))
+    if (found < 0).any():
+        positions = {str(id): position for id, position in positions.items()}
+        found = np.fromiter((positions.get(str(id), -1) for id in wanted), np.int64, len(wanted))
+    return found
+
+
+def boxes_of(entries):
+    """Return the boxes of annotations or results, float64 (M, 4) as [x, y, w, h] in pixels."""
+    sides = itertools.chain.from_iterable(entry.bbox for entry in entries)
+    return np.fromiter(sides, np.float64, 4 * len(entries)).reshape(-1, 4)
+
+
+def column_of(entries, name, where):
+    """Return a further field of the annotations: float32 or int64, (M,) or (M, count).
+
+    Raises UserError if the values are not numbers of one shape.
+    """
+    try:
+        values = np.array([getattr(entry, name) for entry in entries])
+    except ValueError:  # of several shapes
+        values = np.array(None)
+    if values.dtype.kind not in "fib":
+        raise UserError(f"{where}: field {name!r}: expected numbers, as many for every box")
+    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+
+
+@dataclasses.dataclass
+class Annotations:
+    """The images, classes and boxes of a COCO instances JSON in flat arrays; str() is the path.
+
+    N images and K classes are in ascending order of their ids, M boxes in the order of the file.
+    """
+
+    path: Path
+    image_ids: np.ndarray  # (N,) int64 or text
+    names: list  # N file names as the JSON has them
+    hw: np.ndarray  # (N, 2) float64 pixels, NaN where the file does not tell
+    classes: list  # K names
+    category_ids: list  # K ids, None where the file lacks a class that was asked for
+    label_of: dict  # {category id: label, -1 if it is no class}
+    rows: np.ndarray  # (M,) int64, the position of the image, -1 if it is unknown
+    labels: np.ndarray  # (M,) int64
+    xywh: np.ndarray  # (M, 4) float64 pixels
+    areas: np.ndarray  # (M,) float64, of the box where the file has no area
+    crowds: np.ndarray  # (M,) bool
+    columns: dict  # {name: float32 or int64 (M, ...)}, the further fields of BoxEntry
+    sorted: bool  # whether the file has its categories in the order of their ids
+    notes: list  # what is odd, one line each
+
+    def __str__(self):
+        return str(self.path)
+
+
+def read_annotations(path, classes=None):
+    """Read a COCO instances JSON -> Annotations.
+
+    classes: names in the order of their labels, if a model or another file decides the classes.
+    Raises UserError, which names the file, the list and the row, for content that is of no use.
+    """
+    content = read_json(path, Instances)
+    images = in_order(content.images, f"{path}: images")
+    boxes = content.annotations
+    ids = [image.id for image in images]
+    rows = look_up(ids, [box.image_id for box in boxes])
+    if boxes and (rows < 0).all():
+        raise UserError(
+            f"{path}: no annotation belongs to an image of the file; annotations[0] has image_id "
+            f"{boxes[0].image_id!r:.100}, an image has id {ids[0]!r:.100}"
         )
-    return boxes
+    xywh = boxes_of(boxes)
+    areas = np.array([math.nan if box.area is None else box.area for box in boxes], np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        areas = np.where(areas >= 0, areas, xywh[:, 2] * xywh[:, 3])
+    fields = BoxEntry.__struct_fields__
+    further = fields[fields.index("iscrowd") + 1 :]
+    return Annotations(
+        path=Path(path),
+        image_ids=np.array(ids),
+        names=[str(image.file_name) for image in images],
+        hw=np.array([(image.height, image.width) for image in images], np.float64),
+        rows=rows,
+        xywh=xywh,
+        areas=areas,
+        crowds=np.array([bool(box.iscrowd) for box in boxes], dtype=bool),
+        columns={name: column_of(boxes, name, path) for name in further},
+        **labels_and_classes(content, path, classes),
+    )
+
+
+def labels_and_classes(content, path, classes):
+    """Return the fields of Annotations that say what the boxes are.
+
+    By default every category is a class, except the first that Roboflow exports: no box has it, and
+    the others name it as their supercategory. Categories that share a name get their id added.
+    """
+    categories = in_order(content.categories, f"{path}: categories")
+    boxes = content.annotations
+    ids = [category.id for category in categories]
+    positions = look_up(ids, [box.category_id for box in boxes])
+    unknown = np.flatnonzero(positions < 0)
+    if len(unknown):
+        first = unknown[0]
+        raise UserError(
+            f"{path}: annotations[{first}]: category_id {boxes[first].category_id!r:.100} is not "
+            f"in the categories {ids!r:.200}"
+        )
+    used = np.bincount(positions, minlength=len(ids)) > 0
+    notes = []
+    names = [str(category.name) for category in categories]
+    shared = [name for name, count in Counter(names).items() if count > 1]
+    if shared:
+        notes.append(f"categories share the name {shared[0]!r:.100}; their ids are added to it")
+        names = [f"{name} ({id})" if name in shared else name for name, id in zip(names, ids)]
+    parents = {c.supercategory for c in categories if c.supercategory != c.name}
+    own = [name for name, has_box in zip(names, used) if has_box or name not in parents]
+    classes = own if classes is None else list(classes)
+    labels = {name: label for label, name in enumerate(classes)}
+    ignored = [name for name in names if name not in labels]
+    missing = [name for name in classes if name not in names]
+    for name, has_box in zip(names, used):
+        if name in ignored and (has_box or (missing and name in own)):
+            raise UserError(
+                f"{path}: category {name!r:.100} is none of the {len(classes)} classes that were "
+                f"trained on, {classes!r:.200}"
+            )
+    if ignored:
+        notes.append(f"categories that are no class and have no box: {ignored!r:.200}")
+    if missing:
+        notes.append(f"classes that are no category, so they are not scored: {missing!r:.200}")
+    label_of = {id: labels.get(name, -1) for id, name in zip(ids, names)}
+    id_of = dict(zip(names, ids))
+    return {
+        "classes": classes,
+        "category_ids": [id_of.get(name) for name in classes],
+        "label_of": label_of,
+        "labels": np.array(list(label_of.values()), np.int64)[positions],
+        "sorted": categories == content.categories,
+        "notes": notes,
+    }
+
+
+@functools.cache
+def image_suffixes():
+    """Return the suffixes, such as ".jpg", of all files that Pillow reads."""
+    suffixes = Image.registered_extensions().items()
+    return {suffix for suffix, kind in suffixes if kind in Image.OPEN}
+
+
+def index_folder(folder):
+    """Return {name: file} and {stem: images} of a folder; both are empty if there is none.
+
+    Names and stems have composed Unicode characters; files are spelt as the folder has them.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            files = sorted(entry.name for entry in entries if not entry.is_dir())
+    except OSError:
+        return {}, {}
+    names = {unicodedata.normalize("NFC", file): file for file in files}
+    stems = {}
+    for name, file in names.items():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in image_suffixes():
+            stems.setdefault(stem, []).append(file)
+    return names, stems
+
+
+def find_image(folder, name, index):
+    """Return the path of an image, relative to the folder, or None. See find_images."""
+    head, tail = os.path.split(name.replace("\\", "/"))
+    tail = unicodedata.normalize("NFC", tail)
+    heads = [unicodedata.normalize(form, head) for form in ("NFC", "NFD")]
+    places = [*heads, *(f"../{head}" for head in heads if head)]  # CVAT names the image folder, too
+    for place in places:
+        names, _ = index(os.path.join(folder, place))
+        if tail in names:
+            return os.path.join(place, names[tail])
+    stem, suffix = os.path.splitext(tail)
+    for place in places:
+        _, stems = index(os.path.join(folder, place))
+        images = stems.get(tail, [])
+        if suffix.lower() in image_suffixes():
+            images = images + stems.get(stem, [])
+        if len(images) > 1:
+            raise UserError(
+                f"{folder}: {name!r:.100} may be {' or '.join(map(printable, images[:3]))}; give "
+                "the full name in the JSON"
+            )
+        if images:
+            return os.path.join(place, images[0])
+    return None
+
+
+def find_images(folder, names, path):
+    """Return the paths, relative to the folder, of the images that a JSON names.
+
+    A name means the file of that name, whatever its slashes and Unicode form, in the folder or
+    beside it. Otherwise it means the only image with that stem: YOLO's names have no suffix.
+    Raises UserError if a name means no file or several.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such image folder; {what_is_there(folder)}")
+    present = set(os.listdir(folder))
+    index = functools.cache(index_folder)
+    places = [name if name in present else find_image(folder, name, index) for name in names]
+    missing = [name for name, place in zip(names, places) if place is None]
+    if missing:
+        raise UserError(
+            f"{folder}: lacks {len(missing)} of {len(names)} images of {path}, the first being "
+            f"{printable(missing[0])}; {what_is_there(folder / missing[0])}"
+        )
+    return places
+
+
+def same_content(paths):
+    """Return lists of the positions of files that have the same content."""
+    sizes = {}
+    for position, path in enumerate(paths):
+        sizes.setdefault(os.path.getsize(path), []).append(position)
+    sizes.pop(0, None)  # empty files, pipes and devices
+    contents = {}
+    for positions in sizes.values():
+        for position in positions if len(positions) > 1 else ():
+            with open(paths[position], "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+            contents.setdefault(digest, []).append(position)
+    return [positions for positions in contents.values() if len(positions) > 1]
 
 
 class CocoDataset:
-    """Boxes and labels of a COCO instances JSON, and the images they belong to.
+    """The images of a COCO instances JSON with their boxes and labels.
 
     Everything is in flat arrays: loader workers share them with their parent, and would copy many
     objects one by one. Crowd boxes are no targets, as in the official code. Boxes are clipped to
     their image; those without area or image are left out. `notes` tells what is odd.
 
+    annotations: the Annotations of the file, for `score`.
     image_ids (N,), hw (N, 2) pixels, classes: K names, category_ids: K ids, in rising order.
-    boxes (M, 4) float32 xyxy pixels and labels (M,) of image i: rows offsets[i]:offsets[i + 1].
+    boxes (M, 4) float32 xyxy pixels, labels (M,) and further columns {name: (M, ...)} of image i:
+    rows offsets[i]:offsets[i + 1].
     trainable (N,): whether the official training set has the image: it has an annotation, crowds
     included, of more than 1 pixel in width and height.
     """
 
-    def __init__(self, annotations, image_dir):
-        self.annotations, self.image_dir = Path(annotations), Path(image_dir)
-        coco, rows, labels, boxes = read_coco(annotations)
-        categories = sorted(coco["categories"], key=lambda category: category["id"])
-        self.sorted = categories == coco["categories"]  # the official code keeps the file's order
-        used = {box["category_id"] for box in boxes}
-        named = [(category["name"], category.get("supercategory")) for category in categories]
-        parents = [parent for name, parent in named if parent != name]
-        kept = [k for k, (name, _) in enumerate(named) if k in used or name not in parents]
-        self.classes = [categories[k]["name"] for k in kept]
-        self.category_ids = [categories[k]["id"] for k in kept]
-        self.notes = [
-            f"category {name!r} is no class: no box has it, and others name it as their "
-            "supercategory"
-            for k, (name, _) in enumerate(named)
-            if k not in kept
-        ]
-        self.image_ids = np.array(list(rows))
-        self._set_images(sorted(coco["images"], key=lambda image: image["id"]))
-        self._set_boxes(boxes, coco["annotations"], kept)
+    def __init__(self, annotations, image_dir, classes=None):
+        self.image_dir = Path(image_dir)
+        self.annotations = read_annotations(annotations, classes)
+        self.image_ids = self.annotations.image_ids
+        self.classes = self.annotations.classes
+        self.category_ids = self.annotations.category_ids
+        self.sorted = self.annotations.sorted
+        self.notes = list(self.annotations.notes)
+        self._names = np.array(find_images(self.image_dir, self.annotations.names, annotations))
+        self.annotations.names = None  # the spelling of the folder counts from here on
+        self.hw = self._sizes()
+        self._note_repeated_images()
+        self._set_boxes()
 
-    def _set_images(self, images):
-        folder, names = self.image_dir, [str(image["file_name"]) for image in images]
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such image folder; {what_is_there(folder)}")
-        listed = os.listdir(folder)  # one call is faster than one for each image
-        present = {Path(name).stem: name for name in listed}  # YOLO's names have no suffix
-        present |= {name: name for name in listed}
-        places = [
-            present.get(name)
-            or next(
-                (
-                    way
-                    for way in (name, f"../{name}")  # CVAT's folders
-                    if os.path.isfile(folder / way)
-                ),
-                None,
-            )
-            for name in names
-        ]
-        missing = [name for name, place in zip(names, places) if place is None]
-        if missing:
+    def _sizes(self):
+        sizes = self.annotations.hw.copy()
+        for i in np.flatnonzero(np.isnan(sizes).any(1)):
+            sizes[i] = fcos.read_image(self.path(i)).shape[-2:]
+        wrong = np.flatnonzero(((sizes <= 0) | (sizes % 1 != 0) | (sizes >= 2**31)).any(1))
+        if len(wrong):
+            height, width = sizes[wrong[0]]
             raise UserError(
-                f"{folder}: lacks {len(missing)} of {len(names)} images of "
-                f"{self.annotations}, the first being {missing[0]}"
+                f"{self.annotations}: {printable(self._names[wrong[0]])} has height {height:g} and "
+                f"width {width:g}, expected whole numbers over 0"
             )
-        self._names = np.array(places)
-        self.hw = np.array([self._size(image) for image in images])
+        return sizes.astype(np.int64)
 
-    def _size(self, image):
-        name, height, width = (image.get(key) for key in ("file_name", "height", "width"))
-        if "height" not in image or "width" not in image:
-            return fcos.read_image(self.image_dir / name).shape[-2:]
-        if not all(isinstance(side, int) and side > 0 for side in (height, width)):
-            raise UserError(
-                f"{self.annotations}: {name} has height {height!r} and width "
-                f"{width!r}, not whole numbers over 0"
+    def _note_repeated_images(self):
+        repeated = len(self) - len(np.unique(self._names))
+        if repeated:
+            self.notes.append(
+                f"{repeated} images have the file of another image: what is labeled in one is "
+                "background in the other"
             )
-        return height, width
+        elif len(self) <= MAX_HASHED:
+            groups = same_content([self.path(i) for i in range(len(self))])
+            if groups:
+                first, second, *_ = (str(self._names[i]) for i in groups[0])
+                self.notes.append(
+                    f"{sum(map(len, groups)) - len(groups)} images are copies of another image, "
+                    f"as {printable(second)} of {printable(first)}"
+                )
 
-    def _set_boxes(self, boxes, annotations, kept):
-        image = np.array([box["image_id"] for box in boxes], dtype=np.int64)
-        label = np.searchsorted(kept, [box["category_id"] for box in boxes])
-        crowd = np.array([box["iscrowd"] for box in boxes], dtype=bool)
-        xywh = np.array([box["bbox"] for box in boxes]).reshape(-1, 4)
-        with np.errstate(over="ignore"):  # infinity is no place inside the image
-            xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-        inside = np.clip(xyxy, 0, np.tile(self.hw[image][:, ::-1], 2))
-
-        homeless = image < 0
+    def _set_boxes(self):
+        truth = self.annotations
+        check_pixels(truth)
+        with np.errstate(over="ignore", invalid="ignore"):  # infinity is outside every image
+            xyxy = np.concatenate([truth.xywh[:, :2], truth.xywh[:, :2] + truth.xywh[:, 2:]], 1)
+        inside = np.clip(xyxy, 0, np.tile(self.hw[truth.rows][:, ::-1], 2))
+        known = truth.rows >= 0
         full = (inside[:, 2:] > inside[:, :2]).all(1) & np.isfinite(xyxy).all(1)
         clipped = (np.abs(inside - xyxy) > 1).any(1)  # up to a pixel is rounding in the JSON
         for what, which in (
-            ("belong to no image of the file and are left out", homeless),
-            ("have no area inside their image and are no targets", ~full & ~homeless),
-            ("reach beyond their image and are clipped", clipped & full & ~homeless),
+            ("belong to no image of the file and are left out", ~known),
+            ("have no area inside their image and are no targets", ~full & known),
+            ("reach beyond their image and are clipped", clipped & full & known),
+            ("are crowds and no targets", truth.crowds & full & known),
         ):
             if which.any():
-                first = annotations[which.argmax()]
-                self.notes.append(f"{which.sum()} of {len(which)} boxes {what}, as {first!r:.150}")
-
-        visible = (xywh[:, 2:] > 1).all(1) & ~homeless
-        self.trainable = np.bincount(image[visible], minlength=len(self)) > 0
-        keep = np.flatnonzero(full & ~crowd & ~homeless)
-        keep = keep[np.argsort(image[keep], kind="stable")]
-        self.boxes, self.labels = inside[keep].astype(np.float32), label[keep]
-        self.offsets = np.searchsorted(image[keep], np.arange(len(self) + 1))
+                first = which.argmax()
+                self.notes.append(
+                    f"{which.sum()} of {len(which)} boxes {what}, as annotations[{first}], "
+                    f"{truth.xywh[first].tolist()}"
+                )
+        visible = (truth.xywh[:, 2:] > 1).all(1) & known
+        self.trainable = np.bincount(truth.rows[visible], minlength=len(self)) > 0
+        kept = np.flatnonzero(full & known & ~truth.crowds)
+        kept = kept[np.argsort(truth.rows[kept], kind="stable")]
+        self.boxes = inside[kept].astype(np.float32)
+        self.labels = truth.labels[kept]
+        self.columns = {name: values[kept] for name, values in truth.columns.items()}
+        self.offsets = np.searchsorted(truth.rows[kept], np.arange(len(self) + 1))
 
     def __len__(self):
         return len(self.image_ids)
@@ -286,13 +562,74 @@ class CocoDataset:
     def sample(self, i, hw):
         """Return image i resized to (height, width) and its boxes, scaled alike, as a dict.
 
-        {"image": uint8 (3, H, W), "boxes": float32 (G, 4) xyxy pixels, "labels": int64 (G,)}
+        {"image": uint8 (3, H, W), "boxes": float32 (G, 4) xyxy pixels, "labels": int64 (G,)} and
+        every further column, as the file has it: a column in pixels must be scaled here.
         """
         h, w = self.hw[i].tolist()
         boxes, labels = self.target(i)
         scale = torch.tensor([hw[1] / w, hw[0] / h, hw[1] / w, hw[0] / h])
         image = fcos.resize(self.image(i), hw)
-        return {"image": image, "boxes": boxes * scale, "labels": labels}
+        rows = slice(self.offsets[i], self.offsets[i + 1])
+        columns = {name: torch.from_numpy(values[rows]) for name, values in self.columns.items()}
+        return {"image": image, "boxes": boxes * scale, "labels": labels} | columns
+
+
+MAX_HASHED = 10_000  # images whose content is compared, so that reading COCO stays fast
+
+
+def check_pixels(annotations):
+    """Raise UserError if the boxes look normalized: all numbers are from 0 to 1."""
+    boxes = annotations.xywh[np.isfinite(annotations.xywh).all(1)]
+    if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1 and (boxes % 1).any():
+        raise UserError(
+            f"{annotations}: expected boxes in pixels; these look normalized, as "
+            f"{boxes[0].tolist()}; multiply them by the width and height of their image"
+        )
+
+
+def load_dataset(annotations, image_dir, classes=None):
+    """Return a CocoDataset that one process of each node reads and the others receive.
+
+    Every process of torch.distributed calls it. If a reader fails, its error is raised in all.
+    """
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return CocoDataset(annotations, image_dir, classes)
+    hosts = [None] * world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    reader = hosts.index(hosts[rank])
+    dataset, error = None, None
+    if rank == reader:
+        try:
+            dataset = CocoDataset(annotations, image_dir, classes)
+        except (UserError, OSError, MemoryError) as caught:
+            error = UserError(str(caught))
+    errors = [None] * world_size
+    dist.all_gather_object(errors, error)
+    for error in filter(None, errors):
+        raise error
+    for host in dict.fromkeys(hosts):  # every process takes part in making every group
+        ranks = [other for other in range(world_size) if hosts[other] == host]
+        group = dist.new_group(ranks, backend="gloo")
+        if rank in ranks:
+            dataset = broadcast(dataset, reader, group)
+    return dataset
+
+
+def broadcast(value, source, group):
+    """Return the object of rank `source` in all processes of a group; its arrays are not copied."""
+    buffers = []
+    header = [None, None]
+    if dist.get_rank() == source:
+        header[0] = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        buffers = [torch.from_numpy(np.frombuffer(buffer.raw(), np.uint8)) for buffer in buffers]
+        header[1] = [len(buffer) for buffer in buffers]
+    dist.broadcast_object_list(header, source, group)
+    if dist.get_rank() != source:
+        buffers = [torch.empty(size, dtype=torch.uint8) for size in header[1]]
+    for buffer in buffers:
+        dist.broadcast(buffer, source, group)
+    return pickle.loads(header[0], buffers=[buffer.numpy() for buffer in buffers])
 
 
 # ---- prediction --------------------------------------------------------------------------------
@@ -404,7 +741,9 @@ def predict(model, dataset, batch_size=1, workers=2, **how):
         detections = model.predict(images, batch_size=batch_size, **how)
         for i, found in zip(mine, detections, strict=True):
             rows, image_id = result_rows(found, dataset.category_ids), dataset.image_ids[i].item()
-            results[i] = [{"image_id": image_id, **row} for row in rows]
+            results[i] = [
+                {"image_id": image_id, **row} for row in rows if row["category_id"] is not None
+            ]
     if world_size > 1:
         shares = [None] * world_size if rank == 0 else None
         dist.gather_object(results, shares)
@@ -434,73 +773,166 @@ METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
 def score(results, annotations, per_class=False):
-    """COCO's twelve box metrics of a list of results: {"AP": ..., "AP50": ...}, from 0 to 1, or -1
-    where there is nothing to find. With per_class also {"AP/<class>": ...}, and for all ("F1",
-    "threshold") and each class ("F1/<class>", ...) the best F1 at IoU 0.5 and its threshold."""
-    try:  # the numbers of pycocotools to the last bit, many times faster
-        from hotcoco import COCO, COCOeval
-    except ImportError:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
+    """Return COCO's twelve box metrics, {"AP": ..., "AP50": ...}, from 0 to 1, or -1 for no object.
 
-    coco, rows, labels, truth = read_coco(annotations)
-    if not isinstance(results, list):
-        raise UserError(f"results: expected a list of detections, not a {type(results).__name__}")
-    found = plain_boxes(results, rows, labels, "results")
-    for result, box in zip(results, found):
-        if box["image_id"] < 0:
-            raise UserError(f"results: image_id {result['image_id']} is not in the annotations")
-        numbers = [*box["bbox"], result.get("score")]
-        if not all(isinstance(x, (int, float)) and abs(x) < 1e300 for x in numbers):
-            raise UserError(f"results: expected finite numbers as bbox and score in {result}")
-        box.update(score=numbers[4], area=box["bbox"][2] * box["bbox"][3])
-
-    names = {category["id"]: f"{category['name']}" for category in coco["categories"]}
-
-    def indexed(boxes):  # by rows and labels, because hotcoco takes no text and no -1 as an id
-        index = COCO()
-        index.dataset = {
-            "images": [{"id": row} for row in rows.values()],
-            "categories": [{"id": label, "name": names[id]} for id, label in labels.items()],
-            "annotations": [
-                box
-                for box in boxes
-                if box["image_id"] >= 0 and all(map(math.isfinite, box["bbox"]))
-            ],
-        }
-        index.createIndex()
-        return index
-
-    with contextlib.redirect_stdout(io.StringIO()):  # they print; the caller decides what to show
-        scorer = COCOeval(indexed(truth), indexed(found), "bbox")
+    results: detections as `predict` returns them, or the path of a JSON file of them.
+    annotations: the Annotations that were read before, or the path of a COCO instances JSON.
+    With per_class also "AP/<class>"; and "F1" and "threshold" of all classes together, "F1/<class>"
+    and "threshold/<class>" of each, at IoU 0.5: see best_f1.
+    Raises UserError, which names the entry, for results that do not fit the annotations.
+    """
+    if not isinstance(annotations, Annotations):
+        annotations = read_annotations(annotations)
+    usable = (annotations.rows >= 0) & np.isfinite(annotations.xywh).all(1)
+    columns = ("rows", "labels", "xywh", "areas", "crowds")
+    truth = {name: getattr(annotations, name)[usable] for name in columns}
+    found = read_results(results, annotations)
+    images = range(len(annotations.image_ids))
+    classes = range(len(annotations.classes))
+    with contextlib.redirect_stdout(io.StringIO()):  # the scorers print
+        scorer = make_scorer(truth, found, images, classes)
         scorer.evaluate()
         scorer.accumulate()
         scorer.summarize()
+        judged = [judge(*boxes) for boxes in split_by_class(truth, found, classes) if per_class]
     metrics = dict(zip(METRICS, map(float, scorer.stats)))
     if not per_class:
         return metrics
-
-    suffixes = [f"/{names[id]}" for id in labels]
-    judged, objects = [], np.zeros(len(suffixes), int)  # (-score, label, whether it is right)
-    for entry in scorer.evalImgs:
-        if entry and entry["aRng"] == scorer.params.areaRng[0]:  # of all sizes
-            label, scores, ignored = (entry[key] for key in ("category_id", "dtScores", "gtIgnore"))
-            objects[label] += len(ignored) - sum(ignored)
-            judged += [
-                (-score, label, match > 0)
-                for score, match, crowd in zip(scores, entry["dtMatches"][0], entry["dtIgnore"][0])
-                if not crowd
-            ]
-    scores, classes, right = np.array(sorted(judged)).reshape(-1, 3).T
+    scores, right, objects = zip(*judged)
+    together = best_f1(np.concatenate(scores), np.concatenate(right), sum(objects))
+    metrics["F1"], metrics["threshold"] = together
     AP = scorer.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1)).tolist()
-    for k, suffix in ((None, ""), *enumerate(suffixes)):
-        chosen = classes >= 0 if k is None else classes == k
-        hits, total = right[chosen].cumsum(), objects.sum() if k is None else objects[k]
-        F1 = 2 * hits / (np.arange(1, len(hits) + 1) + total)
-        best = (F1.max(), -scores[chosen][F1.argmax()]) if len(hits) and total else (-1, -1)
-        metrics |= {} if k is None else {f"AP{suffix}": AP[k]}
-        metrics |= {f"F1{suffix}": float(best[0]), f"threshold{suffix}": float(best[1])}
+    for label, name in enumerate(annotations.classes):
+        metrics[f"AP/{name}"] = AP[label]
+        metrics[f"F1/{name}"], metrics[f"threshold/{name}"] = best_f1(*judged[label])
     return metrics
+
+
+def read_results(results, annotations):
+    """Return the rows, labels, xywh and scores of results as a dict of arrays.
+
+    Results of a category that is no class cannot change the metrics and are left out.
+    """
+    if isinstance(results, (str, os.PathLike)):
+        where = results
+        entries = read_json(results, list[ResultEntry])
+    else:
+        where = "results"
+        data = msgspec.json.encode(results, enc_hook=operator.methodcaller("tolist"))  # NumPy's
+        entries = decode(data, list[ResultEntry], where)
+    images = annotations.image_ids.tolist()
+    categories = list(annotations.label_of)
+    rows = look_up(images, [entry.image_id for entry in entries])
+    positions = look_up(categories, [entry.category_id for entry in entries])
+    xywh = boxes_of(entries)
+    scores = np.array([entry.score for entry in entries], np.float64)
+    numbers = np.column_stack([xywh, scores])
+    for problem, wrong in (
+        (f"image_id is not in the annotations, whose first is {images[0]!r:.100}", rows < 0),
+        (f"category_id is not in the categories {categories!r:.200}", positions < 0),
+        ("bbox and score must be finite numbers", ~(np.abs(numbers) < 1e300).all(1)),
+    ):
+        if wrong.any():
+            first = wrong.argmax()
+            entry = msgspec.structs.asdict(entries[first])
+            raise UserError(f"{where}: [{first}]: {problem}, in {entry!r:.300}")
+    labels = np.array(list(annotations.label_of.values()))[positions]
+    columns = {"rows": rows, "labels": labels, "xywh": xywh, "scores": scores}
+    return {name: values[labels >= 0] for name, values in columns.items()}
+
+
+def make_scorer(truth, found, images, classes):
+    """Return a COCOeval of boxes in arrays, whose ids are rows and labels.
+
+    hotcoco gives the numbers of pycocotools to the last bit, many times faster. pycocotools takes
+    its place where it is missing.
+    """
+    images = [{"id": row} for row in images]
+    categories = [{"id": label, "name": str(label)} for label in classes]
+    try:
+        from hotcoco import COCO, COCOeval
+    except ImportError:
+        return pycocotools_scorer(truth, found, images, categories)
+    coco = COCO.from_arrays(
+        images,
+        categories,
+        truth["rows"],
+        truth["labels"],
+        truth["xywh"],
+        area=truth["areas"],
+        iscrowd=truth["crowds"],
+    )
+    detections = [found["rows"], found["xywh"], found["scores"], found["labels"]]
+    return COCOeval(coco, coco.load_res(np.column_stack(detections)), "bbox")
+
+
+def pycocotools_scorer(truth, found, images, categories):
+    """Return the COCOeval of pycocotools for make_scorer."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    areas = found["xywh"][:, 2] * found["xywh"][:, 3]
+    found = found | {"areas": areas, "crowds": np.zeros(len(areas), bool)}
+    truth = truth | {"scores": np.ones(len(truth["rows"]))}
+    sides = []
+    for boxes in (truth, found):
+        names = {"image_id": "rows", "category_id": "labels", "bbox": "xywh", "area": "areas"}
+        names |= {"iscrowd": "crowds", "score": "scores"}
+        columns = [boxes[name].tolist() for name in names.values()]
+        rows = [dict(zip(names, row), id=id) for id, row in enumerate(zip(*columns), 1)]
+        coco = COCO()
+        coco.dataset = {"images": images, "categories": categories, "annotations": rows}
+        coco.createIndex()
+        sides.append(coco)
+    return COCOeval(*sides, "bbox")
+
+
+def split_by_class(truth, found, classes):
+    """Return (truth, found, label) of every class, each with the boxes of the class alone."""
+    parts = []
+    for boxes in (truth, found):
+        order = np.argsort(boxes["labels"], kind="stable")
+        ends = np.searchsorted(boxes["labels"][order], classes, side="right")
+        rows = np.split(order, ends)[: len(classes)]
+        parts.append([{name: values[kept] for name, values in boxes.items()} for kept in rows])
+    return list(zip(*parts, classes))
+
+
+def judge(truth, found, label):
+    """Match the detections of one class at IoU 0.5, as COCO does.
+
+    Returns their scores (D,) without those that match crowds, whether each is right (D,), and the
+    number of objects. Only the images with a box of the class are looked at, so that memory does
+    not grow with classes times images.
+    """
+    images = np.union1d(truth["rows"], found["rows"]).tolist()
+    scorer = make_scorer(truth, found, images, [label])
+    scorer.params.iouThrs = [0.5]
+    scorer.params.areaRng = scorer.params.areaRng[:1]  # all sizes
+    scorer.params.areaRngLbl = scorer.params.areaRngLbl[:1]
+    scorer.evaluate()
+    entries = [entry for entry in scorer.evalImgs if entry]
+    scores = np.array([score for entry in entries for score in entry["dtScores"]])
+    matches = np.array([match for entry in entries for match in entry["dtMatches"][0]])
+    ignored = np.array([flag for entry in entries for flag in entry["dtIgnore"][0]], dtype=bool)
+    objects = sum(not flag for entry in entries for flag in entry["gtIgnore"])
+    return scores[~ignored], matches[~ignored] > 0, objects
+
+
+def best_f1(scores, right, objects):
+    """Return the highest F1 over all score thresholds, and its threshold; -1, -1 if there is none.
+
+    F1 = 2 * TP / (detections + objects), counted over all images, of the detections whose score is
+    not below the threshold.
+    """
+    if not len(scores) or not objects:
+        return -1.0, -1.0
+    order = np.argsort(-scores, kind="stable")
+    scores = scores[order]
+    F1 = 2 * right[order].cumsum() / (np.arange(1, len(scores) + 1) + objects)
+    last = np.append(scores[1:] < scores[:-1], True)  # of several detections with one score
+    best = np.where(last, F1, 0).argmax()
+    return float(F1[best]), float(scores[best])
 
 
 def table(metrics):
@@ -758,9 +1190,13 @@ def main(args):
             raise UserError(f"--{flag} needs --{' or --'.join(needs)}".replace("_", "-"))
     given = [name for name in ("data", "annotations", "images", "export") if getattr(args, name)]
     if args.results and given == ["annotations"] and not (args.image_dir or args.model):
-        print(table(score(read_json(args.results), args.annotations, args.per_class)))
-        if homeless := sum(box["image_id"] < 0 for box in read_coco(args.annotations)[3]):
-            print(f"{args.annotations}: {homeless} boxes belong to no image in it", file=sys.stderr)
+        annotations = read_annotations(args.annotations)
+        print(table(score(args.results, annotations, args.per_class)))
+        unknown = int((annotations.rows < 0).sum())
+        if unknown:
+            annotations.notes.append(f"{unknown} boxes belong to no image in it")
+        for note in annotations.notes:
+            print(f"{args.annotations}: {note}", file=sys.stderr)
         return
     if args.model is None:
         raise UserError("name a model: a file such as runs/shapes/model.pt, or coco")
@@ -787,11 +1223,12 @@ def main(args):
                 raise UserError(f"files that could not be read: {len(bad)}")
             return
         annotations, image_dir = coco_paths(args.data or ".", args.split)
-        dataset = CocoDataset(args.annotations or annotations, args.image_dir or image_dir)
+        annotations, image_dir = args.annotations or annotations, args.image_dir or image_dir
+        dataset = load_dataset(annotations, image_dir, model.classes)
         check_classes(model, dataset)
         if args.save_json:
             images = map(dataset.path, range(len(dataset)))
-            check_target(args.save_json, [args.model, dataset.annotations, *images])
+            check_target(args.save_json, [args.model, dataset.annotations.path, *images])
         for note in dataset.notes if rank == 0 else ():
             print(f"{dataset.annotations}: {note}", file=sys.stderr)
         batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
@@ -799,7 +1236,7 @@ def main(args):
     if rank == 0:
         if args.save_json:
             with fcos.atomic_write(args.save_json, "w") as file:
-                json.dump(results, file)
+                file.write(json.dumps(results))
         print(table(score(results, dataset.annotations, args.per_class)))
 
 

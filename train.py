@@ -418,7 +418,10 @@ def load_data(settings, say):
     """Return the training and the validation set, and report what is odd about them."""
     if settings["train_images"] == "data/shapes/train2017":
         draw_shapes("data/shapes", say)
-    train, val = (load_split(settings, split, say) for split in ("train", "val"))
+    train = load_split(settings, "train", None, say)
+    val = load_split(settings, "val", train.classes, say)
+    if not len(val.boxes):
+        say(f"{val.annotations}: has no box to find, so every AP will be -1")
     if train.image_dir == val.image_dir:
         shared = np.intersect1d(train._names, val._names)
         if len(shared):
@@ -438,15 +441,18 @@ def load_data(settings, say):
     return train, val
 
 
-def load_split(settings, split, say):
-    """Read the "train" or "val" data set and report its size and what is odd about it."""
+def load_split(settings, split, classes, say):
+    """Read the "train" or "val" data set and report its size and what is odd about it.
+
+    classes: the names that were trained on; None in training, where the annotations decide.
+    """
     path = settings[f"{split}_annotations"]
     if not Path(path).exists():
         raise UserError(
             f"{path}: no such file; {evaluate.what_is_there(path)}; --train-annotations, "
             "--train-images, --val-annotations and --val-images name other places"
         )
-    dataset = evaluate.CocoDataset(path, settings[f"{split}_images"])
+    dataset = evaluate.load_dataset(path, settings[f"{split}_images"], classes)
     names = ", ".join(map(str, dataset.classes))
     say(
         f"{path}: {len(dataset)} images, {len(dataset.boxes)} boxes of {len(dataset.classes)} "
@@ -791,7 +797,8 @@ def validate(step, model, val_set, best, files, workers):
     metrics = evaluate.score(results, val_set.annotations)
     files.log(step, **metrics)
     tqdm.write(f"step {step}: AP {metrics['AP']:.3f}{peak_memory(device)}", file=sys.stderr)
-    if best is None or metrics["AP"] > best["AP"]:
+    nothing_to_find = metrics["AP"] < 0  # then the last model is kept
+    if best is None or metrics["AP"] > best["AP"] or nothing_to_find:
         candidate = metrics | {"step": step}
         if files.best(model, candidate):
             best = candidate

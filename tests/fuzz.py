@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 import traceback
-import types
 import warnings
 from collections import Counter
 from functools import partial, reduce
@@ -126,7 +125,7 @@ def change(path, where, value):
             else [int(key) if key.isdigit() else key for key in where.split()]
         )
         place, key = reduce(operator.getitem, keys[:-1], content), keys[-1]
-        place[key] = value(place[key]) if isinstance(value, types.FunctionType) else value
+        place[key] = value(place[key]) if callable(value) else value
         if value is ...:
             del place[key]
         torch.save(content, path) if ours else Path(path).write_text(json.dumps(content))

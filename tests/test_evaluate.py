@@ -97,7 +97,8 @@ def test_dataset_is_flat_arrays_in_the_order_of_ids(tmp_path):
     assert dataset.boxes.tolist() == [[0, 0, 5, 6], [1.5, 2, 11.5, 22], [3, 4, 8, 10.25]]
     assert dataset.labels.tolist() == [0, 2, 1]
     assert dataset.trainable.tolist() == [True, False, True]
-    assert dataset.notes == []
+    (note,) = dataset.notes
+    assert note.startswith("1 of 4 boxes are crowds and no targets, as annotations[3], [0.0, 0.0")
     boxes, labels = dataset.target(1)
     assert boxes.shape == (0, 4) and boxes.dtype == torch.float32
     assert labels.shape == (0,) and labels.dtype == torch.int64
@@ -129,9 +130,9 @@ def test_boxes_without_area_or_image_are_left_out_and_others_clipped_all_counted
     np.testing.assert_allclose(dataset.boxes, expected, rtol=1e-6)
     assert dataset.offsets.tolist() == [0, 3, 4]
     assert dataset.trainable.tolist() == [True, False]
-    expected = ("1 of 10", 9), ("5 of 10", 4), ("2 of 10", 1)
+    expected = ("1 of 10", 8), ("5 of 10", 3), ("2 of 10", 0)
     for note, (count, first) in zip(dataset.notes, expected, strict=True):
-        assert note.startswith(f"{count} boxes ") and f", as {{'id': {first}, " in note
+        assert note.startswith(f"{count} boxes ") and f", as annotations[{first}], [" in note
     assert not recwarn.list
 
 
@@ -187,41 +188,37 @@ def first_row(**changes):
     return lambda rows: [rows[0] | changes, *rows[1:]]
 
 
-BAD_ROWS = (
-    {  # the list of the JSON, what becomes of it, and what the error names
-        "no category": ("annotations", first_row(category_id=5), r"category_id 5 .*\[3, 7, 90\]"),
-        "short bbox": ("annotations", first_row(bbox=[1, 2, 3]), r"bbox.*\[1, 2, 3\].*got 3"),
-        "bbox of words": ("annotations", first_row(bbox=["a", 2, 3, 4]), "bbox.*float: 'a'"),
-        "no bbox": ("annotations", first_row(bbox=None), "bbox.*None"),
-        "area of a word": ("annotations", first_row(area="large"), "float: 'large'"),
-        "an annotation of a number": ("annotations", lambda rows: [5], "bbox.* in 5 "),
-        "image_id a list": ("annotations", first_row(image_id=[1]), r"image_id.*\[1\]"),
-        "an image twice": ("images", lambda rows: rows + rows[:1], "images: id 1 .* 2 times"),
-        "a category twice": (
-            "categories",
-            lambda rows: rows + rows[:1],
-            "categories: id 7 .* 2 times",
-        ),
-        "a category without a name": ("categories", lambda rows: [dict(id=3)], "no id and name"),
-        "too long a file name": ("images", first_row(file_name="a" * 300), "instances|lacks"),
-    }
-    | {  # ids that scoring could not tell apart
-        f"{part} id {id}": (part, first_row(id=id), f"{part}: .*whole numbers")
-        for part, id in [
-            ("images", 1.0),
-            ("images", 2**70),
-            ("images", math.nan),
-            ("images", None),
-            ("images", True),
-            ("categories", 3.0),
-            ("categories", None),
-        ]
-    }
-    | {
-        f"height {height}": ("images", first_row(height=height), r"1\.png")
-        for height in (0, -5, None, "tall")
-    }
-)
+BAD_ROWS = {  # the list of the JSON, what becomes of it, and what the error names
+    "no category": ("annotations", first_row(category_id=5), r"category_id 5 .*\[3, 7, 90\]"),
+    "short bbox": ("annotations", first_row(bbox=[1, 2, 3]), r"\[0\].bbox.* 4, .*\[1, 2, 3\]"),
+    "bbox of words": ("annotations", first_row(bbox=["a", 2, 3, 4]), r"\[0\].bbox\[0\]: .*'a'"),
+    "no bbox": ("annotations", first_row(bbox=None), r"\[0\].bbox: .*None"),
+    "area of a word": ("annotations", first_row(area="large"), r"\[0\].area: .*'large'"),
+    "empty area": ("annotations", first_row(area=""), r"\[0\].area: .*`float"),
+    "a crowd of a word": ("annotations", first_row(iscrowd="many"), r"\[0\].iscrowd: .*'many'"),
+    "an annotation of a number": ("annotations", lambda rows: [5], r"annotations\[0\]: .*, in 5"),
+    "no image_id": ("annotations", lambda rows: [{"bbox": [1, 2, 3, 4]}], "image_id.*'bbox'"),
+    "image_id a list": ("annotations", first_row(image_id=[1]), r"image_id.*\[1\]"),
+    "an image twice": ("images", lambda rows: rows + rows[:1], "images: id 1 .* 2 times"),
+    "a category twice": ("categories", lambda rows: rows * 2, "categories: id 7 .* 2 times"),
+    "a category without a name": ("categories", lambda rows: [dict(id=3)], r"\[0\]: .*`name`"),
+    "a category without a text": ("categories", first_row(name=None), r"\[0\].name: .*null"),
+    "too long a file name": ("images", first_row(file_name="a" * 300), "instances|lacks"),
+    "a file name of nothing": ("images", first_row(file_name=None), r"\[0\].file_name: .*null"),
+    "escape codes": ("images", first_row(file_name="\x1b[2J\n.png"), r"first being \\x1b\[2J\\n"),
+    # ids that scoring could not tell apart
+    "huge id": ("images", first_row(id=2**70), "images: .*whole numbers"),
+    "ids of two kinds": ("images", first_row(id="1"), "images: .*whole numbers"),
+    "fractional id": ("images", first_row(id=1.5), r"images\[0\].id: .*float"),
+    "id of NaN": ("images", first_row(id=math.nan), r"images\[0\].id: .*float"),
+    "no id": ("images", first_row(id=None), r"images\[0\].id: .*null"),
+    "id of a truth": ("images", first_row(id=True), r"images\[0\].id: .*bool"),
+    "category id of nothing": ("categories", first_row(id=None), r"categories\[0\].id: .*null"),
+    "height 0": ("images", first_row(height=0), r"1\.png has height 0"),
+    "height -5": ("images", first_row(height=-5), r"1\.png has height -5"),
+    "height 20.5": ("images", first_row(height=20.5), r"1\.png has height 20.5"),
+    "height tall": ("images", first_row(height="tall"), r"images\[0\].height: .*1\.png"),
+}
 
 
 @pytest.mark.parametrize("part, change, names", BAD_ROWS.values(), ids=BAD_ROWS)
@@ -230,7 +227,56 @@ def test_a_bad_row_is_one_error_that_names_it(tmp_path, part, change, names):
     edit(path, **{part: change})
     with pytest.raises(UserError, match=names) as error:
         evaluate.CocoDataset(path, folder)
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert str(error.value).isprintable() and str(path) in str(error.value)
+
+
+ODD_FIELDS = {  # of the list of the JSON, the first row is changed and must mean the same
+    "width 64.0": ("images", dict(width=20.0)),
+    "width as text": ("images", dict(width="20")),
+    "width of null": ("images", dict(width=None)),
+    "height of NaN": ("images", dict(height=math.nan)),
+    "id 1.0": ("images", dict(id=1.0)),
+    "iscrowd false": ("annotations", dict(iscrowd="false")),
+    "iscrowd 0": ("annotations", dict(iscrowd="0")),
+    "iscrowd null": ("annotations", dict(iscrowd=None)),
+    "area as text": ("annotations", dict(area="25")),
+    "area of null": ("annotations", dict(area=None)),
+    "bbox as text": ("annotations", dict(bbox=["1", "1", "5", "5.0"])),
+    "image_id as text": ("annotations", dict(image_id="1")),
+    "category_id 3.0": ("annotations", dict(category_id=3.0)),
+    "odd fields that are not read": ("annotations", dict(id="x", segmentation=math.nan)),
+}
+
+
+@pytest.mark.parametrize("part, changes", ODD_FIELDS.values(), ids=ODD_FIELDS)
+def test_fields_of_odd_type_are_read_where_their_meaning_is_certain(tmp_path, part, changes):
+    rows = [box(1, 1, [1, 1, 5, 5]), box(2, 2, [2, 2, 5, 5], iscrowd=1)]
+    path, folder = write_coco(tmp_path, {1: (20, 20), 2: (20, 20)}, rows)
+    plain = evaluate.CocoDataset(path, folder)
+    edit(path, **{part: first_row(**changes)})
+    if "width" in changes:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark
+    odd = evaluate.CocoDataset(path, folder)
+    for name in ("image_ids", "hw", "boxes", "labels", "offsets", "trainable"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(odd, name))
+    np.testing.assert_array_equal(plain.annotations.areas, odd.annotations.areas)
+    np.testing.assert_array_equal(plain.annotations.crowds, odd.annotations.crowds)
+
+
+def test_ids_that_are_text_are_found_by_numbers(tmp_path):
+    path, folder = write_coco(tmp_path, {1: (20, 20)}, [box(1, 1, [1, 1, 5, 5])])
+    edit(path, images=first_row(id="1"))
+    dataset = evaluate.CocoDataset(path, folder)
+    assert dataset.image_ids.tolist() == ["1"] and len(dataset.boxes) == 1
+
+
+def test_boxes_that_look_normalized_are_refused(tmp_path):
+    rows = [box(1, 1, [0.1, 0.1, 0.5, 0.5]), box(2, 1, [0, 0, 1, 1])]
+    path, folder = write_coco(tmp_path, {1: (20, 20)}, rows)
+    with pytest.raises(UserError, match=r"in pixels.* normalized, as \[0.1, 0.1, 0.5, 0.5\]"):
+        evaluate.CocoDataset(path, folder)
+    write_coco(tmp_path, {1: (20, 20)}, rows[1:])
+    assert len(evaluate.CocoDataset(path, folder).boxes) == 1  # of one pixel, perhaps
 
 
 def test_odd_fields_that_only_scoring_reads_are_harmless(tmp_path, scorer):
@@ -243,8 +289,9 @@ def test_odd_fields_that_only_scoring_reads_are_harmless(tmp_path, scorer):
 BAD_FILES = {
     "not JSON": (b"{", ("cannot be read as JSON",)),
     "not text": (b"\xff\xfe\x00\x80", ("cannot be read as JSON",)),
-    "a list": (b"[]", ("not COCO instances", "'images'")),
-    "captions": (b'{"images": [], "annotations": []}', ("not COCO instances", "'categories'")),
+    "nothing": (b"", ("cannot be read as JSON",)),
+    "a list": (b"[]", ("expected a COCO instances JSON", "`array`")),
+    "captions": (b'{"images": [], "annotations": []}', ("COCO instances", "`categories`")),
     "no images": (
         b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
         ("images: expected one or more",),
@@ -255,7 +302,7 @@ BAD_FILES = {
     ),
     "rows of numbers": (
         b'{"images": [1], "annotations": [], "categories": [2]}',
-        ("images: no id and file_name in 1",),
+        ("images[0]: Expected `object`, got `int`, in 1",),
     ),
     "no image_id": (
         b'{"images": [{"id": 1, "file_name": "1.png", "height": 5, "width": 5}], '
@@ -282,6 +329,161 @@ def test_a_file_that_is_not_coco_is_one_error_that_names_it(tmp_path, content, n
     assert str(path) in str(error.value) or "bad.png" in names
     for name in names:
         assert name in str(error.value)
+
+
+NAMES = {  # the name in the JSON, the files of the folder, and the one that is meant or the error
+    "another suffix": ("1.jpg", ["1.png"], "1.png"),
+    "suffix in capitals": ("1.png", ["1.PNG"], "1.PNG"),
+    "no suffix": ("1", ["1.png", "1.txt"], "1.png"),
+    "a number": (1, ["1.png"], "1.png"),
+    "a stem with a dot": ("a.001", ["a.001.png", "a.png"], "a.001.png"),
+    "the exact name": ("1.jpg", ["1.jpg", "1.png"], "1.jpg"),
+    "backslashes": ("a\\1.png", ["a/1.png"], "a/1.png"),
+    "composed": ("gr\u00f6\u00dfe.png", ["gro\u0308\u00dfe.png"], "gro\u0308\u00dfe.png"),
+    "decomposed": ("gro\u0308\u00dfe.png", ["gr\u00f6\u00dfe.png"], "gr\u00f6\u00dfe.png"),
+    "a composed folder": ("\u00f6/1", ["o\u0308/1.png"], "o\u0308/1.png"),
+    "CVAT's folder": ("images/1.png", ["1.png"], "../images/1.png"),
+    "CVAT's folder, no suffix": ("images/1", ["1.png"], "../images/1.png"),
+    "a mask beside it": ("1", ["1.jpg", "1.png"], UserError("'1' may be 1.jpg or 1.png; give")),
+    "escaped": ("a%20b.png", ["a b.png"], UserError("being a%20b.png; .* holds a b.png")),
+    "a prefix": ("/data/upload/1.png", ["1.png"], UserError("first being /data/upload/1.png")),
+    "a note": ("1", ["1.txt"], UserError("lacks 1 of 1 images .* holds 1.txt")),
+}
+
+
+@pytest.mark.parametrize("name, files, expected", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("sized", [True, False])
+def test_an_image_is_found_by_its_name_or_else_by_its_stem(tmp_path, name, files, expected, sized):
+    path, folder = write_coco(tmp_path, {1: (8, 6)}, [])
+    size = dict(width=8, height=6) if sized else {}
+    edit(path, images=[dict(id=1, file_name=name) | size])
+    picture = (folder / "1.png").read_bytes()
+    (folder / "1.png").unlink()
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(picture)
+    if isinstance(expected, UserError):
+        with pytest.raises(UserError, match=str(expected)):
+            evaluate.CocoDataset(path, folder)
+    else:
+        dataset = evaluate.CocoDataset(path, folder)
+        assert dataset.path(0) == folder / expected
+        assert dataset.hw.tolist() == [[6, 8]] and dataset.image(0).shape == (3, 6, 8)
+
+
+def test_images_that_are_listed_twice_or_copied_are_counted(tmp_path):
+    path, folder = write_coco(tmp_path, {1: (8, 6), 2: (8, 6), 3: (9, 6), 4: (8, 5)}, [])
+    assert evaluate.CocoDataset(path, folder).notes == []
+    shutil.copy(folder / "1.png", folder / "2.png")
+    (note,) = evaluate.CocoDataset(path, folder).notes
+    assert note == "1 images are copies of another image, as 2.png of 1.png"
+    edit(path, images=lambda rows: [*rows, rows[0] | dict(id=101), rows[0] | dict(id=102)])
+    (note,) = evaluate.CocoDataset(path, folder).notes
+    assert note.startswith("2 images have the file of another image")
+
+
+def test_categories_of_one_name_are_told_apart(tmp_path):
+    names = [dict(id=k, name=name) for k, name in ((1, "a"), (2, "b"), (5, "a"))]
+    rows = [box(1, 1, [1, 1, 5, 5], 5)]
+    path, folder = write_coco(tmp_path, {1: (20, 20)}, rows, names)
+    dataset = evaluate.CocoDataset(path, folder)
+    assert dataset.classes == ["a (1)", "b", "a (5)"] and "share the name 'a'" in dataset.notes[0]
+    metrics = evaluate.score(perfect(rows), path, per_class=True)
+    assert metrics["AP/a (1)"] == -1 and metrics["AP/a (5)"] == pytest.approx(1)
+
+
+def test_classes_are_decided_by_training(tmp_path):
+    """The first category, which names the data set, is a class in training alone."""
+    tree = [dict(id=0, name="cells")]
+    tree += [dict(id=k, name=name, supercategory="cells") for k, name in ((1, "red"), (2, "rare"))]
+    rows = [box(k + 1, 1, [1, 1, 5, 5], k) for k in (0, 1, 2)]
+    train = evaluate.CocoDataset(*write_coco(tmp_path / "train", {1: (20, 20)}, rows, tree))
+    assert train.classes == ["cells", "red", "rare"]
+    path, folder = write_coco(tmp_path / "val", {1: (20, 20)}, rows[1:], tree)
+    val = evaluate.CocoDataset(path, folder, train.classes)
+    assert val.classes == train.classes and val.labels.tolist() == [1, 2] and not val.notes
+    assert evaluate.CocoDataset(path, folder).classes == ["red", "rare"]
+
+    edit(path, categories=lambda rows: [rows[2] | dict(id=7), rows[1]], annotations=rows[1:2])
+    val = evaluate.CocoDataset(
+        path, folder, train.classes
+    )  # other ids, and a class that is missing
+    assert (val.category_ids, val.labels.tolist()) == ([None, 1, 7], [1])
+    assert val.notes == ["classes that are no category, so they are not scored: ['cells']"]
+    assert evaluate.score(perfect(rows[1:2]), val.annotations)["AP"] == pytest.approx(1)
+
+    edit(path, categories=[*tree, dict(id=9, name="new")], annotations=rows)
+    val = evaluate.CocoDataset(path, folder, train.classes)
+    assert val.notes == ["categories that are no class and have no box: ['new']"]
+    new = perfect([box(1, 1, [1, 1, 9, 9], 9)])  # cannot change the metrics
+    assert evaluate.score(perfect(rows) + new, val.annotations)["AP"] == pytest.approx(1)
+    edit(path, annotations=[*rows, box(4, 1, [1, 1, 9, 9], 9)])
+    with pytest.raises(UserError, match="'new' is none of the 3 classes"):
+        evaluate.CocoDataset(path, folder, train.classes)
+
+
+ANGLE, POINT = "    angle: float = 0.5\n", "    point: tuple[int, int]\n"
+
+
+def test_a_further_column_costs_one_line(tmp_path, monkeypatch):
+    """One field more in BoxEntry, and the samples have the column."""
+    source = (ROOT / "evaluate.py").read_text()
+    field = "    iscrowd: bool | float | None = None\n"
+    assert source.count(field) == 1
+    (tmp_path / "columns.py").write_text(source.replace(field, field + ANGLE + POINT))
+    monkeypatch.syspath_prepend(tmp_path)
+    columns = importlib.import_module("columns")
+    rows = [
+        box(1, 2, [1, 1, 5, 5], angle=0.25, point=[3, 4]),
+        box(2, 1, [1, 1, 5, 5], point=[5, 6]),
+        box(3, 1, [1, 1, 5, 5], point=[7, 8], iscrowd=1),
+        box(4, 2, [2, 2, 5, 5], angle=-1, point=[9, 9]),
+    ]
+    path, folder = write_coco(tmp_path, {1: (20, 20), 2: (20, 20), 3: (20, 20)}, rows)
+    dataset = columns.CocoDataset(path, folder)
+    samples = [dataset.sample(i, (10, 10)) for i in range(3)]
+    assert [sample["angle"].tolist() for sample in samples] == [[0.5], [0.25, -1], []]
+    assert [sample["point"].tolist() for sample in samples] == [[[5, 6]], [[3, 4], [9, 9]], []]
+    assert samples[2]["point"].shape == (0, 2) and samples[0]["point"].dtype == torch.int64
+    assert samples[0]["angle"].dtype == torch.float32
+    edit(path, annotations=first_row(point=None))
+    with pytest.raises(UserError, match=r"annotations\[0\].point: .*null"):
+        columns.CocoDataset(path, folder)
+
+
+READERS = """
+import argparse
+import evaluate
+reads, read_json = [], evaluate.read_json
+def counted(*args):
+    reads.append(args)
+    return read_json(*args)
+evaluate.read_json = counted
+def main(args):
+    rank, world_size, _ = evaluate.start_process("cpu")
+    dataset = evaluate.load_dataset({path!r}, {folder!r})
+    sums = dataset.boxes.sum().item(), dataset.annotations.areas.sum().item()
+    print(f"{{len(reads)}} read", *sums, *dataset.image_ids, *dataset.sample(1, (9, 9)), flush=True)
+    evaluate.load_dataset({wrong!r}, {folder!r})
+evaluate.run(main, argparse.Namespace())
+"""
+
+
+def test_one_process_of_a_node_reads_and_all_end_with_its_error(tmp_path):
+    path, folder = write_coco(tmp_path, {1: (20, 20), 2: (20, 20)}, [box(1, 1, [1, 1, 5, 5])])
+    wrong = shutil.copy(path, tmp_path / "wrong.json")
+    edit(wrong, annotations=first_row(bbox=[1, 2]))
+    script = tmp_path / "readers.py"
+    script.write_text(READERS.format(path=str(path), wrong=str(wrong), folder=str(folder)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        [*command, str(script)], capture_output=True, text=True, timeout=200, env=env
+    )
+    read = " 14.0 25.0 1 2 image boxes labels"
+    assert sorted(done.stdout.splitlines()) == [f"0 read{read}", f"1 read{read}"], done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("readers.py: ")]
+    assert len(errors) == 2 and all("annotations[0].bbox" in line for line in errors), done.stderr
 
 
 def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
@@ -623,15 +825,16 @@ def test_scoring_changes_neither_the_results_nor_the_file(synthetic):
 
 GOOD_RESULT = dict(image_id=10, category_id=3, bbox=[1, 2, 3, 4], score=0.5)
 BAD_RESULTS = {
-    "unknown image": ([GOOD_RESULT, GOOD_RESULT | dict(image_id=999)], "image_id 999"),
-    "unknown category": ([GOOD_RESULT | dict(category_id=5)], "category_id 5"),
+    "unknown image": ([GOOD_RESULT, GOOD_RESULT | dict(image_id=999)], r"\[1\]: .*: 999"),
+    "text as image": ([GOOD_RESULT | dict(image_id="x")], "first is 0, in .*'image_id': 'x'"),
+    "unknown category": ([GOOD_RESULT | dict(category_id=5)], "category_id .*'category_id': 5"),
     "no score": ([{k: v for k, v in GOOD_RESULT.items() if k != "score"}], "score"),
     "bbox of three": ([GOOD_RESULT | dict(bbox=[1, 2, 3])], "bbox"),
     "bbox of none": ([GOOD_RESULT | dict(bbox=None)], "bbox"),
     "bbox of words": ([GOOD_RESULT | dict(bbox=["a", "2", "3", "4"])], "bbox"),
     "score of words": ([GOOD_RESULT | dict(score="high")], "score"),
     "score of null": ([GOOD_RESULT | dict(score=None)], "score"),
-    "rows of numbers": ([1, 2], "bbox.* in 1 "),
+    "rows of numbers": ([1, 2], r"\[0\]: .*, in 1"),
     "bbox of NaN": ([GOOD_RESULT | dict(bbox=[1, 2, math.nan, 4])], "bbox"),  # matches anything
     "score of NaN": ([GOOD_RESULT | dict(score=math.nan)], "score"),
     "image_id a list": ([GOOD_RESULT | dict(image_id=[10])], "image_id"),
@@ -929,7 +1132,8 @@ def test_a_category_that_only_names_others_is_no_class(tmp_path):
     dataset = evaluate.CocoDataset(path, folder)
     assert dataset.classes == ["red", "rare", "person"] and dataset.category_ids == [1, 2, 3]
     assert dataset.target(0)[1].tolist() == [0]
-    assert len(dataset.notes) == 1 and "'cells' is no class" in dataset.notes[0]
+    (note,) = dataset.notes
+    assert note == "categories that are no class and have no box: ['cells']"
     used = [box(1, 1, [4, 6, 20, 10], 1), box(2, 1, [4, 6, 20, 10], 0)]
     path, folder = write_coco(tmp_path, {1: (60, 40)}, used, categories)
     assert evaluate.CocoDataset(path, folder).classes[0] == "cells"
@@ -1270,7 +1474,7 @@ MISTAKES = {
     "a pipe as a picture": ("{model} --images {tmp}/pipe --out {tmp}/o", "could not be read"),
     "annotations of no image": (
         "{model} --annotations {tmp}/alien.json --image-dir {dir}",
-        "no annotation is of an image",
+        "no annotation belongs to an image",
     ),
     "export into nowhere": ("{model} --export {tmp}/none/m.onnx", "m.onnx"),
     "no GPU": ("{model} --data {tmp} --device cuda", "--device cpu"),
@@ -1295,7 +1499,7 @@ def mistakes(tmp_path_factory, mixed, model_file):
     os.mkfifo(tmp / "pipe")
     alien = json.loads(mixed[0].read_text())
     for row in alien["annotations"]:
-        row["image_id"] = str(row["image_id"])
+        row["image_id"] = f"image {row['image_id']}"
     (tmp / "alien.json").write_text(json.dumps(alien))
     other = [category | dict(name="eight") for category in CATEGORIES[:1]] + CATEGORIES[1:]
     path, _ = write_coco(tmp / "other", {0: (64, 64)}, [], other)

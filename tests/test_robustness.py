@@ -155,15 +155,22 @@ TABLE = {  # by number of the point of the list that this test began with
     "7 NaN": fine(SCORE, "AP", val(f"{BOX} bbox", [np.nan] * 4), same=val(BOX, ...)),
     "7 area": fine(SCORE, "AP", val(f"{BOX} area", -1), same=val(f"{BOX} area", ...)),
     "7 notes": fine(EVAL, "no targets", val(f"{BOX} bbox", [1, 1, 0, 0])),
-    "7 text": row(
+    "7 text": fine(
         SCORE,
-        "no annotation is of an image",
+        "AP",
         val("annotations", lambda rows: [row | {"image_id": str(row["image_id"])} for row in rows]),
+        same=lambda: None,
+    ),
+    "7 results of text": fine(SCORE, "AP", found("0 image_id", repr), same=lambda: None),
+    "7 another text": row(
+        SCORE,
+        "no annotation belongs to an image|'a'",
+        val("annotations", lambda rows: [row | {"image_id": "a"} for row in rows]),
     ),
     "7 twice": row(SCORE, "images|2 times", val("images", lambda rows: rows + rows[:1])),
     "7 category": row(SCORE, "category_id 99", val(f"{BOX} category_id", 99)),
     "7 unknown": fine(SCORE, "belong to no image", val(f"{BOX} image_id", 5)),
-    "7 image": row(SCORE, "image_id 99", found("0 image_id", 99)),
+    "7 image": row(SCORE, "image_id is not in|'image_id': 99", found("0 image_id", 99)),
     "8 model.pt": row(EVAL, MODEL + "|damaged", fuzz.damage(MODEL, 64)),
     "8 weights": row(FROM, MODEL + "|damaged", fuzz.damage(MODEL, 64)),
     "8 NaN": row(EVAL, "head.cls.weight|NaN", weight(lambda x: x * torch.nan)),
@@ -216,13 +223,13 @@ TABLE = {  # by number of the point of the list that this test began with
     ),
     # ---- no traceback
     "13 no id": fine(SCORE, "AP", val(f"{BOX} id", ...), same=lambda: None),
-    "13 image without id": row(SCORE, VAL + "|images|no id", val("images 0 id", ...)),
-    "13 list as id": row(SCORE, VAL + "|images|ids", val("images 0 id", [1])),
+    "13 image without id": row(SCORE, VAL + "|images[0]|`id`", val("images 0 id", ...)),
+    "13 list as id": row(SCORE, VAL + "|images[0].id|array", val("images 0 id", [1])),
     "13 list as image_id": row(SCORE, VAL + "|image_id", val(f"{BOX} image_id", [1])),
-    "13 list in results": row(SCORE, "results|image_id", found("0 image_id", [1])),
+    "13 list in results": row(SCORE, FOUND + "|image_id", found("0 image_id", [1])),
     "13 bbox": row(SCORE, VAL + "|bbox", val(f"{BOX} bbox", [10**400, 1, 1, 1])),
-    "13 found bbox": row(SCORE, "results|bbox", found("0 bbox", [10**400, 1, 1, 1])),
-    "13 score": row(SCORE, "results|score", found("0 score", 10**400)),
+    "13 found bbox": row(SCORE, FOUND + "|bbox", found("0 bbox", [10**400, 1, 1, 1])),
+    "13 score": row(SCORE, FOUND + "|score", found("0 score", 10**400)),
     **{
         f"13 {where} {value}": row(PLAIN, f"{MODEL}|{where.split()[-1]}", model(where, value))
         for where, value in {
