@@ -1,10 +1,11 @@
-"""The repository as a whole: who imports whom, what lies where, and that the README is true."""
+"""The repository as a whole: who imports whom, what lies where, and that the READMEs are true."""
 
 import ast
 import itertools
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,11 @@ import fcos
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+READMES = [
+    path
+    for folder in ("", "kernels", "notebooks", "tests", "tests/benchmarks")
+    if (path := ROOT / folder / "README.md").exists()
+]
 
 ARROWS = {  # what each may import of this repository
     "kernels": set(),
@@ -117,12 +122,12 @@ def test_no_file_is_large():
     assert not {name: size for name, size in sizes.items() if size > 3_000_000}
 
 
-# ---- the README --------------------------------------------------------------------------------
+# ---- the READMEs ------------------------------------------------------------------------------
 
 
-def code_blocks():
-    """(language, text) of the fenced and the indented code blocks of the README."""
-    text = README.read_text()
+def code_blocks(path):
+    """(language, text) of the fenced and the indented code blocks of a README."""
+    text = path.read_text()
     fenced = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
     blocks = [(match[1], match[2]) for match in fenced.finditer(text)]
     indented = re.compile(r"(?:^(?: {4}|\t).*\n(?:[ \t]*\n)*)+", re.M)
@@ -133,10 +138,14 @@ def code_blocks():
     return blocks
 
 
+def all_code_blocks():
+    return [block for path in READMES for block in code_blocks(path)]
+
+
 def commands():
     """Every command line of the code blocks, split as a shell does, without its comment."""
     lines = []
-    for language, text in code_blocks():
+    for language, text in all_code_blocks():
         if language in ("python", "py", "text", "json"):
             continue
         for line in text.replace("\\\n", " ").splitlines():
@@ -150,7 +159,7 @@ def commands():
 
 
 def calls_of(script):
-    """The arguments of every call of a script in the README, cut at the end of the command."""
+    """The arguments of every call of a script in the READMEs, cut at the end of the command."""
     calls = []
     for words in commands():
         for k, word in enumerate(words):
@@ -183,14 +192,17 @@ def test_every_recipe_and_model_named_in_the_readme_exists():
     for words in calls_of("train.py"):
         recipe = train.parse_args(words).recipe
         assert recipe in train.RECIPES, recipe
-    named = set(re.findall(r"\bfcos_\w*FPN\w*", README.read_text()))
+    named = {name for path in READMES for name in re.findall(r"\bfcos_\w*FPN\w*", path.read_text())}
     assert named <= train.RECIPES.keys() | fcos.MODELS.keys()
 
 
 def test_every_flag_in_the_text_of_the_readme_exists(capsys):
     known = set(re.findall(r"--[a-z][a-z-]*", help_of(train, capsys) + help_of(evaluate, capsys)))
-    in_text = set(re.findall(r"`(--[a-z][a-z-]*)", README.read_text()))
+    in_text = {
+        flag for path in READMES for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())
+    }
     elsewhere = {"--nproc_per_node", "--nnodes", "--standalone", "--max-restarts", "--upgrade"}
+    elsewhere |= {"--small", "--only"}  # of the benchmarks
     assert in_text <= known | elsewhere
 
 
@@ -201,7 +213,7 @@ def test_every_file_named_in_the_code_of_the_readme_exists():
     made_by_runs = re.compile(r"^(runs|data|drawn|folder)/|^(photo|my|your)\b")
     word = re.compile(r"(?<![\w/.*-])(?:\./)?([\w.-]+(?:/[\w.-]+)*\.(?:py|ipynb|txt|toml|sh|md))\b")
     missing = set()
-    for _, text in code_blocks():
+    for _, text in all_code_blocks():
         for name in word.findall(text):
             if not made_by_runs.match(name) and not any(end.endswith("/" + name) for end in ends):
                 missing.add(name)
@@ -209,14 +221,15 @@ def test_every_file_named_in_the_code_of_the_readme_exists():
 
 
 def test_every_link_of_the_readme_into_the_repository_leads_somewhere():
-    links = re.findall(r"(?:\]\(|src=\")([^)\"#\s]+)", README.read_text())
-    local = [link for link in links if not re.match(r"\w+:", link)]
-    assert not [link for link in local if not (ROOT / link).exists()]
+    for path in READMES:
+        links = re.findall(r"(?:\]\(|src=\")([^)\"#\s]+)", path.read_text())
+        local = [link for link in links if not re.match(r"\w+:", link)]
+        assert not [link for link in local if not (path.parent / link).exists()], path
 
 
 def test_the_python_of_the_readme_names_what_exists():
     modules = {"fcos": fcos, "evaluate": evaluate, "train": train}
-    for language, text in code_blocks():
+    for language, text in all_code_blocks():
         if language not in ("python", "py"):
             continue
         for node in ast.walk(ast.parse(text)):
@@ -240,13 +253,22 @@ def write_clip(path, frames):
         clip.mux(stream.encode())
 
 
-PYTHON = [text for language, text in code_blocks() if language == "python" and "cuda" not in text]
+PYTHON = {
+    f"{path.parent.name if path.parent != ROOT else 'root'} {number}": text
+    for path in READMES
+    for number, (language, text) in enumerate(code_blocks(path))
+    if language == "python" and '.to("cuda")' not in text
+}
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.split("\n")[0][:60])
-def test_the_python_of_the_readme_runs(code, tmp_path, monkeypatch):
-    """Beside a data set, a model, a log, drawn pictures and, where they are needed and can be made,
-    an ONNX file: what the commands of the README leave."""
+@pytest.mark.parametrize("name", PYTHON)
+def test_the_python_of_the_readme_runs(name, tmp_path, monkeypatch):
+    """Beside a data set, a model, a log, drawn pictures, copies of the kernels and, where they are
+    needed and can be made, an ONNX file: what the commands of the READMEs leave."""
+    code = PYTHON[name]
+    for path in (ROOT / "kernels").glob("[a-z]*.py"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     for module in {
         name.split(".")[0]
         for node in ast.walk(ast.parse(code))

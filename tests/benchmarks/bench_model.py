@@ -1,11 +1,11 @@
-"""Inference and training, beside torchvision's FCOS on the same weights in the same run.
+"""Time inference beside torchvision's FCOS on the same weights in the same run.
 
-    python tests/benchmarks/bench_model.py [FOLDER] [--only infer train ...] [--size 800 1333]
+    python tests/benchmarks/bench_model.py [FOLDER] [--only eager compiled] [--size 800 1333]
 
 Writes FOLDER/model.json, or model_cpu.json without a GPU. All sides get the same images, weights,
-batch and threads, and frozen BatchNorms. Inference goes from pixels on the device (ours uint8,
-torchvision's floats in 0..1) to the detections, training from boxes to the step of SGD. Weights are
-random; the bias of the classes leaves some thousands of candidates. No time is asserted.
+batch and threads, and frozen BatchNorms, from pixels on the device (ours uint8, torchvision's
+floats in 0..1) to the detections. Weights are random; the bias of the classes leaves some thousands
+of candidates. No time is asserted. bench_train.py times training.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import contextlib
 import copy
 import functools
 import tempfile
-import time
 
 import record
 import torch
@@ -25,7 +24,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import fcos
-import train
 
 onnxruntime = openvino = None  # measured where they are installed, with onnxscript
 with contextlib.suppress(ImportError):
@@ -88,8 +86,11 @@ class Inference:
         self.reference = None  # torchvision's detections in the first image
         self.open = contextlib.ExitStack()
 
-    def torchvision(self, channels_last=False, bf16=False):
+    def torchvision(self, channels_last=False, bf16=False, compiled=False):
         model = torchvision_model(channels_last).eval()
+        if compiled:  # what follows the head has shapes that depend on values
+            model.backbone.compile(dynamic=False, backend=self.backend)
+            model.head.compile(dynamic=False, backend=self.backend)
         model.transform.min_size, model.transform.max_size = (min(self.hw),), max(self.hw)
 
         @torch.inference_mode()
@@ -116,7 +117,8 @@ class Inference:
                 outputs = model(self.padded, self.sizes)
             return model.decode(outputs, self.sizes)
 
-        boxes, scores, labels = (x[0].cpu() for x in run())
+        found = run()
+        boxes, scores, labels = (found[name][0].cpu() for name in ("boxes", "scores", "labels"))
         agrees = agreement(boxes, scores, labels, self.reference)
         if graph:
             run, _ = device.capture(run)
@@ -169,6 +171,9 @@ class Inference:
     def compiled_sides(self):
         compiled = {
             "torchvision": self.torchvision,
+            "torchvision, channels_last, bf16, compiled": lambda: self.torchvision(
+                channels_last=True, bf16=True, compiled=True
+            ),
             "ours, compiled": lambda: self.ours(compiled=True),
             "ours, bf16, compiled": lambda: self.ours(bf16=True, compiled=True),
         }
@@ -210,156 +215,14 @@ def bench_infer(log, args, compiled=False):
             empty()
 
 
-# ---- training ----------------------------------------------------------------------------------
-
-
-class Training:
-    """One batch of uint8 images with seven boxes each, COCO's mean, and steps on it."""
-
-    def __init__(self, batch, hw, backend="inductor"):
-        self.backend = backend
-        torch.manual_seed(0)
-        images = torch.randint(256, (batch, 3, *hw), dtype=torch.uint8)
-        edge = torch.tensor([hw[1], hw[0]])
-        corner = torch.rand(batch, 7, 2) * edge * 0.7
-        size = 16 + torch.rand(batch, 7, 2) ** 2 * edge * 0.28
-        self.boxes = list(torch.cat([corner, corner + size], 2).to(DEVICE))
-        self.labels = list(torch.randint(80, (batch, 7), device=DEVICE))
-        padded, sizes = fcos.pad_batch(list(images))
-        self.padded, self.sizes = padded.to(DEVICE), sizes.to(DEVICE)
-        self.floats = [image.to(DEVICE) / 255 for image in images]
-        self.hw = hw
-
-    def torchvision(self, channels_last=False):
-        model = torchvision_model(channels_last).train()
-        model.transform.min_size, model.transform.max_size = (min(self.hw),), max(self.hw)
-        learned = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(learned, 1e-6, momentum=0.9)
-
-        def step():
-            targets = [{"boxes": b, "labels": k} for b, k in zip(self.boxes, self.labels)]
-            with torch.autocast(DEVICE.type, torch.bfloat16):
-                losses = model(self.floats, targets)
-            sum(losses.values()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    def ours(self, compiled=False, row=ROW, tf32=None):
-        model = our_model(row).train()
-        optimizer = torch.optim.SGD(train.parameter_groups(model), 1e-6, momentum=0.9)
-        if compiled:
-            model.compile(dynamic=False, backend=self.backend)
-
-        def step():
-            if tf32 is not None:
-                torch.backends.cuda.matmul.allow_tf32 = tf32
-            targets = model.targets(self.padded.shape[2:], self.boxes, self.labels)
-            with torch.autocast(DEVICE.type, torch.bfloat16):
-                outputs = model(self.padded, self.sizes)
-            losses = fcos.fcos_loss(outputs, targets, fcos.loss_normalizers(targets), **model.loss)
-            sum(losses.values()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    def tuned(self):
-        """With cudnn.benchmark, which tries the algorithms at the first call of a shape."""
-        step = self.ours()
-
-        def run():
-            torch.backends.cudnn.benchmark = True
-            step()
-            torch.backends.cudnn.benchmark = False
-
-        return run
-
-    def sides(self):
-        return {
-            "torchvision": self.torchvision,
-            "torchvision, channels_last": lambda: self.torchvision(channels_last=True),
-            "ours": self.ours,
-        } | ({"ours, cudnn.benchmark": self.tuned} if CUDA else {})
-
-    def compiled_sides(self):
-        return {
-            "torchvision": self.torchvision,
-            "ours, compiled": lambda: self.ours(compiled=True),
-        }
-
-    def dcn_sides(self):
-        row = "fcos_imprv_dcnv2_R_50_FPN"
-        return {
-            "float32": lambda: self.ours(row=row, tf32=False),
-            "TF32": lambda: self.ours(row=row, tf32=True),
-        }
-
-
-def bench_train(log, args, which="sides"):
-    batch, hw = args.train_batch, args.size[-1]
-    case = Training(batch, hw, args.backend)
-    model = "dcnv2 R-50" if which == "dcn_sides" else "R-50"
-    log.compare(
-        f"training {model}, batch {batch}, {hw[0]}x{hw[1]}, bf16 autocast",
-        getattr(case, which)(),
-        rounds=min(5, args.rounds),
-        calls=2 if CUDA else 1,
-        unit="images/s",
-        per_call=batch,
-        base="float32" if which == "dcn_sides" else "torchvision",
-    )
-    torch.backends.cuda.matmul.allow_tf32 = False
-    empty()
-
-
-def bench_profile(log, args):
-    """The kernels of three training steps that take the most time on the device."""
-    from torch.profiler import ProfilerActivity, profile
-
-    batch, hw = args.train_batch, args.size[-1]
-    step = Training(batch, hw).ours()
-    step()
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if CUDA else [])
-    start = time.perf_counter()
-    with profile(activities=activities) as result:
-        for _ in range(3):
-            step()
-        device.synchronize()
-    wall, name = time.perf_counter() - start, "device" if CUDA else "cpu"
-    events = [
-        (getattr(event, f"self_{name}_time_total") / 3000, event.count // 3, event.key)
-        for event in result.key_averages()
-        if not CUDA or event.device_type == torch.autograd.DeviceType.CUDA
-    ]
-    total = sum(event[0] for event in events)
-    row = log.add(
-        what=f"profile of a training step, batch {batch}, {hw[0]}x{hw[1]}, bf16",
-        side="ours",
-        wall_ms=1000 * wall / 3,
-        kernels_ms=total,
-    )
-    row["kernels"] = [
-        f"{ms:.3f} ms, {100 * ms / total:.1f} %, {count} calls: {key[:120]}"
-        for ms, count, key in sorted(events, reverse=True)[:25]
-    ]
-    log.show(row)
-    empty()
-
-
 def empty():
     if CUDA:
         torch.cuda.empty_cache()
 
 
 PARTS = {  # in the order of what is worth most if the time runs out
-    "infer": bench_infer,
-    "train": bench_train,
-    "profile": bench_profile,
-    "dcn": functools.partial(bench_train, which="dcn_sides"),
-    "compiled train": functools.partial(bench_train, which="compiled_sides"),
-    "compiled infer": functools.partial(bench_infer, compiled=True),
+    "eager": bench_infer,
+    "compiled": functools.partial(bench_infer, compiled=True),
 }
 
 
@@ -367,8 +230,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--size", nargs=2, type=int, action="append", metavar=("H", "W"))
-    parser.add_argument("--batch", nargs="+", type=int, help="of inference")
-    parser.add_argument("--train-batch", type=int)
+    parser.add_argument("--batch", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="of the CPU")
     args = record.arguments(parser)
@@ -376,13 +238,11 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.small:
-        args.size, args.batch, args.train_batch, args.rounds = [[96, 128]], [1], 1, 1
+        args.size, args.batch, args.rounds = [[96, 128]], [1], 1
     elif CUDA:
         args.size, args.batch = args.size or [[800, 1333]], args.batch or [1, 16]
-        args.train_batch = args.train_batch or 16
     else:
         args.size, args.batch = args.size or [[480, 640], [800, 1333]], args.batch or [1]
-        args.train_batch = args.train_batch or 1
     name = "model.json" if CUDA else "model_cpu.json"
     log = record.Record(args.folder and f"{args.folder}/{name}")
     for part in args.only:

@@ -79,13 +79,31 @@ def machine():
 
 
 class Record:
-    """The rows of one benchmark; `path` None writes nothing, but prints all the same."""
+    """The rows of one benchmark; `path` None writes nothing, but prints all the same.
 
-    def __init__(self, path, **settings):
-        self.path, self.failed = path and pathlib.Path(path), False
+    parts: the parts that this run measures, where several runs share a file.
+    """
+
+    def __init__(self, path, parts=None, **settings):
+        self.path = path and pathlib.Path(path)
+        self.failed = False
+        self.common = {}  # what every row holds from now on
         self.content = {**machine(), **settings, "results": []}
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if parts and self.path.exists():
+                self.content["results"] = self.earlier_rows(parts)
+
+    def earlier_rows(self, parts):
+        """Return the rows of the file at `path` that this run does not measure again.
+
+        They are those of other parts, measured on the same day, machine and versions.
+        """
+        earlier = json.loads(self.path.read_text())
+        same = ("date", "gpu", "driver", "cpu", "threads", "versions")
+        if any(earlier.get(key) != self.content[key] for key in same):
+            return []
+        return [row for row in earlier["results"] if row.get("part") not in parts]
 
     def write(self):
         if self.path:
@@ -94,6 +112,7 @@ class Record:
                 file.write("\n")
 
     def add(self, **row):
+        row = row | self.common
         self.content["results"].append(row)
         self.write()
         return row
