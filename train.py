@@ -91,7 +91,7 @@ RECIPES = {
     "fcos_imprv_iou_R_50_FPN_1x":           R_50  | X1 | row("fcos_imprv_iou_R_50_FPN"),
     "fcos_rt_R_50_FPN_4x":                  MSRA_R_50 | X4 | row("fcos_rt_R_50_FPN"),
     "fcos_torchvision_R_50_FPN_1x":         IMAGENET | X1 | row("fcos_torchvision_R_50_FPN"),
-    "small": dict(model="small", weights="none", iters=3000, batch_size=4, lr=0.02, warmup=100,
+    "small": dict(model="small", weights="none", iters=1500, batch_size=4, lr=0.02, warmup=100,
                   min_size=[320], max_size=480),
     "shapes": dict(model="shapes", weights="none", data="data/shapes", iters=1500, batch_size=8,
                    lr=0.02, warmup=50, min_size=[128], max_size=160),
