@@ -37,7 +37,7 @@ import socket
 import sys
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -473,6 +473,7 @@ class CocoDataset:
 
     def __init__(self, annotations, image_dir, classes=None):
         self.image_dir = Path(image_dir)
+        self.files_read = deque(maxlen=32)  # by `image`; whoever reports an error clears it first
         self.annotations = read_annotations(annotations, classes)
         self.image_ids = self.annotations.image_ids
         self.classes = self.annotations.classes
@@ -549,6 +550,7 @@ class CocoDataset:
 
     def image(self, i):
         """RGB uint8 (3, H, W), in the orientation that the annotations refer to."""
+        self.files_read.append(self.path(i))
         return fcos.read_image(self.path(i), tuple(self.hw[i].tolist()))
 
     def path(self, i):

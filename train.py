@@ -20,6 +20,7 @@ import ast
 import contextlib
 import copy
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -111,13 +112,18 @@ def keyword_value(text):
     return keyword, value
 
 
-def parse_args(argv=None):
-    parser, positive_int = evaluate.ArgumentParser(__doc__), evaluate.positive_int
-    not_negative, group = evaluate.not_negative, parser.add_argument_group
+# The groups of flags that are not stored with a run. All others decide its result, and a resumed
+# run must repeat them. The data counts by its content: see `fingerprint`.
+DATA, HOW_IT_RUNS = "data", "how it runs"
+
+
+def make_parser():
+    parser = evaluate.ArgumentParser(__doc__)
+    positive_int, not_negative = evaluate.positive_int, evaluate.not_negative
     parser.add_argument(
         "recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="of RECIPES (%(default)s)"
     )
-    add = group("data").add_argument
+    add = parser.add_argument_group(DATA).add_argument
     add(
         "--data",
         help="folder as COCO, Roboflow, CVAT or `coco split` lay it out (data/coco; for "
@@ -127,10 +133,7 @@ def parse_args(argv=None):
     add("--train-annotations", metavar="JSON")
     add("--val-images", metavar="DIR")
     add("--val-annotations", metavar="JSON")
-    add("--negatives", action="store_true", help="train on images without objects, too")
-    add("--augment", action="store_true", help="vary colours and crop, for small data sets")
-    add("--workers", type=not_negative, help="loaders for each rank (4 on a GPU, 1 elsewhere)")
-    add = group("what is trained, instead of the recipe's").add_argument
+    add = parser.add_argument_group("what is trained, instead of the recipe's").add_argument
     add(
         "--weights",
         metavar="PATH|coco|imagenet|none",
@@ -145,6 +148,8 @@ def parse_args(argv=None):
         default=[],
         help="keywords of the model, such as radius=0 quality=iou: see fcos.FCOS",
     )
+    add("--negatives", action="store_true", help="also train on images without objects")
+    add("--augment", action="store_true", help="vary colours and crop, for small data sets")
     add("--batch-size", type=positive_int, help="images a step, over all GPUs and micro-batches")
     add("--iters", type=positive_int, help="steps; the schedule keeps its proportions")
     add("--lr", type=float, help="by default in proportion to --batch-size")
@@ -158,8 +163,9 @@ def parse_args(argv=None):
     )
     add("--seed", type=not_negative, default=0, help="(%(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
-    add = group("how it runs").add_argument
+    add = parser.add_argument_group(HOW_IT_RUNS).add_argument
     add("--out", help="folder of the run (runs/RECIPE)")
+    add("--workers", type=not_negative, help="loaders for each rank (4 on a GPU, 1 elsewhere)")
     add(
         "--accumulate",
         type=positive_int,
@@ -172,59 +178,112 @@ def parse_args(argv=None):
     add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--fresh", action="store_true", help="start over, whatever --out holds")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None):
+    return make_parser().parse_args(argv)
+
+
+def stored_flags():
+    """Return the names of the flags that are stored with a run."""
+    groups = [g for g in make_parser()._action_groups if g.title not in (DATA, HOW_IT_RUNS)]
+    return [action.dest for g in groups for action in g._group_actions if action.dest != "help"]
 
 
 def resolve(args):
-    """The settings that decide the result of a run: the recipe's, or the flags' where given."""
-    if args.recipe not in RECIPES:
-        raise UserError(f"recipe {args.recipe!r}: expected one of {', '.join(RECIPES)}")
-    recipe = RECIPES[args.recipe]
-    needed = {"model", "weights"} | X1.keys()
-    unknown, lacks = recipe.keys() - needed - {"data", "decays"}, needed - recipe.keys()
-    if unknown or lacks:
-        raise UserError(
-            f"recipe {args.recipe}: lacks {lacks or 'nothing'}; has no use for "
-            f"{unknown or 'nothing'}"
-        )
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    settings = {"recipe": args.recipe, "decays": DECAYS} | recipe
-    settings |= {name: given[name] for name in recipe.keys() & given.keys() - {"data"}}
+    """Return the settings that decide the result: the recipe's, or the flags' where given.
+
+    "keywords" are those of the model, complete.
+    """
+    settings = checked_recipe(args.recipe)
+    batch_size = settings["batch_size"]
+    for name in stored_flags():
+        if getattr(args, name) is not None or name not in settings:
+            settings[name] = getattr(args, name)
     if args.lr is None:
-        settings["lr"] *= settings["batch_size"] / recipe["batch_size"]
+        settings["lr"] *= settings["batch_size"] / batch_size
     settings["warmup"] = min(settings["warmup"], settings["iters"] // 10)  # of a short run
-    for flag, value, most in ("--lr", settings["lr"], 1e38), ("--ema", args.ema, 1):
-        if value is not None and not 0 < value < most:
-            raise UserError(f"{flag} {value}: must be a number over 0 and below {most}")
+    for name, most in ("lr", 1e38), ("ema", 1):
+        if settings[name] is not None and not 0 < settings[name] < most:
+            raise UserError(f"--{name} {settings[name]}: must be a number over 0 and below {most}")
     fcos.resized_hw(1, 1, max(settings["min_size"]), settings["max_size"])  # do they fit?
-    names = ("train_annotations", "train_images", "val_annotations", "val_images")
-    paths, data = [getattr(args, name) for name in names], settings.pop("data", "data/coco")
-    if any(paths) and (args.data or not all(paths)):
+    overrides = dict(settings.pop("set"))
+    if "test_size" not in fcos.MODELS.get(settings["model"], {}) | overrides:  # as it is trained
+        overrides["test_size"] = max(settings["min_size"]), settings["max_size"]
+    keywords = fcos.model_keywords(settings["model"], overrides)
+    shared = keywords.keys() & settings.keys()
+    if shared:
+        raise UserError(f"{', '.join(shared)}: both a keyword of the model and a setting")
+    return settings | {"keywords": keywords}
+
+
+def checked_recipe(name):
+    """Return the settings of a recipe, without its data. Raises UserError for an unknown name, and
+    for settings that are missing or not used."""
+    if name not in RECIPES:
+        raise UserError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    needed = {"model", "weights"} | X1.keys()
+    missing = needed - recipe.keys()
+    unknown = recipe.keys() - needed - {"data", "decays"}
+    if missing or unknown:
+        raise UserError(
+            f"recipe {name}: lacks {missing or 'nothing'}; has no use for {unknown or 'nothing'}"
+        )
+    settings = {"recipe": name, "decays": DECAYS} | recipe
+    settings.pop("data", None)
+    return settings
+
+
+def find_data(args):
+    """Return {"train": (annotation file, image folder), "val": ...} as the flags or the recipe say.
+
+    Raises UserError if only some of the four flags for one's own data are given.
+    """
+    paths = {
+        "train": (args.train_annotations, args.train_images),
+        "val": (args.val_annotations, args.val_images),
+    }
+    given = [path for pair in paths.values() for path in pair if path]
+    if not given:
+        data = args.data or RECIPES[args.recipe].get("data", "data/coco")
+        return {split: evaluate.coco_paths(data, f"{split}2017") for split in paths}
+    if args.data or len(given) < 4:
         raise UserError(
             "own data needs all of --train-images, --train-annotations, --val-images "
             "and --val-annotations, and no --data"
         )
-    if not any(paths):
-        paths = [
-            path
-            for split in ("train2017", "val2017")
-            for path in evaluate.coco_paths(args.data or data, split)
-        ]
-    settings |= {name: str(path) for name, path in zip(names, paths)}
-    for name in ("ema", "seed", "precision", "negatives", "augment"):
-        settings[name] = getattr(args, name)
-    overrides = dict(args.set)
-    if "test_size" not in fcos.MODELS.get(settings["model"], {}) | overrides:  # as it is trained
-        overrides["test_size"] = max(settings["min_size"]), settings["max_size"]
-    keywords = fcos.model_keywords(settings["model"], overrides)
-    assert not (both := keywords.keys() & settings.keys()), f"{both}: names of settings, too"
-    return settings | {"keywords": keywords}
+    return paths
+
+
+def abbreviated(value):
+    """Return a setting as text; of many choices the first and the last."""
+    if isinstance(value, list) and len(value) > 8:
+        return f"{value[0]} to {value[-1]} ({len(value)} values)"
+    return f"{value}"
+
+
+def differences(there, here, name=""):
+    """Return a text for each setting in which a checkpoint and the code differ.
+
+    Nested settings follow from the others and from the code; they are compared if those are equal.
+    """
+    found, nested = [], []
+    for key in [*here, *(there.keys() - here.keys())]:
+        old, new = there.get(key, "nothing"), here.get(key, "nothing")
+        if isinstance(old, dict) and isinstance(new, dict):
+            nested += differences(old, new, f"{name}{key} ")
+        elif old != new:
+            found.append(f"{name}{key} {abbreviated(old)} there, {abbreviated(new)} here")
+    return found or nested
 
 
 # ---- batches -----------------------------------------------------------------------------------
 
-# Streams of random numbers: see TrainBatches.rng. Add at the end, the place is part of the seed.
-STREAMS = {"group": 0, "order": 2, "sizes": 1, "augment": 2}
+# Random streams, one for each purpose, and how many numbers make up a position in it: see
+# TrainBatches.rng. Append only: the place in this table is part of the seed.
+STREAMS = {"group": 0, "order": 2, "sizes": 1, "augment": 2, "augment_more": 2}
 
 
 # The images of a step: rows of the data set, and (height, width) of each resized, of all padded.
@@ -244,41 +303,50 @@ class TrainBatches(Dataset):
     """
 
     def __init__(self, dataset, settings, rank=0, world_size=1, micro_batches=1):
-        self.dataset, self.rank, self.world_size = dataset, rank, world_size
-        self.micro_batches, self.batch_size = micro_batches, settings["batch_size"]
-        self.seed, self.more = settings["seed"], settings["augment"]
-        self.min_size, self.max_size = settings["min_size"], settings["max_size"]
-        self.classes = len(dataset.classes)
-        usable = np.flatnonzero(dataset.trainable | settings["negatives"])
-        upright = dataset.hw[usable, 0] >= dataset.hw[usable, 1]
-        self.groups = usable[~upright], usable[upright]
+        self.dataset, self.settings = dataset, settings
+        self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
+        self.batch_size = settings["batch_size"]
+        self.drawn = set()
+        self.groups = aspect_groups(dataset, settings)
+        lengths = np.array([len(group) for group in self.groups])
+        shares = lengths.cumsum() / lengths.sum()
         draws = self.rng("group").random(settings["iters"])
-        self.group = (draws >= len(self.groups[0]) / len(usable)).astype(np.int64)
-        counts = np.stack([self.group == 0, self.group == 1]).cumsum(1) - 1
-        self.turn = counts[self.group, np.arange(len(self.group))]  # earlier steps of this group
+        self.group = np.searchsorted(shares[:-1], draws, side="right")
+        self.turn = np.zeros_like(self.group)  # the number of earlier steps of the same group
+        for number in range(len(self.groups)):
+            steps = np.flatnonzero(self.group == number)
+            self.turn[steps] = np.arange(len(steps))
 
     def rng(self, purpose, *position):
-        """An independent random stream for each purpose and position of this seed. STREAMS says how
-        many numbers a purpose has in its position, always: NumPy fills a short key with zeros, so
-        that (2, 5) and (2, 5, 0) would be one stream."""
+        """Return the random stream of a purpose at a position, a NumPy generator.
+
+        Every purpose has its own stream, so that no draw shifts the numbers of another. Raises
+        ValueError for a position of another length than STREAMS says, because NumPy fills a short
+        key with zeros, so that (2, 5) and (2, 5, 0) would be one stream; and if an item takes a
+        stream twice, because both would get the same numbers.
+        """
         if len(position) != STREAMS.get(purpose):
             raise ValueError(f"stream {purpose!r} at {position}: expected one of {STREAMS}")
+        if (purpose, position) in self.drawn:
+            raise ValueError(f"stream {purpose!r} at {position} is taken twice: add one to STREAMS")
+        self.drawn.add((purpose, position))
         key = list(STREAMS).index(purpose)
-        return np.random.Generator(np.random.PCG64([self.seed, key, *position]))
+        return np.random.Generator(np.random.PCG64([self.settings["seed"], key, *position]))
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  (one object a process, as long as the process)
     def order(self, group, epoch):
         return self.rng("order", group, epoch).permutation(self.groups[group])
 
     def plan(self, step) -> Plan:
-        """What everyone must know of a step before any of its pixels."""
+        """Return the plan of a step, computed by every rank before it decodes an image."""
+        self.drawn.clear()
         group = self.group[step]
         positions = self.turn[step] * self.batch_size + np.arange(self.batch_size)
         epochs, places = np.divmod(positions, len(self.groups[group]))
         rows = [self.order(group, epoch)[place].item() for epoch, place in zip(epochs, places)]
-        min_sizes = self.rng("sizes", step).choice(self.min_size, self.batch_size)
+        min_sizes = self.rng("sizes", step).choice(self.settings["min_size"], self.batch_size)
         sizes = [
-            fcos.resized_hw(*self.dataset.hw[row].tolist(), min_size, self.max_size)
+            fcos.resized_hw(*self.dataset.hw[row].tolist(), min_size, self.settings["max_size"])
             for row, min_size in zip(rows, min_sizes.tolist())
         ]
         return Plan(rows, sizes, fcos.padded_hw(sizes))
@@ -291,42 +359,71 @@ class TrainBatches(Dataset):
 
         {"images": uint8 (b, 3, H, W), "sizes": (b, 2), "counts": the b numbers of boxes, "boxes":
         (sum of G, 4) xyxy pixels, "labels": (sum of G,), and every further column}. Raises
-        UserError, naming the image, if one cannot be read or an augmentation spoils it.
+        UserError, naming the files, if one cannot be read or an augmentation spoils a sample.
         """
-        step, m = divmod(item, self.micro_batches)
+        step, micro_batch = divmod(item, self.micro_batches)
         plan = self.plan(step)
-        first = m * self.world_size + self.rank
-        every = self.world_size * self.micro_batches
-        samples = []
-        for slot in range(first, self.batch_size, every):
-            row = plan.rows[slot]
-            sample = self.dataset.sample(row, plan.sizes[slot])
-            change = augment_more if self.more else augment
-            sample = change(sample, self.rng("augment", step, slot))
-            self.check(sample, self.dataset.path(row))
-            samples.append(sample)
-        return collate(samples, plan.padded_hw)
+        first = micro_batch * self.world_size + self.rank
+        slots = range(first, self.batch_size, self.world_size * self.micro_batches)
+        return collate([self.sample(plan, step, slot) for slot in slots], plan.padded_hw)
+
+    def sample(self, plan, step, slot):
+        """Return the augmented sample of a slot of a step."""
+        self.dataset.files_read.clear()
+        try:
+            sample = self.read(plan.rows[slot], plan.sizes[slot], step, slot)
+            if self.settings["augment"]:
+                sample = augment_more(sample, self.rng("augment_more", step, slot))
+            sample = augment(sample, self.rng("augment", step, slot))
+            check_sample(sample, len(self.dataset.classes))
+        except Exception as error:
+            files = list(map(str, self.dataset.files_read))
+            if isinstance(error, UserError) and not any(file in str(error) for file in files):
+                raise UserError(f"{', '.join(files)}: {error}") from None
+            error.add_note(f"in a sample made from {', '.join(files)}")
+            raise
+        return sample
+
+    def read(self, row, hw, step, slot):
+        """Return the sample of an image at (height, width), before augmentation.
+
+        A mosaic goes here: it takes further rows from a stream of its own at (step, slot).
+        """
+        return self.dataset.sample(row, hw)
 
     def smallest(self):
         """Return a batch of one image, the one with the fewest pixels after padding."""
         rows = np.concatenate(self.groups)
         shapes, places = np.unique(self.dataset.hw[rows], axis=0, return_index=True)
-        sizes = [fcos.resized_hw(*hw, min(self.min_size), self.max_size) for hw in shapes.tolist()]
-        paddeds = [fcos.padded_hw([size]) for size in sizes]
-        k = min(range(len(paddeds)), key=lambda k: paddeds[k][0] * paddeds[k][1])
-        return collate([self.dataset.sample(rows[places[k]], sizes[k])], paddeds[k])
+        min_size, max_size = min(self.settings["min_size"]), self.settings["max_size"]
+        sizes = [fcos.resized_hw(*hw, min_size, max_size) for hw in shapes.tolist()]
+        padded = [fcos.padded_hw([size]) for size in sizes]
+        k = min(range(len(padded)), key=lambda k: padded[k][0] * padded[k][1])
+        return collate([self.dataset.sample(rows[places[k]], sizes[k])], padded[k])
 
-    def check(self, sample, path):
-        """Raise UserError unless an augmented sample is one that can be trained on."""
-        boxes, labels = sample["boxes"], sample["labels"]
-        good = (boxes[:, 2:] > boxes[:, :2]).all() and (0 <= labels).all()
-        good = good and (labels < self.classes).all()
-        good = good and {len(sample[name]) for name in sample if name != "image"} == {len(boxes)}
-        if sample["image"].dtype != torch.uint8 or not good:
-            made = (
-                f"{sample['image'].dtype} pixels, boxes {boxes.tolist()}, labels {labels.tolist()}"
-            )
-            raise UserError(f"{path}: augment made {made:.300}")
+
+def aspect_groups(dataset, settings):
+    """Return the rows of the images that are trained on: the wide ones, and the others.
+
+    A step's images are of one group, drawn in proportion to the groups' lengths, and all rows of a
+    group are drawn equally often: repeat a row to draw its image more often.
+    """
+    rows = np.flatnonzero(dataset.trainable | settings["negatives"])
+    upright = dataset.hw[rows, 0] >= dataset.hw[rows, 1]
+    return rows[~upright], rows[upright]
+
+
+def check_sample(sample, num_classes):
+    """Raise UserError unless an augmented sample is one that can be trained on."""
+    image, boxes, labels = sample["image"], sample["boxes"], sample["labels"]
+    good = image.dtype == torch.uint8 and image.ndim == len(image) == 3
+    good = good and (boxes[:, 2:] > boxes[:, :2]).all()
+    good = good and ((0 <= labels) & (labels < num_classes)).all()
+    good = good and {len(sample[name]) for name in sample if name != "image"} == {len(boxes)}
+    if not good:
+        pixels = f"{tuple(image.shape)} {image.dtype} pixels"
+        made = f"{pixels}, boxes {boxes.tolist()}, labels {labels.tolist()}"
+        raise UserError(f"augment made {made:.300}")
 
 
 def collate(samples, padded_hw):
@@ -341,45 +438,43 @@ def collate(samples, padded_hw):
     return {"images": images, "sizes": sizes, "counts": counts} | columns
 
 
-# How each column of the boxes changes when the image is mirrored or cropped. A column without a
-# rule is an error: it would silently keep the values of another image.
-MIRROR = {
-    "boxes": lambda boxes, width: torch.stack(
-        [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1
-    ),
-    "labels": lambda labels, width: labels,
+def mirror_boxes(boxes, width):
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return torch.stack([width - x2, y1, width - x1, y2], 1)
+
+
+# How each column of the boxes changes when the image is mirrored at a width, and when it is cropped
+# at an offset and scaled, both (x, y, x, y). A column without a rule is an error: it would silently
+# keep the values of another image.
+COLUMNS = {
+    "boxes": dict(mirror=mirror_boxes, crop=lambda boxes, offset, scale: (boxes - offset) * scale),
+    "labels": dict(mirror=lambda labels, *_: labels, crop=lambda labels, *_: labels),
 }
-CROP = {
-    "boxes": lambda boxes, offset, scale: (boxes - offset) * scale,
-    "labels": lambda labels, offset, scale: labels,
-}
 
 
-def transform(sample, rules, *values):
-    """Return the columns of a sample changed by the rules of a table such as MIRROR.
-
-    Raises UserError for a column that has no rule there.
-    """
-    columns = sample.keys() - {"image"}
-    if missing := columns - rules.keys():
-        raise UserError(f"column {min(missing)!r}: has no rule in MIRROR and CROP of train.py")
-    return {name: rules[name](sample[name], *values) for name in columns}
+def transform(sample, how, *values):
+    """Return the columns of a sample, changed by their rules for "mirror" or "crop"."""
+    columns = [name for name in sample if name != "image"]
+    for name in columns:
+        if how not in COLUMNS.get(name, {}):
+            raise UserError(f"column {name!r}: has no rule {how!r} in COLUMNS of train.py")
+    return {name: COLUMNS[name][how](sample[name], *values) for name in columns}
 
 
 def augment(sample, rng):
     """Return a training sample changed at random: half of them are mirrored.
 
     The image must not become larger: the padding of a step is decided before its pixels are read.
-    Boxes may be removed, with their row in every column. rng: a NumPy generator of this image.
+    Boxes may be removed, with their row in every column. rng: a NumPy generator of this sample.
     """
     if rng.random() < 0.5:
         width = sample["image"].shape[2]
-        return {"image": sample["image"].flip(2)} | transform(sample, MIRROR, width)
+        return {"image": sample["image"].flip(2)} | transform(sample, "mirror", width)
     return sample
 
 
 def augment_more(sample, rng):
-    """Return a sample changed more strongly, then by `augment` (--augment).
+    """Return a sample changed more strongly (--augment); `augment` follows.
 
     Brightness, contrast and saturation vary by up to 30 %. Half of the images are enlarged up to
     twice and cut to their size; boxes whose centre lies outside the crop are dropped.
@@ -388,9 +483,7 @@ def augment_more(sample, rng):
     for name in ("brightness", "contrast", "saturation"):
         image = getattr(vision, f"adjust_{name}")(image, rng.uniform(0.7, 1.3))
     sample = sample | {"image": image}
-    if rng.random() < 0.5:
-        sample = crop(sample, rng)
-    return augment(sample, rng)
+    return crop(sample, rng) if rng.random() < 0.5 else sample
 
 
 def crop(sample, rng):
@@ -401,8 +494,8 @@ def crop(sample, rng):
     w = round(W / rng.uniform(1, 2))
     y = rng.integers(H - h + 1)
     x = rng.integers(W - w + 1)
-    scale = torch.tensor([W / w, H / h, W / w, H / h])
-    columns = transform(sample, CROP, torch.tensor([x, y, x, y]), scale)
+    offset, scale = torch.tensor([x, y, x, y]), torch.tensor([W / w, H / h, W / w, H / h])
+    columns = transform(sample, "crop", offset, scale)
     boxes = columns["boxes"]
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     kept = ((centre > 0) & (centre < torch.tensor([W, H]))).all(1)
@@ -414,12 +507,16 @@ def crop(sample, rng):
 # ---- the model's start -------------------------------------------------------------------------
 
 
-def load_data(settings, say):
-    """Return the training and the validation set, and report what is odd about them."""
-    if settings["train_images"] == "data/shapes/train2017":
+def load_data(paths, settings, say):
+    """Return the training and the validation set of `find_data`, and report what is odd about them.
+
+    Adds what identifies their content to the settings.
+    """
+    if f"{paths['train'][1]}" == "data/shapes/train2017":
         draw_shapes("data/shapes", say)
-    train = load_split(settings, "train", None, say)
-    val = load_split(settings, "val", train.classes, say)
+    train = load_split(*paths["train"], None, say)
+    val = load_split(*paths["val"], train.classes, say)
+    settings |= {"train_data": fingerprint(train), "val_data": fingerprint(val)}
     if not len(val.boxes):
         say(f"{val.annotations}: has no box to find, so every AP will be -1")
     if train.image_dir == val.image_dir:
@@ -441,26 +538,37 @@ def load_data(settings, say):
     return train, val
 
 
-def load_split(settings, split, classes, say):
-    """Read the "train" or "val" data set and report its size and what is odd about it.
+def load_split(annotations, image_dir, classes, say):
+    """Read a data set and report its size and what is odd about it.
 
     classes: the names that were trained on; None in training, where the annotations decide.
     """
-    path = settings[f"{split}_annotations"]
-    if not Path(path).exists():
+    if not Path(annotations).exists():
         raise UserError(
-            f"{path}: no such file; {evaluate.what_is_there(path)}; --train-annotations, "
-            "--train-images, --val-annotations and --val-images name other places"
+            f"{annotations}: no such file; {evaluate.what_is_there(annotations)}; "
+            "--train-annotations, --train-images, --val-annotations and --val-images name other "
+            "places"
         )
-    dataset = evaluate.load_dataset(path, settings[f"{split}_images"], classes)
+    dataset = evaluate.load_dataset(annotations, image_dir, classes)
     names = ", ".join(map(str, dataset.classes))
     say(
-        f"{path}: {len(dataset)} images, {len(dataset.boxes)} boxes of {len(dataset.classes)} "
-        f"classes: {names:.100}"
+        f"{annotations}: {len(dataset)} images, {len(dataset.boxes)} boxes of "
+        f"{len(dataset.classes)} classes: {names:.100}"
     )
     for note in dataset.notes:
-        say(f"{path}: {note}")
+        say(f"{annotations}: {note}")
     return dataset
+
+
+def fingerprint(dataset):
+    """Return what identifies the content of a data set's annotations, wherever they lie."""
+    digest = hashlib.sha256(repr((dataset.classes, dataset.category_ids)).encode())
+    values = vars(dataset) | vars(dataset.annotations) | dataset.annotations.columns
+    for name, value in sorted(values.items()):
+        if isinstance(value, np.ndarray):
+            digest.update(name.encode() + value.tobytes())
+    counts = f"{len(dataset)} images, {len(dataset.boxes)} boxes"
+    return f"{counts}, sha256 {digest.hexdigest()[:16]}"
 
 
 def draw_shapes(folder, say):
@@ -608,10 +716,7 @@ def parameter_groups(model):
 def make_optimizer(model, settings):
     """Return the optimizer. A group's learning rate at a step is what `lr_at` makes of the rate
     given here, times the group's "rate" if it has one."""
-    optimizer = torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer
+    return torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
 
 
 def lr_at(step, lr, iters, warmup, decays=DECAYS):
@@ -716,13 +821,38 @@ def compute_gradients(model, network, batches, settings, stop_requested):
     return dict(zip(losses, step_losses)), sums[-1]
 
 
+def rate_at(step, group, settings):
+    """Return the learning rate of an optimizer's group at a step."""
+    schedule = settings["iters"], settings["warmup"], settings["decays"]
+    return lr_at(step, group["initial_lr"], *schedule) * group.get("rate", 1)
+
+
+def describe(optimizer, model, settings):
+    """Return what the code makes of the optimizer: its class, the groups with their constant
+    hyper-parameters, and {step: learning rate of the first group} wherever that changes.
+
+    It is stored with a run, so that one with another optimizer or schedule is not resumed.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {"class": type(optimizer).__name__}
+    for number, group in enumerate(optimizer.param_groups, 1):
+        group["initial_lr"] = group["lr"]
+        parameters = [names[id(p)] for p in group["params"]]
+        digest = hashlib.sha256(" ".join(parameters).encode()).hexdigest()[:8]
+        values = {name: value for name, value in group.items() if name not in ("params", "lr")}
+        found[f"group {number}"] = values | {"parameters": f"{len(parameters)} ({digest})"}
+    steps = range(settings["iters"])
+    rates = [rate_at(step, optimizer.param_groups[0], settings) for step in steps]
+    changes = [step for step in steps if step == 0 or rates[step] != rates[step - 1]]
+    changes = changes[:: -(-len(changes) // 100)]  # some of them, if the rate always changes
+    schedule = {f"step {step + 1}": rates[step] for step in changes}
+    return {"optimizer": found, "schedule": schedule}
+
+
 def update(step, optimizer, companions, settings):
-    """Set the learning rates of a step, change the weights, and then what follows them."""
+    """Change the weights, and then what follows them."""
     for group in optimizer.param_groups:
-        rate = lr_at(
-            step, group["initial_lr"], settings["iters"], settings["warmup"], settings["decays"]
-        )
-        group["lr"] = rate * group.get("rate", 1)
+        group["lr"] = rate_at(step, group, settings)
     optimizer.step()
     optimizer.zero_grad()
     for companion in companions.values():
@@ -828,17 +958,18 @@ def main(args):
     rank, world_size, device = evaluate.start_process(args.device, fresh_store)
     say = print if rank == 0 else lambda text: None
     check_batch_size(settings, world_size, args.accumulate)
-    train_set, val_set = load_data(settings, say)
+    train_set, val_set = load_data(find_data(args), settings, say)
     model = make_model(settings, train_set, say).to(device)
     evaluate.check_classes(model, val_set)
     optimizer = make_optimizer(model, settings)
     companions = make_companions(model, settings)
-    settings["optimizer"] = type(optimizer).__name__
+    settings |= describe(optimizer, model, settings)
     print_settings(settings, args, say)
     batches = TrainBatches(train_set, settings, rank, world_size, args.accumulate)
     network = make_network(model, settings, batches, args.compile, say)
     saved = {"optimizer": optimizer} | companions
-    files, start, best = open_run(args, settings, model, saved, say)
+    inputs = settings["weights"], train_set.annotations, val_set.annotations
+    files, start, best = open_run(args, settings, model, saved, inputs, say)
 
     # Train. The last turn of the loop only evaluates.
     iters = settings["iters"]
@@ -892,11 +1023,17 @@ def check_batch_size(settings, world_size, micro_batches):
 
 
 def print_settings(settings, args, say):
-    """Print the settings, and the learning rate before and after it was scaled."""
+    """Print what runs: the learning rates from the optimizer, not from the settings behind them."""
     for name, value in settings.items():
-        if isinstance(value, list) and len(value) > 8:
-            value = f"{value[0]} to {value[-1]}"
-        say(f"{name:18s} {value}")
+        if name not in ("lr", "warmup", "decays", "optimizer", "schedule"):
+            say(f"{name:18s} {abbreviated(value)}")
+    say(f"{'optimizer':18s} {settings['optimizer']['class']}")
+    for name, group in settings["optimizer"].items():
+        if name != "class":
+            used = [f"{key} {value}" for key, value in group.items() if value not in (None, False)]
+            say(f"{name:18s} {', '.join(used)}")
+    rates = [f"{rate:.3g} from {step}" for step, rate in settings["schedule"].items()]
+    say(f"{'learning rate':18s} {', '.join(rates[:8])}{', ...' if len(rates) > 8 else ''}")
     recipe = RECIPES[args.recipe]
     if settings["lr"] != recipe["lr"] and args.lr is None:
         say(
@@ -1031,9 +1168,10 @@ class RunFiles:
         return True
 
 
-def open_run(args, settings, model, saved, say):
+def open_run(args, settings, model, saved, inputs, say):
     """Resume the run in --out, or start one. With --fresh, only a run of the same launch resumes.
 
+    inputs: files that the run must not write over.
     Returns its RunFiles, the number of steps done, and the metrics of the best evaluation.
     """
     out = Path(args.out or f"runs/{args.recipe}")
@@ -1056,61 +1194,38 @@ def open_run(args, settings, model, saved, say):
         if len(set(starts)) > 1:
             raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
     evaluate.make_folder(out)
-    inputs = settings["weights"], settings["train_annotations"], settings["val_annotations"]
     for name in RunFiles.NAMES if start == 0 else ():
         evaluate.check_target(out / name, inputs)
     return RunFiles(out, start, launch, damaged, rank == 0), start, best
 
 
 def resume(out, settings, model, saved, say, launch=None):
-    """Fill the model and what is saved beside it from last.pt, or from previous.pt where last.pt is
-    damaged. -> the steps done, 0 if there is no checkpoint, or, with `launch`, none of this launch;
-    the metrics of the best evaluation; whether last.pt is damaged. UserError for other settings."""
-    problems = []
-    for path in filter(Path.exists, (out / "last.pt", out / "previous.pt")):
-        try:
-            content = fcos.read_checkpoint(path)
-            if isinstance(content, dict) and isinstance(content.get("settings"), dict):
-                break
-            problems.append(f"{path}: not a checkpoint of this trainer")
-        except UserError as error:
-            problems.append(str(error))
-    else:
+    """Load the model and what is saved beside it from the last checkpoint of the run in `out`.
+
+    With `launch`, only from one that this launch has written. Returns the number of steps done, 0
+    without a checkpoint; the metrics of the best evaluation; and whether last.pt is damaged.
+    Raises UserError if the checkpoint and the code disagree.
+    """
+    path, content, problems = find_checkpoint(out)
+    if content is None:
         if problems and not launch:
             raise UserError(f"{'; '.join(problems)}; --fresh starts over")
         return 0, None, False
     if launch and (content.get("made_with") or {}).get("launch") != launch:
         return 0, None, False
     try:
-        since = dict(decays=DECAYS, ema=None, negatives=False, augment=False, optimizer="SGD")
-        old = since | content["settings"] | fcos.stored_keywords(content["model"])
-        old["classes"] = content["model"]["classes"]
-        new = settings | {"classes": model.classes}
-        changed = [
-            f"{key} {old[key]} there, {new[key]} here"
-            for key in new
-            if key != "model" and new[key] != old[key]
-        ]
+        there = content["settings"] | fcos.stored_keywords(content["model"])
+        there |= {"classes": content["model"]["classes"], "model": settings["model"]}
+        changed = differences(there, settings | {"classes": model.classes})
         if not changed:
-            step, held, best = content["step"], content["model"], content.get("best")
-            if type(step) is not int or step not in range(settings["iters"] + 1):
-                raise ValueError(f"step {step!r}")
-            best = best and best | {"AP": float(best["AP"]), "step": int(best["step"])}
-            fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos", None))
-            for name, thing in saved.items():
-                thing.load_state_dict(content[name])
-                for group in getattr(thing, "param_groups", []):
-                    if lacks := thing.defaults.keys() - group.keys():
-                        raise ValueError(f"a group of {name} lacks {lacks}")
-                for x in torch.utils._pytree.tree_leaves(thing.state_dict()):
-                    if isinstance(x, torch.Tensor) and not x.isfinite().all():
-                        raise ValueError(f"{name} holds NaN or infinity")
+            step, best = restore(path, content, settings, model, saved)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         what = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise UserError(f"{path}: cannot be resumed ({what}); --fresh starts over") from None
     if changed:
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(
-            f"{out}: holds a run of other settings ({'; '.join(changed)}); repeat "
+            f"{out}: holds a run of other settings ({'; '.join(changed[:5])}{more}); repeat "
             "them, start over with --fresh, or choose another --out (and --weights "
             f"{path}, to train on with a schedule of its own)"
         )
@@ -1118,6 +1233,72 @@ def resume(out, settings, model, saved, say, launch=None):
         say(f"{problem}; {path} takes its place")
     say(f"{out}: resumes after step {step} of {settings['iters']}")
     return step, best, len(problems) > 0
+
+
+def find_checkpoint(out):
+    """Return the path and content of last.pt, or of previous.pt if last.pt is missing or damaged.
+
+    Also returns what is wrong with those that cannot be used. Without any, the content is None.
+    """
+    problems = []
+    for path in filter(Path.exists, (out / "last.pt", out / "previous.pt")):
+        try:
+            content = fcos.read_checkpoint(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+            return path, content, problems
+        problems.append(f"{path}: not a checkpoint of this trainer")
+    return None, None, problems
+
+
+def restore(path, content, settings, model, saved):
+    """Load a checkpoint of these settings into the model and what is saved beside it.
+
+    Returns the number of steps done and the metrics of the best evaluation. Raises ValueError and
+    others if something is missing or does not fit.
+    """
+    step, held, best = content["step"], content["model"], content.get("best")
+    if type(step) is not int or step not in range(settings["iters"] + 1):
+        raise ValueError(f"step {step!r}")
+    if best:
+        best |= {"AP": float(best["AP"]), "step": int(best["step"])}
+    for name, thing in saved.items():
+        odd = layout(content[name]).items() ^ layout(state_after_a_step(thing)).items()
+        if odd:
+            raise ValueError(f"{name} does not fit at {min(place for place, _ in odd)}")
+        for value in torch.utils._pytree.tree_leaves(content[name]):
+            if isinstance(value, torch.Tensor) and not value.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity")
+    fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos", None))
+    for name, thing in saved.items():
+        groups = [dict(group) for group in getattr(thing, "param_groups", [])]
+        thing.load_state_dict(content[name])
+        for group, ours in zip(getattr(thing, "param_groups", []), groups):
+            group |= {key: value for key, value in ours.items() if key != "params"}
+    return step, best
+
+
+def state_after_a_step(thing):
+    """Return the state_dict of an optimizer once it has made a step; of other things, of now.
+
+    The weights may change: call it before they are loaded.
+    """
+    if isinstance(thing, torch.optim.Optimizer):
+        for group in thing.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        thing.step()
+        thing.zero_grad()
+    return thing.state_dict()
+
+
+def layout(state):
+    """Return {place in a state_dict: shape of the tensor there, None for other values}."""
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(state)
+    place = torch.utils._pytree.keystr
+    return {place(path): getattr(leaf, "shape", None) for path, leaf in leaves}
 
 
 # ---- signals and processes ---------------------------------------------------------------------

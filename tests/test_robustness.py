@@ -68,7 +68,7 @@ def adam():
     os.replace("run/previous.pt", LAST)
     optimizer = torch.optim.Adam(train.parameter_groups(fcos.load(LAST)))
     last("optimizer", optimizer.state_dict())()
-    last("settings optimizer", "Adam")()
+    last(["settings", "optimizer", "class"], "Adam")()
 
 
 def spoilt_average():
@@ -245,7 +245,7 @@ TABLE = {  # by number of the point of the list that this test began with
         f"13 step {step}": row(TRAIN, LAST + "|step", last("step", step))
         for step in (..., "x", -1, 99)
     },
-    "13 optimizer": row(TRAIN, "run|optimizer Adam there, SGD here", adam),
+    "13 optimizer": row(TRAIN, "run|optimizer class Adam there, SGD here", adam),
     "13 log of bytes": fine(TRAIN, "AP", put(LOG, b"\xff\xfe"), changes="run/*"),
     "13 log of files": row(TRAIN, LOG, put(LOG)),
     **{

@@ -235,7 +235,7 @@ class Fake:
     """A data set of given (height, width) with a box an image; pixels tell their row and column."""
 
     def __init__(self, hw, trainable=None):
-        self.hw, self.classes = np.array(hw), range(len(hw))
+        self.hw, self.classes, self.files_read = np.array(hw), range(len(hw)), []
         self.trainable = np.ones(len(hw), bool) if trainable is None else np.array(trainable)
 
     def __len__(self):
@@ -342,14 +342,17 @@ def test_streams_of_random_numbers_are_independent_and_have_positions_of_one_len
         ("augment", 0, 0),
         ("augment", 0, 1),
         ("augment", 1, 0),
+        ("augment_more", 0, 0),
         ("order", 0, 0),
         ("order", 0, 1),
     ]
-    drawn = [
-        tuple(batches(seed=seed).rng(*place).integers(2**60, size=2))
-        for place in places
-        for seed in (0, 1)
-    ]
+
+    def draw(place, seed):
+        made = batches(seed=seed)
+        made.drawn.clear()
+        return tuple(made.rng(*place).integers(2**60, size=2))
+
+    drawn = [draw(place, seed) for place in places for seed in (0, 1)]
     assert len(set(drawn)) == len(drawn) and train.STREAMS.keys() == {name for name, *_ in places}
     assert drawn[4] == tuple(batches(MIXED, 1, 2, 2).rng("sizes", 1).integers(2**60, size=2))
     for purpose, length in train.STREAMS.items():
@@ -387,6 +390,81 @@ def test_few_images_and_one_aspect_fill_any_batch(hw):
     assert all(len(made[step]["images"]) == 16 for step in range(5))
     rows = sum((made.plan(step).rows for step in range(5)), [])
     assert np.ptp(np.bincount(rows, minlength=len(hw))) <= 1  # all equally often
+
+
+def test_the_groups_decide_the_shares(monkeypatch):
+    """Rows that are repeated, as in repeat-factor sampling, are drawn more often; a third group
+    gets its share."""
+    rows = {0: [0], 1: [1, 1, 1, 2, 2, 5], 2: [6] * 3}
+    monkeypatch.setattr(train, "aspect_groups", lambda *_: tuple(map(np.array, rows.values())))
+    made = batches(iters=1000)
+    share = np.bincount(made.group) / 1000
+    assert share == pytest.approx([0.1, 0.6, 0.3], abs=0.05)
+    drawn = np.bincount(sum((made.plan(step).rows for step in range(1000)), []), minlength=7)
+    assert drawn[1] / drawn[2] == pytest.approx(1.5, abs=0.1) and drawn[3] == drawn[4] == 0
+
+
+def test_enabling_an_option_shifts_no_other_stream(monkeypatch):
+    """--augment with all its draws leaves groups, rows, sizes and mirrored images as they are."""
+    monkeypatch.setattr(train, "augment_more", lambda sample, rng: rng.random(9) is None or sample)
+    plain, more = batches(), batches(augment=True)
+    for step in range(10):
+        assert str(plain.plan(step)) == str(more.plan(step))
+        assert shown(plain[step]) == shown(more[step])
+    with pytest.raises(ValueError, match="'sizes' at .3,. is taken twice"):
+        plain.plan(3)
+        plain.rng("sizes", 3)
+    assert len(shown(plain[3])) == 4  # the next item takes its streams again
+
+
+def mosaic(monkeypatch):
+    """Let every sample show a second image, whose row comes from a stream of its own."""
+
+    def read(self, row, hw, step, slot):
+        other = self.rng("mosaic", step, slot).integers(len(self.dataset))
+        first, second = (self.dataset.sample(i, hw) for i in (row, other))
+        return {name: torch.cat([first[name], second[name]]) for name in first}
+
+    monkeypatch.setitem(train.STREAMS, "mosaic", 2)
+    monkeypatch.setattr(train.TrainBatches, "read", read)
+
+
+def test_errors_in_a_sample_name_every_file_that_was_read_for_it(shapes, tmp_path, monkeypatch):
+    data = shutil.copytree(shapes, tmp_path / "data")
+    dataset = evaluate.CocoDataset(*evaluate.coco_paths(data, "train2017"))
+    mosaic(monkeypatch)
+    made = batches(dataset, iters=20)
+    dataset.files_read.append(Path("old"))
+    with pytest.raises(UserError, match="train2017/.*, .*train2017/[^,]*: augment made") as stop:
+        made[0]  # images of six channels: refused
+    assert "old" not in str(stop.value)
+    monkeypatch.setattr(train, "augment", lambda sample, rng: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as stop:
+        made[1]
+    assert len(re.findall("train2017", str(stop.value.__notes__))) == 2
+    (data / "train2017" / "000000000003.jpg").write_bytes(b"broken")
+    for step in range(20):
+        with pytest.raises((ZeroDivisionError, UserError)) as stop:
+            made[step]
+        if stop.type is UserError:
+            assert str(stop.value).startswith(f"{data}/train2017/000000000003.jpg: ")
+            break
+    else:
+        pytest.fail("the broken image was never read")
+
+
+def test_a_column_without_a_rule_is_refused_by_name(monkeypatch):
+    sample = Fake([(32, 64)]).sample(0, (32, 64)) | {"angles": torch.zeros(1)}
+    for change in train.augment, train.augment_more:
+        with pytest.raises(UserError, match="column 'angles': has no rule"):
+            for seed in range(20):
+                change(sample, np.random.default_rng(seed))
+    rules = dict(mirror=lambda angles, *_: -angles, crop=lambda angles, *_: angles)
+    monkeypatch.setitem(train.COLUMNS, "angles", rules)
+    for seed in range(20):
+        made = train.augment_more(sample, np.random.default_rng(seed))
+        made = train.augment(made, np.random.default_rng(seed))
+        assert len(made["angles"]) == len(made["boxes"])
 
 
 def test_images_without_boxes_to_learn_are_never_drawn():
@@ -532,11 +610,16 @@ def settings(*argv):
     return train.resolve(train.parse_args([*argv]))
 
 
+def data_of(*argv):
+    return train.find_data(train.parse_args([*argv]))
+
+
 def test_flags_beat_the_recipe_and_the_rate_follows_the_batch():
     assert settings()["recipe"] == "fcos_imprv_R_50_FPN_1x"
-    assert settings()["train_annotations"] == "data/coco/annotations/instances_train2017.json"
-    assert settings("shapes")["val_images"] == "data/shapes/val2017"
-    assert settings("shapes", "--data", "here")["val_images"] == "here/val2017"
+    annotations, _ = data_of()["train"]
+    assert annotations == Path("data/coco/annotations/instances_train2017.json")
+    assert data_of("shapes")["val"][1] == Path("data/shapes/val2017")
+    assert data_of("shapes", "--data", "here")["val"][1] == Path("here/val2017")
     assert settings("--batch-size", "4")["lr"] == pytest.approx(0.0025)
     assert settings("--batch-size", "4", "--lr", "0.3")["lr"] == 0.3
     given = settings(
@@ -568,12 +651,34 @@ def test_flags_beat_the_recipe_and_the_rate_follows_the_batch():
     assert json.dumps([train.RECIPES, fcos.MODELS]) == before
 
 
+def test_every_flag_is_stored_unless_it_says_how_the_run_runs(monkeypatch):
+    """A flag that someone adds, too: there is no list of flags that could forget it."""
+    ours = train.make_parser
+
+    def with_flag(group):
+        def make_parser():
+            parser = ours()
+            found = [g for g in parser._action_groups if g.title == group]
+            (found[0] if found else parser.add_argument_group(group)).add_argument("--mixup")
+            return parser
+
+        return make_parser
+
+    for group, stored in ("a new group", True), ("what is trained, instead of the recipe's", True):
+        monkeypatch.setattr(train, "make_parser", with_flag(group))
+        assert settings("--mixup", "3")["mixup"] == "3"
+        assert settings()["mixup"] is None and stored
+    monkeypatch.setattr(train, "make_parser", with_flag(train.HOW_IT_RUNS))
+    assert "mixup" not in settings("--mixup", "3")
+    assert not settings().keys() & {"out", "workers", "accumulate", "eval_every", "device", "fresh"}
+
+
 def test_own_data_comes_by_four_paths():
     paths = ["--train-images", "--train-annotations", "--val-images", "--val-annotations"]
-    own = settings(*itertools.chain(*((flag, flag[2:]) for flag in paths)))
-    assert [own[flag[2:].replace("-", "_")] for flag in paths] == [flag[2:] for flag in paths]
+    own = data_of(*itertools.chain(*((flag, flag[2:]) for flag in paths)))
+    assert own == {split: (f"{split}-annotations", f"{split}-images") for split in ("train", "val")}
     with pytest.raises(UserError, match="all of --train-images, --train-annotations"):
-        settings("--train-images", "there")
+        data_of("--train-images", "there")
 
 
 # ---- a run and its files -----------------------------------------------------------------------
@@ -636,7 +741,8 @@ def test_a_run_leaves_four_files_and_its_metrics_as_the_last_line(finished, shap
 
 def test_the_settings_are_printed_with_the_rate_before_and_after_scaling(finished):
     text = "\n".join(finished.stdout)
-    for line in ("iters              6", "batch_size         4", f"lr                 {RATE / 2}"):
+    rates = f"{RATE / 2:.3g} from step 1, {RATE / 20:.3g} from step 5, {RATE / 200:.3g} from step 6"
+    for line in ("iters              6", "batch_size         4", f"learning rate      {rates}"):
         assert line in text
     assert any(f"{RATE:g}" in line and f"{RATE / 2:g}" in line for line in finished.stdout)
 
@@ -918,6 +1024,134 @@ def test_other_settings_and_edited_rows_are_refused_by_name(
     assert code == 2 and len(lines) == 1 and lines[0].count(" there, ") == len(differences), lines
     assert all(text in lines[0] for text in (str(finished.out), *differences, "--fresh"))
     assert files(finished.out) == before
+
+
+def slower_biases(monkeypatch):
+    groups = train.parameter_groups
+    monkeypatch.setattr(
+        train, "parameter_groups", lambda model: [group | {"rate": 1} for group in groups(model)]
+    )
+
+
+def other_decay(monkeypatch):
+    groups = train.parameter_groups
+    monkeypatch.setattr(
+        train,
+        "parameter_groups",
+        lambda model: [group | {"weight_decay": 0.5} for group in groups(model)],
+    )
+
+
+def other_order(monkeypatch):
+    groups = train.parameter_groups
+    monkeypatch.setattr(
+        train,
+        "parameter_groups",
+        lambda model: [group | {"params": group["params"][::-1]} for group in groups(model)],
+    )
+
+
+def cosine(monkeypatch):
+    monkeypatch.setattr(
+        train,
+        "lr_at",
+        lambda step, lr, iters, *_: lr / 2 * (1 + np.cos(np.pi * step / iters).item()),
+    )
+
+
+def adamw(monkeypatch):
+    """With a rate of its own, which differs from layer to layer."""
+
+    def make_optimizer(model, settings):
+        layers = {"backbone": 1e-5, "fpn": 1e-4, "head": 2e-4}
+        groups = [
+            {"params": getattr(model, name).parameters(), "lr": lr} for name, lr in layers.items()
+        ]
+        return torch.optim.AdamW(groups, weight_decay=0.05)
+
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+
+
+CODE = {
+    slower_biases: "optimizer group 2 rate 2 there, 1 here",
+    other_decay: "optimizer group 1 weight_decay 0.0001 there, 0.5 here",
+    other_order: "optimizer group 1 parameters",
+    cosine: "schedule step 2",
+    adamw: "optimizer class SGD there, AdamW here",
+}
+
+
+@pytest.mark.parametrize("change", CODE)
+def test_a_checkpoint_that_the_code_no_longer_agrees_with_is_refused(
+    copied, shapes, monkeypatch, capsys, change
+):
+    before = files(copied)
+    change(monkeypatch)
+    code, (line,) = mistake(capsys, flags(shapes, copied, *EVERY_3))
+    assert code == 2 and CODE[change] in line and "there, " in line, line
+    assert files(copied) == before
+
+
+@pytest.mark.parametrize("change", [adamw, cosine])
+def test_another_optimizer_or_schedule_is_one_change(shapes, tmp_path, monkeypatch, capsys, change):
+    """What is printed is what runs, and a run that is killed resumes bit for bit."""
+    change(monkeypatch)
+    argv = flags(shapes, tmp_path / "killed", *EVERY_3)
+    call_until(4, argv)
+    capsys.readouterr()
+    call(argv)
+    said = capsys.readouterr().out
+    call([*argv, "--out", str(tmp_path / "whole")])
+    assert log(tmp_path / "killed", "images_per_second") == log(
+        tmp_path / "whole", "images_per_second"
+    )
+    rates = [row["lr"] for row in logged_losses(tmp_path / "whole")]
+    if change is adamw:
+        assert rates == pytest.approx([1e-5] * 4 + [1e-6, 1e-7])
+        assert "optimizer          AdamW" in said and "0.01" not in said.split("learning rate")[1]
+        assert "learning rate      1e-05 from step 1, 1e-06 from step 5" in said
+        assert "group 3" in said and "weight_decay 0.05" in said
+    else:
+        assert rates == pytest.approx([RATE / 4 * (1 + np.cos(np.pi * k / 6)) for k in range(6)])
+        assert "0.00933 from step 2" in said and "decays" not in said
+
+
+def test_the_same_data_elsewhere_resumes_and_changed_data_is_refused(
+    half, finished, shapes, tmp_path, monkeypatch, capsys
+):
+    elsewhere = shutil.copytree(shapes, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    call(flags("elsewhere", half, *EVERY_3))
+    assert_same_weights(weights(half), weights(finished.out))
+    for split in ("val", "train"):
+        path, _ = evaluate.coco_paths(elsewhere, f"{split}2017")
+        coco = json.loads(path.read_text())
+        coco["annotations"][0]["bbox"][2] -= 1
+        path.write_text(json.dumps(coco))
+        code, (line,) = mistake(capsys, flags(elsewhere, half, *EVERY_3))
+        assert code == 2 and f"{split}_data" in line and line.count("sha256") >= 2, line
+
+
+SPOILT = {
+    "no momentum": (lambda content: content["optimizer"].update(state={}), "momentum_buffer"),
+    "momentum of another shape": (
+        lambda content: content["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(3)),
+        "['state'][0]['momentum_buffer']",
+    ),
+    "a momentum too few": (lambda content: content["optimizer"]["state"].popitem(), "['state']"),
+    "no such average": (lambda content: content.pop("optimizer"), "optimizer"),
+}
+
+
+@pytest.mark.parametrize("spoil, named", SPOILT.values(), ids=SPOILT)
+def test_a_state_that_does_not_fit_is_refused(copied, shapes, capsys, spoil, named):
+    content = load(copied / "last.pt")
+    spoil(content)
+    torch.save(content, copied / "last.pt")
+    before = files(copied)
+    code, (line,) = mistake(capsys, flags(shapes, copied, *EVERY_3))
+    assert code == 2 and named in line and "last.pt: cannot be resumed" in line, line
+    assert files(copied) == before
 
 
 def test_a_run_of_a_renamed_row_resumes(half, finished, shapes, monkeypatch):
