@@ -968,7 +968,7 @@ def main(args):
     batches = TrainBatches(train_set, settings, rank, world_size, args.accumulate)
     network = make_network(model, settings, batches, args.compile, say)
     saved = {"optimizer": optimizer} | companions
-    inputs = settings["weights"], train_set.annotations, val_set.annotations
+    inputs = settings["weights"], train_set.annotations.path, val_set.annotations.path
     files, start, best = open_run(args, settings, model, saved, inputs, say)
 
     # Train. The last turn of the loop only evaluates.
