@@ -578,6 +578,34 @@ def test_nms_equals_torchvision_on_200_cases():
         assert torch.equal(kept[kept >= 0], expected), case
 
 
+def test_nms_on_the_cpu_equals_the_reference_bit_for_bit():
+    for n, classes, levels in (
+        (0, 3, None),
+        (1, 1, None),
+        (400, 1, 7),
+        (400, 30, 3),
+        (900, 4, None),
+    ):
+        boxes, scores, labels = candidates(3, n, classes, levels)
+        scores = torch.where(torch.rand(3, n) < 0.5, scores, -scores)  # -0.0 beside 0.0
+        scores[0, ::3], scores[1, ::5] = -torch.inf, torch.nan
+        boxes[2, ::4, 2:] = boxes[2, ::4, :2]  # without area
+        boxes[2, 1::9] = boxes[2, :1]  # identical
+        boxes[1, ::7, 0] = torch.nan
+        boxes[1, 1::7, 2:] = torch.inf
+        boxes[0, ::8, :2] += 50  # corners in the wrong order
+        for threshold, limit in ((0.0, 3), (0.1, n + 5), (0.6, 100), (1.0, 50)):
+            check_nms(boxes, scores, labels, threshold, limit)
+    check_nms(boxes[:0], scores[:0], labels[:0])
+
+
+def test_an_iou_of_exactly_the_float32_threshold_is_not_suppressed():
+    boxes = torch.tensor([[[0.0, 0, 10, 1], [0, 0, 6, 1]]])  # IoU 0.6, and float32 0.6 > 0.6
+    scores, labels = torch.tensor([[0.9, 0.8]]), torch.zeros(1, 2, dtype=torch.int64)
+    assert check_nms(boxes, scores, labels, 0.6, 2).tolist() == [[0, 1]]
+    assert len(torchvision.ops.nms(boxes[0], scores[0], 0.6)) == 1
+
+
 @pytest.mark.parametrize("case", range(5))
 def test_nms_equals_the_official_code(shared, case):
     """The official boxes include their last pixel: x2 + 1 and y2 + 1 give the official overlap."""
