@@ -663,13 +663,13 @@ STRIDES = (8, 16, 32, 64, 128)  # of P3..P7
 RANGES = (64, 128, 256, 512)  # pixels: the largest distance at which a level hands over to the next
 GRIDS = {  # where the cells of a row or column of `side` pixels lie
     "centre": lambda cell, stride, side: cell * stride + stride // 2,
-    "corner": lambda cell, stride, side: cell * (side // len(cell)),
+    "corner": lambda cell, stride, side: cell * (side // cell.shape[0]),
 }
 
 
 def level_sizes(hw, strides=STRIDES):
     """Return (rows, columns) of every level for a padded image; each stage halves, rounding up."""
-    return [(-(-hw[0] // stride), -(-hw[1] // stride)) for stride in strides]
+    return [((hw[0] - 1) // stride + 1, (hw[1] - 1) // stride + 1) for stride in strides]
 
 
 def make_points(hw, strides=STRIDES, ranges=RANGES, device=None, grid="centre") -> Tensor:
@@ -1150,7 +1150,8 @@ def best_pairs(cls, ctr, levels, rule, threshold, topk):
     sorting, and computing probabilities for, all P * K pairs.
 
     Returns location (B, N), label (B, N) and the product of probability and centerness (B, N),
-    which is -inf for pairs that do not exceed the threshold.
+    which is -inf for pairs that do not exceed the threshold. N follows from the size of the image,
+    in an exported graph, too: `torch.sym_min` is a min that an export does not fix to a number.
     """
 
     def rank(probability, centerness):
@@ -1164,13 +1165,14 @@ def best_pairs(cls, ctr, levels, rule, threshold, topk):
     for count in levels:
         logits = cls[:, first : first + count]
         centerness = ctr[:, first : first + count].float().sigmoid()
-        best_class = logits.amax(2).float().sigmoid()
+        # One NaN hides the best class; 1 lets the other classes of that location take part.
+        best_class = logits.amax(2).float().sigmoid().nan_to_num(nan=1.0)
         ranking, _ = rank(best_class, centerness)
-        location = ranking.topk(min(topk, count)).indices
+        location = ranking.topk(torch.sym_min(topk, count)).indices
         probability = logits[image, location].float().sigmoid()
         ranking, product = rank(probability, centerness.gather(1, location)[..., None])
         ranking = ranking.flatten(1)
-        best, pair = ranking.topk(min(topk, ranking.shape[1]))
+        best, pair = ranking.topk(torch.sym_min(topk, ranking.shape[1]))
         locations.append(location.gather(1, pair // cls.shape[2]) + first)
         labels.append(pair % cls.shape[2])
         product = product.flatten(1).gather(1, pair)
@@ -2304,45 +2306,60 @@ class Deployed(nn.Module):
         return self.model.decode(self.model(images, sizes), sizes)
 
 
+def onnx_nms(boxes, scores, labels, iou_threshold, max_detections):
+    """Return the ONNX operators of `nms`."""
+    from onnxscript import opset18 as op
+
+    one = op.Constant(value_int=1)
+    classes = op.Range(op.Constant(value_int=0), op.ReduceMax(labels, keepdims=0) + one, one)
+    of_class = op.Equal(op.Unsqueeze(labels, [1]), op.Unsqueeze(classes, [0, 2]))  # (B, K, N)
+    nothing = op.Constant(value_float=-1.0)
+    per_class = op.Where(of_class, op.Unsqueeze(scores, [1]), nothing)
+    kept = op.NonMaxSuppression(boxes, per_class, [max_detections], [iou_threshold], [0.0])
+    place = op.Gather(kept, [0, 2], axis=1)  # image and candidate
+    kept = op.ScatterND(op.Expand(nothing, op.Shape(scores)), place, op.GatherND(scores, place))
+    # TopK fails where there are fewer candidates than detections
+    enough = op.Pad(kept, [0, 0, 0, max_detections], nothing)
+    best, index = op.TopK(enough, [max_detections])
+    return op.Where(op.Greater(best, 0.0), index, -1)
+
+
 def export_onnx(model: "FCOS", path, height: int, width: int):
-    """Write `Deployed` to an ONNX file, for any number of images of height x width pixels, padding
-    included: multiples of 32. The metadata hold the names of the classes and the test size."""
+    """Write `Deployed` to an ONNX file, for any number of images of any size.
+
+    The padded height and width of a batch must be multiples of 32, which `height` and `width`
+    are an example of. The thresholds are those of the model. The metadata hold the names of the
+    classes and the test size.
+
+    Raises UserError for other sizes, or if onnx or onnxscript is missing.
+    """
     try:
-        from onnxscript import opset18 as op
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"{path}: pip install onnx onnxscript ({error})") from None
     if height % 32 or width % 32 or min(height, width) < 32:
         raise UserError(f"height {height} and width {width}: expected multiples of 32")
-
-    def onnx_nms(boxes, scores, labels, iou_threshold, max_detections):
-        one = op.Constant(value_int=1)
-        classes = op.Range(op.Constant(value_int=0), op.ReduceMax(labels, keepdims=0) + one, one)
-        of_class = op.Equal(op.Unsqueeze(labels, [1]), op.Unsqueeze(classes, [0, 2]))  # (B, K, N)
-        nothing = op.Constant(value_float=-1.0)
-        per_class = op.Where(of_class, op.Unsqueeze(scores, [1]), nothing)
-        kept = op.NonMaxSuppression(boxes, per_class, [max_detections], [iou_threshold], [0.0])
-        place = op.Gather(kept, [0, 2], axis=1)  # image and candidate
-        kept = op.ScatterND(op.Expand(nothing, op.Shape(scores)), place, op.GatherND(scores, place))
-        best, index = op.TopK(kept, [max_detections])
-        return op.Where(op.Greater(best, 0.0), index, -1)
-
-    device, B = model.pixel_mean.device, torch.export.Dim("B", min=1)
+    # A map with a single row or column would be taken for one that never has more.
+    height, width = (max(side, 2 * model.strides[-1]) for side in (height, width))
+    device = model.pixel_mean.device
     example = (
         torch.zeros(2, 3, height, width, dtype=torch.uint8, device=device),
         torch.tensor([[height, width]] * 2, device=device),
     )
-    with torch.no_grad():
-        output_names = list(Deployed(model).eval()(*example))
-    program = torch.onnx.export(
-        Deployed(model).eval(),
-        example,
-        input_names=["images", "sizes"],
-        output_names=output_names,
-        dynamo=True,
-        verbose=False,
-        dynamic_shapes={"images": {0: B}, "sizes": {0: B}},
-        custom_translation_table={torch.ops.fcos.nms.default: onnx_nms},
-    )
+    B, h, w = (torch.export.Dim(name, min=1) for name in ("B", "h", "w"))
+    deployed = Deployed(model)
+    with torch.no_grad(), inference(model):  # folded norms are constants, which quantizers need
+        program = torch.onnx.export(
+            deployed.eval(),
+            example,
+            input_names=["images", "sizes"],
+            output_names=list(deployed(*example)),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes={"images": {0: B, 2: 32 * h, 3: 32 * w}, "sizes": {0: B}},
+            custom_translation_table={torch.ops.fcos.nms.default: onnx_nms},
+        )
     for name in ("classes", "category_ids", "test_size"):
         program.model.metadata_props[name] = json.dumps(getattr(model, name))
     with atomic_write(path) as file:
