@@ -44,6 +44,7 @@ from collections.abc import Callable
 from functools import partial
 from http.client import HTTPException
 from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1121,24 +1122,34 @@ class FCOS(nn.Module):
         score_threshold: float = 0.0,
         batch_size: int = 1,
         graph: bool = False,
+        tile: int | None = None,
+        overlap: float = 0.2,
         tta: bool = False,
     ) -> list[dict]:
         """Detect objects in images of any size; returns one dict per image, on the CPU.
 
         images: one, or an iterable of paths, PIL images, RGB uint8 arrays (H, W, 3) or RGB uint8
         tensors (3, H, W). min_size, max_size: resize to these pixels instead of `test_size`.
-        score_threshold: leave out detections that score less. batch_size: consecutive images that
+        score_threshold: leave out detections that score less. batch_size: consecutive views that
         are padded to one size run together. graph: replay CUDA graphs on a GPU, see `replay`.
-        tta: test-time augmentation with 18 views, see `predict_views`.
+        tile, overlap: look at crops of tile x tile pixels, too, for small objects in large images.
+        tta: test-time augmentation with 18 views. See `make_views` for both.
 
         Returns [{"boxes": (D, 4) xyxy pixels of the image, "scores": (D,), "labels": (D,), and
         every further output of the head, (D, ...)}], always a list.
         """
         images = [images] if isinstance(images, ONE_IMAGE) else images
         test_size = min_size or self.test_size[0], max_size or self.test_size[1]
-        if tta:
-            return predict_views(self, images, test_size, score_threshold)
-        return predict_images(self, images, test_size, score_threshold, batch_size, graph)
+        views = partial(make_views, test_size=test_size, tile=tile, overlap=overlap, tta=tta)
+        # The official augmentation merges candidates; tiles suppress first, as there may be many.
+        decode = self.candidates if tta else self.decode
+
+        def run(images, sizes):
+            return decode(self(images, sizes), sizes)
+
+        if graph and self.pixel_mean.device.type == "cuda":
+            run = replay(run)
+        return predict_images(self, images, views, run, score_threshold, batch_size)
 
 
 def best_pairs(cls, ctr, levels, rule, threshold, topk):
@@ -1453,26 +1464,90 @@ def inference(model):
                 layer.folded = None
 
 
-def predict_images(model, images, test_size, score_threshold, batch_size=1, graph=False):
-    """Run `FCOS.predict` with one view of each image."""
-    device = model.pixel_mean.device
-    run = Deployed(model).forward
-    if graph and device.type == "cuda":
-        run = replay(run)
+class View(NamedTuple):
+    """What the model sees of an image: a crop of it, resized, perhaps mirrored."""
+
+    crop: tuple  # x1, y1, x2, y2 in pixels of the image
+    size: tuple  # (height, width) to which the crop is resized
+    mirrored: bool
+
+
+def predict_images(model, images, views_of, run, score_threshold, batch_size):
+    """Run `FCOS.predict`: make the views of each image, run them, map boxes back, and merge them.
+
+    views_of: from the (height, width) of an image to its views. run: see `run_views`.
+    """
+    seen = (
+        (number, image, view)
+        for number, image in enumerate(map(as_image, images))
+        for view in views_of(image.shape[-2:])
+    )
     results = []
     with torch.no_grad(), inference(model):
-        sized = (
-            (image, resized_hw(*image.shape[-2:], *test_size)) for image in map(as_image, images)
-        )
-        for _, alike in groupby(sized, lambda pair: padded_hw([pair[1]])):
-            while chunk := list(islice(alike, max(batch_size, 1))):
-                batch, sizes = pad_batch([resize(image, size) for image, size in chunk])
-                detections = run(batch.to(device), sizes.to(device))
-                detections = {name: values.cpu() for name, values in detections.items()}
-                for (image, size), found in zip(chunk, as_list(detections, score_threshold)):
-                    found["boxes"] = model.rescale(found["boxes"], size, image.shape[-2:])
-                    results.append(found)
+        for _, of_image in groupby(run_views(model, run, seen, batch_size), itemgetter(0)):
+            _, (image, *_), views, found = zip(*of_image)
+            found = [map_back(model, *pair) for pair in zip(found, views)]
+            merged = merge(model, found, views, image.shape[-2:])
+            sure = merged["scores"] >= score_threshold
+            results.append({name: values[sure] for name, values in merged.items()})
     return results
+
+
+def make_views(hw, test_size, tile=None, overlap=0.2, tta=False):
+    """Return the views of an image of (height, width): the whole image, and further ones.
+
+    With `tile`, crops of tile x tile pixels follow, which overlap by at least this share of their
+    sides. With `tta`, the whole image is seen at nine sizes and each time mirrored, too, as in the
+    official test-time augmentation.
+
+    Raises UserError for tiles of no size, for overlap outside [0, 1), and for both at once.
+    """
+    whole = (0, 0, hw[1], hw[0])
+    if tta and tile is not None:
+        raise UserError("tile and tta: expected one of them, found both")
+    if tile is not None and (tile < 1 or not 0 <= overlap < 1):
+        raise UserError(f"tile {tile}, overlap {overlap}: expected pixels and a share in [0, 1)")
+    if tta:
+        sizes = [resized_hw(*hw, *size) for size in tta_sizes(test_size)]
+        return [View(whole, size, mirrored) for size in sizes for mirrored in (False, True)]
+    crops = [whole]
+    if tile is not None and max(hw) > tile:
+        ys, xs = (tile_starts(side, tile, overlap) for side in hw)
+        crops += [(x, y, min(x + tile, hw[1]), min(y + tile, hw[0])) for y in ys for x in xs]
+    sizes = [resized_hw(y2 - y1, x2 - x1, *test_size) for x1, y1, x2, y2 in crops]
+    return [View(crop, size, mirrored=False) for crop, size in zip(crops, sizes)]
+
+
+def tile_starts(side, tile, overlap):
+    """Return where tiles begin that cover `side` pixels at equal distances, overlapping enough."""
+    if side <= tile:
+        return [0]
+    steps = math.ceil((side - tile) / max(tile * (1 - overlap), 1))
+    return [(side - tile) * i // steps for i in range(steps + 1)]
+
+
+def run_views(model, run, seen, batch_size):
+    """Run views in batches of one padded size; yields (image number, image, view, detections).
+
+    seen: triples of image number, image (3, H, W) and view. run: from a padded batch and its sizes
+    to a dict of (B, N, ...), with scores of -inf as padding. Boxes are in pixels of the view.
+    """
+    device = model.pixel_mean.device
+    for _, alike in groupby(seen, lambda triple: padded_hw([triple[2].size])):
+        while chunk := list(islice(alike, max(batch_size, 1))):
+            batch, sizes = pad_batch([look(image, view) for _, image, view in chunk])
+            detections = run(batch.to(device), sizes.to(device))
+            detections = {name: values.cpu() for name, values in detections.items()}
+            for b, triple in enumerate(chunk):
+                found = detections["scores"][b] > -math.inf
+                yield *triple, {name: values[b][found] for name, values in detections.items()}
+
+
+def look(image, view):
+    """Return the pixels of a view; only the crop is copied."""
+    x1, y1, x2, y2 = view.crop
+    crop = image[:, y1:y2, x1:x2]
+    return resize(crop.flip(2) if view.mirrored else crop, view.size)
 
 
 # How each column of the detections on a mirrored image becomes that on the image itself, given the
@@ -1486,25 +1561,65 @@ UNMIRROR = {
 }
 
 
-def predict_views(model, images, test_size, score_threshold):
-    """Run `FCOS.predict` with the official test-time augmentation.
+def map_back(model, found, view):
+    """Return the detections on a view in pixels of its image.
 
-    An image is seen at nine sizes, each time mirrored, too. The candidates of all views compete in
-    one suppression, in pixels of the first view.
+    Raises UserError if the view is mirrored and a column has no rule in UNMIRROR.
     """
-    sizes = tta_sizes(test_size)
-    results = []
-    with torch.no_grad(), inference(model):
-        for image in map(as_image, images):
-            found = collect_views(model, image, sizes)
-            first_hw = resized_hw(*image.shape[-2:], *test_size)
-            seen = model.rescale(found["boxes"], image.shape[-2:], first_hw)
-            device = model.pixel_mean.device
-            columns = seen, found["scores"], found["labels"]
-            keep, scores = model.suppress(*(column[None].to(device) for column in columns))
-            merged = select({name: x[None] for name, x in found.items()}, keep.cpu(), scores.cpu())
-            results += as_list(merged, score_threshold)
-    return results
+    x1, y1, x2, y2 = view.crop
+    width = x2 - x1
+    found = found | {"boxes": model.rescale(found["boxes"], view.size, (y2 - y1, width))}
+    if view.mirrored:
+        unknown = found.keys() - UNMIRROR.keys()
+        if unknown:
+            raise UserError(f"output {min(unknown)}: expected a rule in fcos.UNMIRROR")
+        pixel = width / view.size[1]  # one pixel of the view; inclusive boxes end at W - pixel
+        right = width + (1 - pixel) * model.convention["inclusive"]
+        found = {name: UNMIRROR[name](values, right) for name, values in found.items()}
+    return found | {"boxes": found["boxes"] + torch.tensor([x1, y1, x1, y1])}
+
+
+def merge(model, found, views, hw):
+    """Merge the detections of all views of one image by one suppression.
+
+    found: for each view a dict in pixels of the image, whose size is hw. Boxes that an edge of a
+    tile has cut are dropped where an uncut one covers them. Overlaps are computed in pixels of the
+    first view, as in the official code, which matters for inclusive boxes only.
+    """
+    if len(found) == 1:
+        return found[0]
+    merged = {name: torch.cat([one[name] for one in found]) for name in found[0]}
+    cut = torch.cat([is_cut(one["boxes"], view.crop, hw) for one, view in zip(found, views)])
+    dropped = is_covered(merged["boxes"], merged["labels"], cut)
+    scores = merged["scores"].masked_fill(dropped, -math.inf)
+    columns = model.rescale(merged["boxes"], hw, views[0].size), scores, merged["labels"]
+    device = model.pixel_mean.device
+    keep, scores = model.suppress(*(column[None].to(device) for column in columns))
+    batch = {name: values[None] for name, values in merged.items()}
+    return as_list(select(batch, keep.cpu(), scores.cpu()), -math.inf)[0]
+
+
+def is_cut(boxes, crop, hw):
+    """Return which boxes (D, 4) end at an edge of the crop that is none of the image."""
+    x1, y1, x2, y2 = crop
+    inside = torch.tensor([x1 > 0, y1 > 0, x2 < hw[1], y2 < hw[0]])
+    near = (x2 - x1 + y2 - y1) / 200  # pixels: a cut box rarely reaches the edge exactly
+    return (((boxes - torch.tensor(crop)).abs() <= near) & inside).any(1)
+
+
+def is_covered(boxes, labels, cut):
+    """Return which of the cut boxes are covered for more than a half by an uncut box of their
+    class, (D,)."""
+    covered = torch.zeros_like(cut)
+    whole, whole_labels = boxes[~cut], labels[~cut]
+    for rows in cut.nonzero()[:, 0].split(64):  # a few at a time: there may be tens of thousands
+        part = boxes[rows, None]
+        corner = torch.maximum(part[..., :2], whole[:, :2])
+        common = (torch.minimum(part[..., 2:], whole[:, 2:]) - corner).clamp(min=0).prod(2)
+        area = (part[..., 2:] - part[..., :2]).prod(2)
+        same = labels[rows, None] == whole_labels
+        covered[rows] = (same & (common > area / 2)).any(1)
+    return covered
 
 
 def tta_sizes(test_size):
@@ -1512,32 +1627,6 @@ def tta_sizes(test_size):
     short, long = test_size
     others = [(max(short * n // 8, 1), round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
     return [test_size, *others]
-
-
-def collect_views(model, image, sizes):
-    """Return the candidates of `image` at all `sizes`, plain and mirrored, in its own pixels."""
-    height, width = image.shape[-2:]
-    views = []
-    for test_size in sizes:
-        size = resized_hw(height, width, *test_size)
-        resized = resize(image, size)
-        batch, batch_sizes = pad_batch([resized, resize(image.flip(2), size)])
-        batch = batch.to(model.pixel_mean.device)
-        candidates = model.candidates(model(batch, batch_sizes), batch_sizes)
-        candidates = {name: values.float().cpu() for name, values in candidates.items()}
-        for mirrored in (False, True):
-            view = {name: values[int(mirrored)] for name, values in candidates.items()}
-            view["boxes"] = model.rescale(view["boxes"], size, (height, width))
-            if mirrored:
-                pixel = width / size[1]  # one pixel of the view; inclusive boxes end at W - pixel
-                right = width + (1 - pixel) * model.convention["inclusive"]
-                unknown = view.keys() - UNMIRROR.keys()
-                if unknown:
-                    raise UserError(f"output {min(unknown)}: expected a rule in fcos.UNMIRROR")
-                view = {name: UNMIRROR[name](values, right) for name, values in view.items()}
-            view["labels"] = view["labels"].long()
-            views.append(view)
-    return {name: torch.cat([view[name] for view in views]) for name in views[0]}
 
 
 def as_list(detections, score_threshold):

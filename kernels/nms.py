@@ -2,8 +2,8 @@
 
     keep = batched_nms(boxes, scores, labels, iou_threshold=0.6, max_detections=100)   # (B, 100)
 
-`batched_nms_ref` is the same in plain PyTorch; on the CPU torchvision's compiled loop gives the same
-result faster. The file needs nothing but PyTorch and torchvision, and CuPy for the kernel: copy it.
+`batched_nms_ref` is the same in plain PyTorch, and torchvision's compiled loop is what runs on the
+CPU. The file needs nothing but PyTorch and torchvision, and CuPy for the kernel: copy it.
 `python kernels/nms.py` compares them, then times them.
 
 The usual kernel sorts the candidates, fills an N x N bit mask and reduces it one image at a time;
