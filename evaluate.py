@@ -16,6 +16,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the slow imports: see run
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import datetime
@@ -739,7 +740,7 @@ def predict(model, dataset, batch_size=1, workers=2, **how):
         disable=rank != 0,
     )
     results, images = {}, raised(bar)
-    with no_worker_left(), bar:
+    with no_worker_left(), bar, views_shown(model, bar, how):
         detections = model.predict(images, batch_size=batch_size, **how)
         for i, found in zip(mine, detections, strict=True):
             rows, image_id = result_rows(found, dataset.category_ids), dataset.image_ids[i].item()
@@ -754,6 +755,29 @@ def predict(model, dataset, batch_size=1, workers=2, **how):
         results = {i: rows for share in shares for i, rows in share.items()}
     assert len(results) == len(dataset), f"{len(results)} of {len(dataset)} images predicted"
     return [row for i in range(len(dataset)) for row in results[i]]
+
+
+@contextlib.contextmanager
+def views_shown(model, bar, how):
+    """Count the views beside a progress bar where an image has more than one: it may take long."""
+    seen = 0
+    shown = time.monotonic()
+
+    def show(module, inputs):
+        nonlocal seen, shown
+        seen += len(inputs[0])
+        if time.monotonic() > shown + 0.5:
+            shown = time.monotonic()
+            bar.set_postfix_str(f"view {seen}")
+
+    if not (how.get("tile") or how.get("tta")):
+        yield
+        return
+    hook = model.register_forward_pre_hook(show)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def result_rows(found, category_ids):
@@ -998,11 +1022,11 @@ def find_pictures(sources):
     return paths
 
 
-def draw_folder(model, sources, out, score_threshold=0.5, workers=0):
+def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **how):
     """Draw detections on images (see find_pictures) into `out`, and write them to detections.json
     there: [{"file", "drawn", "height", "width", "detections": [{"category_id", "class", "bbox":
     [x, y, w, h] in pixels, "score"}, ...]}, ...]. Files that cannot be read are named, left out and
-    returned. `workers` processes read ahead."""
+    returned. `workers` processes read ahead. how: further keywords of FCOS.predict."""
     paths, out = find_pictures(sources), make_folder(out)
     paths = [p for p in paths if Path(os.path.realpath(p)).parent != Path(os.path.realpath(out))]
     if not paths:
@@ -1015,7 +1039,8 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0):
             unreadable.append(path)
             continue
         clocks.append(time.perf_counter())
-        found = model.predict(image, score_threshold=score_threshold)[0]
+        with views_shown(model, bar, how):
+            found = model.predict(image, score_threshold=score_threshold, **how)[0]
         clocks.append(time.perf_counter())
         name, count = f"{path.stem}.jpg", 1
         while name in taken:  # photos of one name in several folders
@@ -1075,6 +1100,27 @@ def number(kind, low, high):
     return parse
 
 
+def keyword_value(text):
+    """argparse type: "KEYWORD=VALUE" -> (keyword, value), a Python literal or else a string."""
+    keyword, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text} is not KEYWORD=VALUE")
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(value)
+    return keyword, value
+
+
+DECODING = "candidate_threshold", "topk", "nms_threshold", "max_detections"
+
+
+def set_decoding(model, settings):
+    """Change keywords of DECODING, given with their values. Raises UserError for others."""
+    for keyword, value in settings:
+        if keyword not in DECODING:
+            raise UserError(f"--set {keyword}: expected one of {', '.join(DECODING)}")
+        setattr(model, keyword, value)
+
+
 positive_int, not_negative = number(int, 1, 2**63 - 1), number(int, 0, 2**63 - 1)
 
 
@@ -1095,20 +1141,39 @@ def make_folder(path):
     return Path(path)
 
 
+def find_device(name=None):
+    """Return the torch.device that --device names, by default CUDA or else the CPU.
+
+    Under torchrun every process gets the one with its local rank. Raises UserError if PyTorch does
+    not find such a device here.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    found = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    try:
+        device = torch.device(name or ("cuda" if "cuda" in found else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in found:
+        use = " or ".join(found)
+        raise UserError(f"--device {name}: PyTorch finds no such device here; use --device {use}")
+    if device.type in ("cuda", "xpu"):
+        device = torch.device(device.type, device.index or int(os.environ.get("LOCAL_RANK", 0)))
+        torch.accelerator.set_device_index(device.index)
+    return device
+
+
 def start_process(device, make_store=None):
     """Join torch.distributed if torchrun started this process. -> rank, world size, torch.device.
     make_store(rank, world_size, timeout): makes the store of a process that may be restarted."""
     if os.environ.get("FCOS_KERNELS") not in (None, "", "cupy", "torch"):
         raise UserError(f"FCOS_KERNELS is {os.environ['FCOS_KERNELS']}: choose cupy or torch")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(device)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True  # deformable convolutions, as cuDNN's others
     if dist.is_torchelastic_launched() and "RANK" in os.environ and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo: detections
+        backend = "gloo"  # it carries detections, beside what the device needs for gradients
+        if device.type != "cpu":
+            backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         timeout, store = datetime.timedelta(hours=2), None  # long enough for rank 0 to score
         if make_store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -1149,12 +1214,23 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("model", nargs="?", help='model.pt of a run, "coco", or a file of another FCOS family')
     add("--model", dest="row", help="row of fcos.MODELS, for files that do not say")
-    add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
+    add("--device", help="cpu, cuda, mps or xpu (cuda if there is one)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
     add("--min-size", type=positive_int, help="pixels of the short side (the model's own)")
     add("--max-size", type=positive_int, help="most pixels of the long side (the model's own)")
     add("--workers", type=not_negative, default=2, help="loader processes, a process (%(default)s)")
-    add("--export", metavar="F.onnx", help="write it as ONNX, --min-size high and --max-size wide")
+    add("--export", metavar="F.onnx", help="write it as ONNX, for images of any size")
+    add(
+        "--set",
+        type=keyword_value,
+        nargs="+",
+        action="extend",
+        metavar="KEYWORD=VALUE",
+        default=[],
+        help=f"change how the model decodes: {', '.join(DECODING)}",
+    )
+    add("--tile", type=positive_int, metavar="PIXELS", help="look at crops of this side, too")
+    add("--overlap", type=number(float, 0, 0.9), default=0.2, help="of tiles (%(default)s)")
     add = parser.add_argument_group("score it on a data set").add_argument
     add("--data", help="folder as COCO, Roboflow, CVAT or `coco split` lay it out")
     add("--split", default="val2017", help="which part of --data (%(default)s)")
@@ -1187,6 +1263,7 @@ def main(args):
         ("per_class", "data", "annotations"),
         ("save_json", "data", "image_dir"),
         ("tta", "data", "image_dir"),
+        ("tile", "data", "image_dir", "images"),
     ):
         if getattr(args, flag) and not any(getattr(args, name) for name in needs):
             raise UserError(f"--{flag} needs --{' or --'.join(needs)}".replace("_", "-"))
@@ -1209,6 +1286,7 @@ def main(args):
         )
     rank, _, device = start_process(args.device)
     model = fcos.load(args.model, args.row).to(device)
+    set_decoding(model, args.set)
     if args.row and rank == 0:
         print(f"{args.model}: {model.name} with {model.convention}", file=sys.stderr)
     min_size, max_size = args.min_size or model.test_size[0], args.max_size or model.test_size[1]
@@ -1216,12 +1294,21 @@ def main(args):
         check_target(args.export, [args.model])
         height, width = fcos.padded_hw([(min_size, max_size)])
         fcos.export_onnx(model, args.export, height, width)
-        print(f"{args.export}: for padded images of {height}x{width} pixels, in fp32")
+        print(f"{args.export}: for images padded to multiples of 32 pixels, in fp32")
         return
     model.test_size = min_size, max_size
     with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
         if args.images:
-            if bad := draw_folder(model, args.images, args.out, args.score_threshold, args.workers):
+            bad = draw_folder(
+                model,
+                args.images,
+                args.out,
+                args.score_threshold,
+                args.workers,
+                tile=args.tile,
+                overlap=args.overlap,
+            )
+            if bad:
                 raise UserError(f"files that could not be read: {len(bad)}")
             return
         annotations, image_dir = coco_paths(args.data or ".", args.split)
@@ -1233,8 +1320,9 @@ def main(args):
             check_target(args.save_json, [args.model, dataset.annotations.path, *images])
         for note in dataset.notes if rank == 0 else ():
             print(f"{dataset.annotations}: {note}", file=sys.stderr)
-        batch_size = args.batch_size or (8 if device.type == "cuda" else 1)
-        results = predict(model, dataset, batch_size, args.workers, tta=args.tta)
+        batch_size = args.batch_size or (1 if device.type == "cpu" else 8)
+        views = dict(tile=args.tile, overlap=args.overlap, tta=args.tta)
+        results = predict(model, dataset, batch_size, args.workers, **views)
     if rank == 0:
         if args.save_json:
             with fcos.atomic_write(args.save_json, "w") as file:

@@ -15,8 +15,6 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the slow imports: see run
 
-import argparse
-import ast
 import contextlib
 import copy
 import functools
@@ -102,16 +100,6 @@ RECIPES = {
 # ---- settings ----------------------------------------------------------------------------------
 
 
-def keyword_value(text):
-    """argparse type: "KEYWORD=VALUE" -> (keyword, value), a Python literal or else a string."""
-    keyword, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text} is not KEYWORD=VALUE")
-    with contextlib.suppress(ValueError, SyntaxError):
-        value = ast.literal_eval(value)
-    return keyword, value
-
-
 # The groups of flags that are not stored with a run. All others decide its result, and a resumed
 # run must repeat them. The data counts by its content: see `fingerprint`.
 DATA, HOW_IT_RUNS = "data", "how it runs"
@@ -141,7 +129,7 @@ def make_parser():
     )
     add(
         "--set",
-        type=keyword_value,
+        type=evaluate.keyword_value,
         nargs="+",
         action="extend",
         metavar="KEYWORD=VALUE",
@@ -175,7 +163,7 @@ def make_parser():
     )
     add("--eval-every", type=positive_int, help="steps between evaluations (only at the end)")
     add("--checkpoint-every", type=positive_int, default=2500, help="steps (%(default)s)")
-    add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
+    add("--device", help="cpu, cuda, mps or xpu (cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--fresh", action="store_true", help="start over, whatever --out holds")
     return parser
@@ -920,7 +908,7 @@ def validate(step, model, val_set, best, files, workers):
     if dist.is_initialized():
         for buffer in model.buffers():  # running statistics differ between ranks: take rank 0's
             dist.broadcast(buffer, 0)
-    batch_size = 8 if device.type == "cuda" else 1
+    batch_size = 1 if device.type == "cpu" else 8
     results = evaluate.predict(model, val_set, batch_size, workers)
     if results is None:  # not rank 0
         return best
@@ -973,7 +961,7 @@ def main(args):
 
     # Train. The last turn of the loop only evaluates.
     iters = settings["iters"]
-    workers = (4 if device.type == "cuda" else 1) if args.workers is None else args.workers
+    workers = (1 if device.type == "cpu" else 4) if args.workers is None else args.workers
     with evaluate.no_worker_left(), stop_signals() as signals:
         loader = start_loader(batches, start, workers, device)
         meter = Meter(start, batches, device)

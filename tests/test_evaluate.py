@@ -1477,6 +1477,8 @@ MISTAKES = {
         "no annotation belongs to an image",
     ),
     "export into nowhere": ("{model} --export {tmp}/none/m.onnx", "m.onnx"),
+    "a keyword of training": ("{model} --data {tmp} --set radius=0", "max_detections"),
+    "tiles of nothing": ("{model} --export m.onnx --tile 64", "--tile needs"),
     "no GPU": ("{model} --data {tmp} --device cuda", "--device cpu"),
     "unknown flag": ("{here} --min-siz 5", "--min-siz"),
     "no number": ("{here} --batch-size many", "--batch-size"),

@@ -1412,11 +1412,13 @@ def test_ranking_locations_first_chooses_the_same_pairs(family, K):
         pairs = list(zip(location[0, found].tolist(), labels[0, found].tolist()))
         expected = full_ranking(outputs, family, topk)
         assert len(scores) > 10
-        # a sigmoid differs in its last bit with the place of a number in a vector register
         expected_scores, expected_pairs = zip(*expected)
-        best = torch.tensor([scores, expected_scores]).sort(1).values
-        torch.testing.assert_close(best[0], best[1], rtol=3e-7, atol=0)
-        if dtype == torch.float32 and K < 80:  # ranks are unique
+        unique = dtype == torch.float32 and K < 80  # ranks
+        if unique or family != "mmdetection":  # which does not rank by the score
+            # a sigmoid differs in its last bit with its place in a vector register
+            best = torch.tensor([scores, expected_scores]).sort(1).values
+            torch.testing.assert_close(best[0], best[1], rtol=3e-7, atol=0)
+        if unique:
             assert pairs == list(expected_pairs)
 
 
