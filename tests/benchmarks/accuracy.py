@@ -139,6 +139,11 @@ def views_at_test():
     evaluate.predict = functools.partial(predict, tta=True)
 
 
+def tiles_at_test():
+    """Evaluate on crops of 240 x 240 pixels, too, each at the size of training."""
+    evaluate.predict = functools.partial(evaluate.predict, tile=240)
+
+
 def bf16_at_test():
     predict = evaluate.predict
 
@@ -244,6 +249,9 @@ CONFIGS = {
     "HIT-UAV, imprv": HIT_UAV,
     "HIT-UAV, 1.5 times larger at test": HIT_UAV._replace(
         base="HIT-UAV, stride 4 and its loss", model="small", patch=larger_at_test, from_base=True
+    ),
+    "HIT-UAV, tiles at test": HIT_UAV._replace(
+        base="HIT-UAV, stride 4 and its loss", model="small", patch=tiles_at_test, from_base=True
     ),
     "BCCD, recipe small": Config("small", base="BCCD, recipe small", recipe="small"),
     "HIT-UAV, recipe small": Config(
