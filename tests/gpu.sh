@@ -1,24 +1,39 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one run of less than nine minutes:
+# Run the GPU tests and benchmarks, in two calls of less than nine minutes each:
 #
-#     [OUT=folder] [PYTHON=python3] [LIMIT=530] [PARTS="tests model kernels ..."] bash tests/gpu.sh
+#     [OUT=folder] [PYTHON=python3] [NEWEST=python] [LIMIT=seconds] bash tests/gpu.sh 1
+#     [OUT=folder] ... bash tests/gpu.sh 2
+#     bash tests/gpu.sh tests kernels growth          # or parts by name
 #
-# Each part has its own time limit, and one that fails does not stop the others; all of them end
-# LIMIT seconds after the start. The tests and compute-sanitizer run beside each other, then the
-# benchmarks, one by one. What a benchmark has measured until then is in its JSON file, in $OUT
-# or else in tests/benchmarks/results: kernels, model, growth_cuda, loader and scoring. PARTS chooses
-# some, in another order if need be. On an H200 with 16 cores the tests took 86 s, the kernels 55,
-# the model 260 and growth 40 seconds.
+# Call 1 runs the tests and measures the training step: both sides, compiled, profiled. Call 2 runs
+# what could make the step faster, an epoch of many padded sizes, and inference. Parts run in order
+# of value. Each has a time limit of its own, one that fails does not stop the others, and all of
+# them end LIMIT seconds after the start (call 1: 400, call 2: 360, otherwise 530). NEWEST, the
+# Python of an environment with a newer PyTorch, measures the compiled step a second time.
+#
+# The tests and compute-sanitizer run beside each other, then the benchmarks, one by one. A benchmark
+# writes its JSON file after every row, to $OUT or else to tests/benchmarks/results. bench_train.py
+# adds to the train.json of the same day and machine, in $OUT or in tests/benchmarks/results: put the
+# file of call 1 there before call 2. On an H200 with 16 cores the tests took 86 s, compiling a
+# training step 80 s, the kernels 55 s and growth 40 s.
 #
 #     FCOS_TEST_DEVICE=cpu bash tests/gpu.sh
 #
 # runs every part in small on the CPU, kernels included, to find mistakes before a GPU does (see
-# tests/device.py); its files go to a temporary folder. FCOS_KERNELS=cupy: on a GPU no fallback can
-# pass for a kernel.
+# tests/device.py); its files go to a temporary folder. With FCOS_KERNELS=cupy a kernel that cannot
+# run on a GPU is an error, never a fallback.
 cd "$(dirname "$0")/.." || exit 2
 export FCOS_KERNELS=cupy PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-limit=${LIMIT:-530} small=()
+newest=${NEWEST:-} small=()
+train="train_eager train_compiled train_profile train_newest"
+levers="train_norm train_graph train_epoch train_conv train_loss model train_autotune"
+case ${1:-all} in
+1) parts="tests $train" limit=${LIMIT:-400} ;;
+2) parts="$levers" limit=${LIMIT:-360} ;;
+all) parts="tests $train $levers train_dcn kernels growth loader scoring" limit=${LIMIT:-530} ;;
+*) parts="$*" limit=${LIMIT:-530} ;;
+esac
 if [ "${FCOS_TEST_DEVICE:-cuda}" = cpu ]; then
     limit=3000 small=(--small) out=$(mktemp -d)
 else
@@ -30,6 +45,9 @@ else
     }
 fi
 mkdir -p "$out"
+if [ ! -e "$out/train.json" ] && [ -e tests/benchmarks/results/train.json ]; then
+    cp tests/benchmarks/results/train.json "$out/"  # parts of the same day are added to it
+fi
 touch "$out/.started"
 summary=$(mktemp) logs=$(mktemp -d)
 
@@ -88,7 +106,7 @@ sanitize() {
         "$python" -m pytest -q -p no:cacheprovider tests/test_kernels_gpu.py -k same_bits
 }
 
-for name in ${PARTS:-tests model kernels growth loader scoring}; do
+for name in $parts; do
     case $name in
     tests)
         beside tests test_kernels_gpu.py 150
@@ -105,7 +123,19 @@ for name in ${PARTS:-tests model kernels growth loader scoring}; do
         fi
         wait_for_all
         ;;
-    model) bench model 250 ;;
+    train_newest)
+        if [ -n "$newest" ]; then
+            python=$newest bench train 120 --only compiled --name train_newest
+        else
+            echo "train_newest: NEWEST names no Python"
+        fi
+        ;;
+    train_compiled) bench train 200 --only compiled ;;
+    train_autotune) bench train 150 --only autotune ;;
+    train_epoch) bench train 150 --only epoch ;;
+    train_profile) bench train 150 --only profile ;;
+    train_*) bench train 100 --only "${name#train_}" ;;
+    model) bench model 120 ;;
     kernels) bench kernels 100 ;;
     growth) bench growth 60 --seconds 0.2 ;;
     loader) bench loader 30 ;;
