@@ -144,6 +144,12 @@ def make_parser():
     add("--min-size", type=positive_int, nargs="+", help="choices for the short side, in pixels")
     add("--max-size", type=positive_int, help="most pixels of the long side")
     add(
+        "--multiple",
+        type=positive_int,
+        help="pad the images of a step to multiples of this, itself one of 32 (32, or 128 with "
+        "--compile, for fewer graphs)",
+    )
+    add(
         "--ema",
         type=float,
         metavar="DECAY",
@@ -195,6 +201,10 @@ def resolve(args):
     for name, most in ("lr", 1e38), ("ema", 1):
         if settings[name] is not None and not 0 < settings[name] < most:
             raise UserError(f"--{name} {settings[name]}: must be a number over 0 and below {most}")
+    if settings["multiple"] is None:
+        settings["multiple"] = 128 if args.compile else 32
+    if settings["multiple"] % 32:
+        raise UserError(f"--multiple {settings['multiple']}: expected a multiple of 32")
     fcos.resized_hw(1, 1, max(settings["min_size"]), settings["max_size"])  # do they fit?
     overrides = dict(settings.pop("set"))
     if "test_size" not in fcos.MODELS.get(settings["model"], {}) | overrides:  # as it is trained
@@ -287,7 +297,8 @@ class TrainBatches(Dataset):
     of seeded permutations, so no batch is ever short, even of a data set smaller than a batch. The
     step's images are dealt out to micro-batches and ranks like cards. All of them are padded to one
     size, which every rank works out for itself: padding is background to the loss and enters the
-    GroupNorms, so it must not depend on how a step is divided.
+    GroupNorms, so it must not depend on how a step is divided. Sizes are multiples of the setting
+    "multiple", but no larger than the largest image of the group can need.
     """
 
     def __init__(self, dataset, settings, rank=0, world_size=1, micro_batches=1):
@@ -296,6 +307,7 @@ class TrainBatches(Dataset):
         self.batch_size = settings["batch_size"]
         self.drawn = set()
         self.groups = aspect_groups(dataset, settings)
+        self.largest_hw = [self.largest_padded_hw(group) for group in self.groups]
         lengths = np.array([len(group) for group in self.groups])
         shares = lengths.cumsum() / lengths.sum()
         draws = self.rng("group").random(settings["iters"])
@@ -337,7 +349,26 @@ class TrainBatches(Dataset):
             fcos.resized_hw(*self.dataset.hw[row].tolist(), min_size, self.settings["max_size"])
             for row, min_size in zip(rows, min_sizes.tolist())
         ]
-        return Plan(rows, sizes, fcos.padded_hw(sizes))
+        return Plan(rows, sizes, self.padded_hw(group, sizes))
+
+    def padded_hw(self, group, sizes):
+        """Return the padded (H, W) of a step with images of these sizes."""
+        height, width = fcos.padded_hw(sizes, self.settings["multiple"])
+        most_height, most_width = self.largest_hw[group]
+        return min(height, most_height), min(width, most_width)
+
+    def largest_padded_hw(self, group):
+        """Return the padded (H, W) that holds every image of a group, whatever its short side."""
+        if not len(group):
+            return 0, 0
+        shapes = np.unique(self.dataset.hw[group], axis=0)
+        most = max(self.settings["min_size"]), self.settings["max_size"]
+        return fcos.padded_hw([fcos.resized_hw(*hw, *most) for hw in shapes.tolist()])
+
+    def count_padded_sizes(self):
+        """Return an upper bound for the number of padded sizes of a run."""
+        multiple = self.settings["multiple"]
+        return sum(-(-h // multiple) * -(-w // multiple) for h, w in self.largest_hw)
 
     def __len__(self):
         return len(self.group) * self.micro_batches
@@ -638,10 +669,10 @@ def settled_keywords(keywords, weights, say):
     return changes
 
 
-def make_network(model, settings, batches, compiled, say):
+def make_network(model, settings, batches, say):
     """Return what computes the forward pass of a step: the model, or DDP around it.
 
-    It has run once: see `rehearse`. With `compiled`, torch.compile has changed the model.
+    It has run once: see `rehearse`.
     """
     rank, world_size = evaluate.rank_and_world_size()
     network = model
@@ -657,9 +688,41 @@ def make_network(model, settings, batches, compiled, say):
             model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
     rehearse(network, model, batches, settings)
-    if compiled:  # many sizes would be compiled beyond the limit of eight
-        model.compile(dynamic=False if len(settings["min_size"]) == 1 else None)
     return network
+
+
+class Graphs:
+    """A backend of torch.compile that counts the graphs it makes and the calls that use one.
+
+    Beyond its recompile limit torch.compile runs a new size eager, for good and with one warning.
+    """
+
+    backend = "inductor"
+
+    def __init__(self):
+        self.made = 0
+        self.calls = 0
+
+    def __call__(self, module, example_inputs):
+        run = torch._dynamo.lookup_backend(self.backend)(module, example_inputs)
+        self.made += 1
+
+        def run_and_count(*inputs):
+            self.calls += 1
+            return run(*inputs)
+
+        return run_and_count
+
+
+def compile_model(model, batches):
+    """Compile a model in place, with a graph for each padded size of the run; return its Graphs."""
+    config = torch._dynamo.config
+    most = 8 + 2 * batches.count_padded_sizes()  # micro-batches may differ by an image
+    config.recompile_limit = max(config.recompile_limit, most)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, most)
+    graphs = Graphs()
+    model.compile(dynamic=False, backend=graphs)
+    return graphs
 
 
 def rehearse(network, model, batches, settings):
@@ -854,8 +917,10 @@ class Meter:
     is called every few steps.
     """
 
-    def __init__(self, step, batches, device):
+    def __init__(self, step, batches, device, graphs=None):
         self.batches = batches
+        self.graphs = graphs
+        self.first_step = step
         self.losses = {}
         self.first_bad = torch.tensor(len(batches.group), device=device)
         self.restart(step)
@@ -894,6 +959,13 @@ class Meter:
         self.restart(step)
         return losses, speed
 
+    def graph_counts(self, step):
+        """Return the graphs and the eager forward passes of a compiled run, for the log."""
+        if self.graphs is None:
+            return {}
+        passes = (step - self.first_step) * self.batches.micro_batches
+        return {"graphs": self.graphs.made, "eager_passes": max(passes - self.graphs.calls, 0)}
+
 
 def loss_text(losses):
     return " ".join(f"{name} {value:.3f}" for name, value in losses.items())
@@ -909,7 +981,8 @@ def validate(step, model, val_set, best, files, workers):
         for buffer in model.buffers():  # running statistics differ between ranks: take rank 0's
             dist.broadcast(buffer, 0)
     batch_size = 1 if device.type == "cpu" else 8
-    results = evaluate.predict(model, val_set, batch_size, workers)
+    with torch.compiler.set_stance("force_eager"):  # its sizes are not worth a graph each
+        results = evaluate.predict(model, val_set, batch_size, workers)
     if results is None:  # not rank 0
         return best
     metrics = evaluate.score(results, val_set.annotations)
@@ -954,7 +1027,8 @@ def main(args):
     settings |= describe(optimizer, model, settings)
     print_settings(settings, args, say)
     batches = TrainBatches(train_set, settings, rank, world_size, args.accumulate)
-    network = make_network(model, settings, batches, args.compile, say)
+    network = make_network(model, settings, batches, say)
+    graphs = compile_model(model, batches) if args.compile else None
     saved = {"optimizer": optimizer} | companions
     inputs = settings["weights"], train_set.annotations.path, val_set.annotations.path
     files, start, best = open_run(args, settings, model, saved, inputs, say)
@@ -964,7 +1038,7 @@ def main(args):
     workers = (1 if device.type == "cpu" else 4) if args.workers is None else args.workers
     with evaluate.no_worker_left(), stop_signals() as signals:
         loader = start_loader(batches, start, workers, device)
-        meter = Meter(start, batches, device)
+        meter = Meter(start, batches, device, graphs)
         bar = progress_bar(args.recipe, start, iters)
         for step in bar:
             # The model of an evaluation has been saved: a run that is stopped here repeats it.
@@ -1062,7 +1136,8 @@ def report(done, meter, optimizer, files, bar):
     losses, speed = meter.read(done)
     rate = optimizer.param_groups[0]["lr"]
     total = sum(losses.values())
-    files.log(done, loss=total, **losses, lr=rate, images_per_second=round(speed, 2))
+    counts = meter.graph_counts(done)
+    files.log(done, loss=total, **losses, lr=rate, images_per_second=round(speed, 2), **counts)
     bar.set_postfix_str(f"{loss_text(losses)} lr {rate:.2g} {speed:.1f} img/s")
 
 

@@ -47,9 +47,12 @@ def _force_the_kernels(monkeypatch):
     torch.manual_seed(0)
     torch._dynamo.reset()
     if STAND_IN:  # Inductor takes minutes for what two cores share with others
+        monkeypatch.setattr(train.Graphs, "backend", "eager")
         compile = torch.nn.Module.compile
         monkeypatch.setattr(
-            torch.nn.Module, "compile", lambda self, **more: compile(self, backend="eager", **more)
+            torch.nn.Module,
+            "compile",
+            lambda self, **more: compile(self, **{"backend": "eager"} | more),
         )
 
 

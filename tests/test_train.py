@@ -269,6 +269,7 @@ def batches(dataset=MIXED, rank=0, world_size=1, micro_batches=1, **settings):
         iters=30,
         negatives=False,
         augment=False,
+        multiple=32,
     )
     return train.TrainBatches(dataset, defaults | settings, rank, world_size, micro_batches)
 
@@ -320,6 +321,71 @@ def test_a_step_is_the_same_however_it_is_divided(monkeypatch, world_size, micro
         assert all(len(item["images"]) >= 4 // (world_size * micro_batches) for item in items)
         stamps |= {row[-1] for row in shown(expected)}
     assert len(shares[0]) == 30 * micro_batches and len(stamps) > 30  # of 40 from 255
+
+
+COCO_HW = [  # usual sizes of COCO's images, the most frequent twice
+    *[(480, 640)] * 2,
+    *[(427, 640)] * 2,
+    *[(640, 480)] * 2,
+    (640, 427),
+    (426, 640),
+    (612, 612),
+    (375, 500),
+    (333, 500),
+    (500, 375),
+    (640, 640),
+    (360, 640),
+    (424, 640),
+    (640, 425),
+    (281, 500),
+    (640, 360),
+    (300, 640),
+    (523, 640),
+    (640, 512),
+    (457, 640),
+    (640, 540),
+    (213, 640),
+    (640, 238),
+]
+
+
+def test_padded_sizes_are_multiples_but_not_beyond_the_largest_image():
+    counts = []
+    for multiple in (32, 128):
+        settings = dict(min_size=[800], max_size=1333, batch_size=2, iters=200, multiple=multiple)
+        made = batches(Fake(COCO_HW), **settings)
+        plans = [made.plan(step) for step in range(200)]
+        for plan in plans:
+            (H, W), (h, w) = plan.padded_hw, fcos.padded_hw(plan.sizes)
+            assert h <= H < h + multiple and w <= W < w + multiple
+            assert min(H, W) <= 800 and max(H, W) <= 1344
+        sizes = {plan.padded_hw for plan in plans}
+        assert len(sizes) <= made.count_padded_sizes()
+        counts.append(len(sizes))
+    allowed = {800, 1344, *range(128, 1344, 128)}
+    assert all(side in allowed for hw in sizes for side in hw)
+    assert counts[0] > 8 and counts[1] < counts[0]
+
+
+def test_a_compiled_run_stays_compiled_for_every_padded_size(monkeypatch):
+    """More padded sizes than torch.compile's limit of eight; see train.Graphs."""
+    monkeypatch.setattr(train.Graphs, "backend", "eager")
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setattr(torch._dynamo.config, name, 8)
+    torch._dynamo.reset()
+    settings = dict(min_size=[96, 128], max_size=208, batch_size=1, iters=60)
+    made = batches(Fake(COCO_HW), **settings)
+    model = fcos.build("shapes", 2, stem=16, channels=64, blocks=(1, 1, 1, 1))
+    graphs = train.compile_model(model, made)
+    meter = train.Meter(0, made, "cpu", graphs)
+    sizes = list(dict.fromkeys(made.plan(step).padded_hw for step in range(60)))[:11]
+    assert len(sizes) > 8
+    order = sizes + sizes
+    for hw in order:
+        model(torch.zeros(1, 3, *hw, dtype=torch.uint8), torch.tensor([hw]))
+    expected = {"graphs": len(sizes), "eager_passes": 0}
+    assert meter.graph_counts(len(order)) == expected
+    assert meter.graph_counts(len(order) + 1)["eager_passes"] == 1  # a pass that used no graph
 
 
 def test_a_step_depends_on_the_seed_and_not_on_those_before_or_after_it():

@@ -51,26 +51,14 @@ def image_sizes(folder, names):
     return types.SimpleNamespace(hw=np.array(hw), trainable=np.array(trainable), classes=[])
 
 
-def padded_hw(sizes, multiple, settings, group):
-    """Return the padded (H, W) of a step: multiples, within what the largest image needs."""
-    largest = [fcos.padded_hw([(max(settings["min_size"]), settings["max_size"])])]
-    if group == 1:
-        largest = [hw[::-1] for hw in largest]
-    (H, W), (h, w) = fcos.padded_hw(sizes, multiple), fcos.padded_hw(sizes)
-    return max(min(H, largest[0][0]), h), max(min(W, largest[0][1]), w)
-
-
 def count_pixels(dataset, sizes):
     """Return a row for each multiple: pixels computed and padded sizes of STEPS steps."""
     settings = sizes | dict(iters=STEPS, seed=0, augment=False, negatives=False)
-    batches = train.TrainBatches(dataset, settings)
-    plans = [batches.plan(step) for step in range(STEPS)]
     rows = []
     for multiple in MULTIPLES:
-        padded = Counter(
-            padded_hw(plan.sizes, multiple, sizes, batches.group[step])
-            for step, plan in enumerate(plans)
-        )
+        batches = train.TrainBatches(dataset, settings | {"multiple": multiple})
+        plans = [batches.plan(step) for step in range(STEPS)]
+        padded = Counter(plan.padded_hw for plan in plans)
         computed = sum(h * w * n for (h, w), n in padded.items()) * sizes["batch_size"]
         held = sum(h * w for plan in plans for h, w in plan.sizes)
         rows.append(
