@@ -36,8 +36,10 @@ import pickle
 import re
 import socket
 import sys
+import tempfile
 import time
 import unicodedata
+import warnings
 from collections import Counter, deque
 from pathlib import Path
 from typing import Any
@@ -57,36 +59,155 @@ from fcos import UserError
 
 
 def coco_paths(data, split):
-    """(annotation file, image folder) of a split such as "val2017" as COCO, Roboflow, `coco split`
-    or CVAT lay them out; COCO's where there is nothing. UserError tells how to convert others."""
-    data, name = Path(data), split.removesuffix("2017")
+    """Return the (annotations, image folder) of a split such as "val2017" below the folder `data`.
+
+    Annotations are a JSON as COCO, Roboflow, `coco split` or CVAT lay it out, or labels of CVAT,
+    YOLO or Pascal VOC: see read_labels. COCO's paths are returned for a folder that is not there.
+    Raises UserError, which lists what was looked for, if the folder has none of them.
+    """
+    data = Path(data)
+    name = split.removesuffix("2017")
     part = {"val": "valid"}.get(name, name)
     layouts = [
-        (data / "annotations" / f"instances_{split}.json", data / split),
-        (data / part / "_annotations.coco.json", data / part),
-        (data / f"annotations_{name}.json", data / "images"),
-        (data / "annotations.json", data / "images"),
-        (data / "annotations" / "instances_default.json", data / "images"),
+        (f"annotations/instances_{split}.json", split),
+        (f"{part}/_annotations.coco.json", part),
+        (f"annotations_{name}.json", "images"),
+        ("annotations.json", "images"),
+        ("annotations/instances_default.json", "images"),
+        ("annotations.xml", "images"),
+        *((f"labels/{folder}", f"images/{folder}") for folder in (split, name, part)),
+        *((f"{folder}/labels", f"{folder}/images") for folder in (name, part)),
+        ("labels", "images"),
+        (f"ImageSets/Main/{name}.txt", "JPEGImages"),
+        ("Annotations", "JPEGImages"),
+        (part, part),
     ]
-    there = [paths for paths in layouts if paths[0].exists()]
-    yolo = [data / "labels" / name, data / part / "labels", data / "labels"]
-    labels = next((folder for folder in yolo if folder.is_dir()), yolo[0])
-    images = data / str(labels.relative_to(data)).replace("labels", "images")
-    convert = "coco convert --to coco --output"  # of hotcoco
-    for mark, command in (
-        (
-            "data.yaml",
-            f"cp {data}/data.yaml {labels}; {convert} {part}.json --from yolo --input "
-            f"{labels} --images-dir {images}",
-        ),
-        ("annotations.xml", f"{convert} {part}.json --from cvat --input {data}/annotations.xml"),
-    ):
-        if not there and (data / mark).exists():
-            raise UserError(
-                f"{data}: no COCO JSON, but {mark}; make one of each split, for the "
-                f"flags that name annotations and images: {command}"
-            )
-    return (there or layouts)[0]
+    for annotations, images in layouts:
+        if has_annotations(data / annotations):
+            return data / annotations, data / images
+    if data.is_dir():
+        looked_for = ", ".join(annotations for annotations, _ in layouts)
+        raise UserError(
+            f"{data}: found no annotations of {split}; looked for {looked_for}; "
+            f"{what_is_there(data / split)}"
+        )
+    annotations, images = layouts[0]
+    return data / annotations, data / images
+
+
+def has_annotations(path):
+    """Return whether a path is a file, or a folder with labels of YOLO or Pascal VOC."""
+    if not path.is_dir():
+        return path.exists()
+    return any(entry.name.endswith((".txt", ".xml")) for entry in os.scandir(path))
+
+
+def read_labels(path, image_dir):
+    """Read labels of CVAT, YOLO or Pascal VOC -> Instances, and a note that says what was read.
+
+    CVAT: its XML file. YOLO: a folder of text files, with data.yaml in it or above it. Pascal VOC:
+    a folder of XML files, or a list of their names in ImageSets/Main. hotcoco converts them.
+    Raises UserError if it cannot, or if it returns another number of images than there are files.
+    """
+    try:
+        from hotcoco import COCO
+    except ImportError:
+        raise UserError(f"{path}: reading CVAT, YOLO and VOC needs hotcoco; install it") from None
+    path = Path(path)
+    count = None
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            if path.suffix == ".xml":
+                kind = "CVAT's XML"
+                coco = COCO.from_cvat(str(path))
+            elif path.suffix == ".txt" or any(path.glob("*.xml")):
+                kind = "labels of Pascal VOC"
+                count = link_voc(path, folder)
+                coco = COCO.from_voc(folder)
+            else:
+                kind = "YOLO labels"
+                count = link_yolo(path, image_dir, folder)
+                coco = COCO.from_yolo(folder, str(image_dir))
+        except (OSError, ValueError) as error:
+            problem = printable(str(error).replace(folder, str(path)), 300)
+            raise UserError(f"{path}: cannot be read as {kind} ({problem})") from None
+    content = msgspec.convert(coco.dataset, Instances, strict=False)
+    if not content.images or count not in (None, len(content.images)):
+        raise UserError(f"{path}: {kind}: {len(content.images)} images of {count or 'no'} files")
+    if kind == "YOLO labels":
+        turn_yolo(content, image_dir)
+    for image in content.images:
+        image.height = image.height or None  # 0 where the XML has no size
+        image.width = image.width or None
+    notes = [f"read as {kind}", *(printable(warning.message, 200) for warning in told)]
+    return content, notes
+
+
+def link_voc(path, folder):
+    """Link the XML files of Pascal VOC into an empty folder; return their number."""
+    if path.is_dir():
+        files = list(path.glob("*.xml"))
+    else:
+        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        files = [path.absolute().parents[2] / "Annotations" / f"{name}.xml" for name in names]
+    for file in files:
+        os.symlink(file.absolute(), Path(folder, file.name))
+    return len(files)
+
+
+def link_yolo(path, image_dir, folder):
+    """Link YOLO's labels into an empty folder, beside data.yaml; return the number of images.
+
+    An image without labels gets an empty file, since it is background. Labels without an image are
+    left out, as YOLO does.
+    """
+    if image_dir is None:
+        raise ValueError("the folder of their images is needed, too")
+    found = (parent / "data.yaml" for parent in (path, *path.absolute().parents[:3]))
+    yaml = next(filter(Path.is_file, found), None)
+    if yaml is None:
+        raise ValueError(
+            "there is no data.yaml, in this folder or above it, that names the classes"
+        )
+    Path(folder, "data.yaml").write_text(plain_yaml(yaml.read_text()))
+    images = [os.path.splitext(name) for name in os.listdir(image_dir)]
+    stems = {stem for stem, suffix in images if suffix.lower() in image_suffixes()}
+    labels = {file.stem for file in path.glob("*.txt")}
+    if not labels & stems:
+        raise ValueError(f"no label file has the name of an image in {image_dir}")
+    for stem in stems:
+        target = Path(folder, f"{stem}.txt")
+        if stem in labels:
+            os.symlink(Path(path, f"{stem}.txt").absolute(), target)
+        else:
+            target.touch()
+    return len(stems)
+
+
+def plain_yaml(text):
+    """Return the text of a data.yaml with its list of names in a form that hotcoco reads."""
+    names = re.search(r"^names:[^\S\n]*\n((?:[ \t]*- .*\n?)+)", text, re.MULTILINE)
+    if names is None:
+        return text
+    lines = [line.strip().removeprefix("- ") for line in names[1].splitlines()]
+    return "names:\n" + "".join(f"  {k}: {name}\n" for k, name in enumerate(lines))
+
+
+def turn_yolo(content, image_dir):
+    """Scale the boxes of photos that EXIF turns: YOLO's labels refer to the turned photo."""
+    scales = {}
+    names = find_images(Path(image_dir), [image.file_name for image in content.images], image_dir)
+    for image, name in zip(content.images, names):
+        with Image.open(Path(image_dir, name)) as photo:
+            turned = photo.getexif().get(0x0112, 1) >= 5
+        if turned:
+            scales[image.id] = (image.height / image.width, image.width / image.height) * 2
+            image.height, image.width = image.width, image.height
+    for box in content.annotations:
+        if box.image_id in scales:
+            scale = scales[box.image_id]
+            box.bbox = tuple(side * factor for side, factor in zip(box.bbox, scale))
 
 
 class ImageEntry(msgspec.Struct, gc=False):
@@ -281,13 +402,17 @@ class Annotations:
         return str(self.path)
 
 
-def read_annotations(path, classes=None):
-    """Read a COCO instances JSON -> Annotations.
+def read_annotations(path, classes=None, image_dir=None):
+    """Read a COCO instances JSON, or the labels that read_labels takes -> Annotations.
 
     classes: names in the order of their labels, if a model or another file decides the classes.
     Raises UserError, which names the file, the list and the row, for content that is of no use.
     """
-    content = read_json(path, Instances)
+    content, notes = None, []
+    if Path(path).is_dir() or Path(path).suffix in (".xml", ".txt"):
+        content, notes = read_labels(path, image_dir)
+    else:
+        content = read_json(path, Instances)
     images = in_order(content.images, f"{path}: images")
     boxes = content.annotations
     ids = [image.id for image in images]
@@ -313,12 +438,12 @@ def read_annotations(path, classes=None):
         areas=areas,
         crowds=np.array([bool(box.iscrowd) for box in boxes], dtype=bool),
         columns={name: column_of(boxes, name, path) for name in further},
-        **labels_and_classes(content, path, classes),
+        **labels_and_classes(content, path, classes, notes),
     )
 
 
-def labels_and_classes(content, path, classes):
-    """Return the fields of Annotations that say what the boxes are.
+def labels_and_classes(content, path, classes, notes):
+    """Return the fields of Annotations that say what the boxes are, and add to the notes.
 
     By default every category is a class, except the first that Roboflow exports: no box has it, and
     the others name it as their supercategory. Categories that share a name get their id added.
@@ -335,7 +460,6 @@ def labels_and_classes(content, path, classes):
             f"in the categories {ids!r:.200}"
         )
     used = np.bincount(positions, minlength=len(ids)) > 0
-    notes = []
     names = [str(category.name) for category in categories]
     shared = [name for name, count in Counter(names).items() if count > 1]
     if shared:
@@ -475,7 +599,7 @@ class CocoDataset:
     def __init__(self, annotations, image_dir, classes=None):
         self.image_dir = Path(image_dir)
         self.files_read = deque(maxlen=32)  # by `image`; whoever reports an error clears it first
-        self.annotations = read_annotations(annotations, classes)
+        self.annotations = read_annotations(annotations, classes, image_dir)
         self.image_ids = self.annotations.image_ids
         self.classes = self.annotations.classes
         self.category_ids = self.annotations.category_ids
@@ -1232,9 +1356,9 @@ def parse_args(argv=None):
     add("--tile", type=positive_int, metavar="PIXELS", help="look at crops of this side, too")
     add("--overlap", type=number(float, 0, 0.9), default=0.2, help="of tiles (%(default)s)")
     add = parser.add_argument_group("score it on a data set").add_argument
-    add("--data", help="folder as COCO, Roboflow, CVAT or `coco split` lay it out")
+    add("--data", help="folder of COCO, Roboflow, CVAT, YOLO or Pascal VOC")
     add("--split", default="val2017", help="which part of --data (%(default)s)")
-    add("--annotations", help="COCO JSON, instead of --data")
+    add("--annotations", help="COCO JSON or other labels, instead of --data")
     add("--image-dir", help="the folder of its images")
     add("--batch-size", type=positive_int, help="images at a time (8 on a GPU, 1 elsewhere)")
     add("--save-json", metavar="F", help="write the detections in COCO's results format")
@@ -1311,8 +1435,9 @@ def main(args):
             if bad:
                 raise UserError(f"files that could not be read: {len(bad)}")
             return
-        annotations, image_dir = coco_paths(args.data or ".", args.split)
-        annotations, image_dir = args.annotations or annotations, args.image_dir or image_dir
+        annotations, image_dir = args.annotations, args.image_dir
+        if args.data:
+            annotations, image_dir = coco_paths(args.data, args.split)
         dataset = load_dataset(annotations, image_dir, model.classes)
         check_classes(model, dataset)
         if args.save_json:

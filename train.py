@@ -114,7 +114,7 @@ def make_parser():
     add = parser.add_argument_group(DATA).add_argument
     add(
         "--data",
-        help="folder as COCO, Roboflow, CVAT or `coco split` lay it out (data/coco; for "
+        help="folder of COCO, Roboflow, CVAT, YOLO or Pascal VOC (data/coco; for "
         "shapes data/shapes)",
     )
     add("--train-images", metavar="DIR", help="own data, instead of --data: all four")
@@ -1492,7 +1492,8 @@ def make_shapes(root, seed=0, train=1400, val=200):
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
         part = Path(temporary, root.name)
         for split, (name, count) in enumerate([("train2017", train), ("val2017", val)]):
-            path, folder = evaluate.coco_paths(part, name)
+            path = part / "annotations" / f"instances_{name}.json"
+            folder = part / name
             folder.mkdir(parents=True)
             path.parent.mkdir(exist_ok=True)
             coco = dict(

@@ -1082,42 +1082,135 @@ def test_the_layouts_of_coco_of_roboflow_and_of_one_folder_are_known(tmp_path):
         assert found == (tmp_path / name / annotations, tmp_path / name / images)
     nothing = evaluate.coco_paths(tmp_path / "none", "train2017")
     assert nothing[0] == tmp_path / "none" / "annotations" / "instances_train2017.json"
+    looked_for = r"instances_train2017.json, .*labels/train, .*; .* holds annotations"
+    with pytest.raises(UserError, match=looked_for):
+        evaluate.coco_paths(tmp_path / "coco", "train2017")
 
 
-@pytest.mark.skipif(
-    shutil.which("coco", path=Path(sys.executable).parent) is None,
-    reason="hotcoco's command is not installed",
-)
-@pytest.mark.parametrize("kind", ["yolo", "flat yolo", "cvat"])
-def test_what_yolo_and_cvat_export_is_converted_by_the_command_that_is_named(tmp_path, kind):
+def write_labels(root, kind, path, folder):
+    """Write a COCO JSON as the labels of another tool, with its images, for the split val2017."""
     from hotcoco import COCO
 
-    path, folder = write_coco(
-        tmp_path / "coco",
-        {1: (60, 40), 2: (40, 60)},
-        [box(1, 1, [4, 6, 20, 10], 90), box(2, 2, [8, 4, 16, 30])],
-    )
-    data = tmp_path / "data"
-    part = data if kind == "flat yolo" else data / "valid"
-    shutil.copytree(folder, part / "images")
-    if "yolo" in kind:
-        COCO(str(path)).to_yolo(str(part / "labels"))
-        (part / "labels" / "data.yaml").rename(data / "data.yaml")
+    coco = COCO(str(path))
+    images, labels = {
+        "YOLO by split": ("images/val", "labels/val"),
+        "YOLO by part": ("valid/images", "valid/labels"),
+        "flat YOLO": ("images", "labels"),
+        "VOC": ("JPEGImages", "Annotations"),
+        "VOC with lists": ("JPEGImages", "Annotations"),
+        "Roboflow's VOC": ("valid", "valid"),
+        "CVAT": ("images", ""),
+    }[kind]
+    shutil.copytree(folder, root / images)
+    if "YOLO" in kind:
+        coco.to_yolo(str(root / labels))
+        (root / labels / "data.yaml").rename(root / "data.yaml")
+    elif kind == "CVAT":
+        coco.to_cvat(str(root / "annotations.xml"))
     else:
-        COCO(str(path)).to_cvat(str(data / "annotations.xml"))
-    with pytest.raises(UserError, match="no COCO JSON, but") as error:
-        evaluate.coco_paths(data, "val2017")
-    command = str(error.value).split("annotations and images: ")[1]
-    env = os.environ | dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    subprocess.run(command, shell=True, check=True, env=env, cwd=tmp_path, capture_output=True)
-    found = evaluate.CocoDataset(tmp_path / "valid.json", part / "images")
+        coco.to_voc(str(root / "voc"))
+        shutil.copytree(root / "voc" / "Annotations", root / labels, dirs_exist_ok=True)
+        shutil.rmtree(root / "voc")
+    if kind == "VOC with lists":
+        (root / "ImageSets" / "Main").mkdir(parents=True)
+        (root / "ImageSets" / "Main" / "val.txt").write_text("1\n2 1\n")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    "YOLO by split,YOLO by part,flat YOLO,VOC,VOC with lists,Roboflow's VOC,CVAT".split(","),
+)
+def test_labels_of_other_tools_are_read_directly(tmp_path, kind):
+    pytest.importorskip("hotcoco")
+    boxes = [box(1, 1, [4, 6, 20, 10], 90), box(2, 2, [8, 4, 16, 30])]
+    sizes = {1: (60, 40), 2: (40, 60), 3: (32, 32)}
+    path, folder = write_coco(tmp_path / "coco", sizes, boxes)
+    data = tmp_path / "data"
+    write_labels(data, kind, path, folder)
+    if "YOLO" in kind:  # an image without labels is background
+        next(data.glob("**/3.txt")).unlink()
+    before = sorted(data.rglob("*"))
+    found = evaluate.CocoDataset(*evaluate.coco_paths(data, "val2017"))
+    assert sorted(data.rglob("*")) == before
+    assert found.notes[0] == "read as " + (
+        "YOLO labels"
+        if "YOLO" in kind
+        else "CVAT's XML"
+        if kind == "CVAT"
+        else "labels of Pascal VOC"
+    )
     truth = evaluate.CocoDataset(path, folder)
-    assert sorted(found.classes) == sorted(truth.classes)
-    for i in (0, 1):
-        boxes, labels = found.target(i)
-        torch.testing.assert_close(boxes, truth.target(i)[0], atol=0.01, rtol=0)
+    images = {found.path(i).name: i for i in range(len(found))}
+    assert len(found) == 2 if kind == "VOC with lists" else 3
+    for i, name in enumerate(("1.png", "2.png")):
+        boxes, labels = found.target(images[name])
+        torch.testing.assert_close(boxes, truth.target(i)[0], atol=1.01, rtol=0)
         assert found.classes[labels[0]] == truth.classes[truth.target(i)[1][0]]
-        assert found.image(i).equal(truth.image(i))
+        assert found.image(images[name]).equal(truth.image(i))
+    assert evaluate.score([], found.annotations)["AP"] == 0
+
+
+YAMLS = {
+    "a list": "names:\n- a\n- b\n\ntrain: x\n",
+    "an indented list": "train: x\nnames:\n  - a\n  - 'b'\nnc: 2",
+    "a mapping": "names:\n  0: a\n  1: b\n",
+    "a flow": "nc: 2\nnames: ['a', \"b\"]\n",
+}
+
+
+@pytest.mark.parametrize("yaml", YAMLS.values(), ids=YAMLS)
+def test_names_of_yolo_are_read_in_all_their_forms(tmp_path, yaml):
+    pytest.importorskip("hotcoco")
+    _, folder = write_coco(tmp_path, {1: (20, 10)}, [])
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    (labels / "1.txt").write_text("1 0.5 0.5 0.2 0.4\n")
+    (labels / "gone.txt").write_text("1 0.5 0.5 0.2 0.4\n")  # its image is not there
+    (tmp_path / "data.yaml").write_text(yaml)
+    dataset = evaluate.CocoDataset(labels, folder)
+    assert dataset.classes == ["a", "b"] and dataset.boxes.tolist() == [[8, 3, 12, 7]]
+
+
+def test_labels_of_yolo_refer_to_photos_as_exif_turns_them(tmp_path):
+    pytest.importorskip("hotcoco")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rotated_png(folder / "1.png", 30, 20, 6)
+    (tmp_path / "1.txt").write_text("0 0.5 0.25 0.5 0.1\n")
+    (tmp_path / "data.yaml").write_text("names: [a]")
+    dataset = evaluate.CocoDataset(tmp_path, folder)
+    assert dataset.image(0).shape == (3, 30, 20)
+    np.testing.assert_allclose(dataset.boxes, [[5, 6, 15, 9]])
+
+
+BAD_LABELS = {
+    "no data.yaml": ("data.yaml", None, "no data.yaml, in this folder or above"),
+    "no names": ("data.yaml", "nc: 1", "names"),
+    "a class too many": ("labels/1.txt", "7 .5 .5 .1 .1", "class_idx 7 out of range"),
+    "a polygon": ("labels/1.txt", "0 .1 .1 .5 .1 .5 .5 .1 .5", "labels/1.txt: line 1: expected 5"),
+    "no image": ("images/1.png", None, "no label file has the name of an image in"),
+}
+
+
+@pytest.mark.parametrize("file, text, names", BAD_LABELS.values(), ids=BAD_LABELS)
+def test_labels_that_cannot_be_read_are_one_error(tmp_path, file, text, names):
+    pytest.importorskip("hotcoco")
+    write_coco(tmp_path, {1: (20, 10)}, [])
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "1.txt").write_text("0 0.5 0.5 0.2 0.4\n")
+    (tmp_path / "data.yaml").write_text("names: [a]")
+    (tmp_path / file).unlink()
+    if text:
+        (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=names) as error:
+        evaluate.CocoDataset(tmp_path / "labels", tmp_path / "images")
+    assert str(error.value).isprintable()
+
+
+def test_labels_without_hotcoco_name_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    with pytest.raises(UserError, match="needs hotcoco"):
+        evaluate.CocoDataset(tmp_path, tmp_path)
 
 
 def test_a_category_that_only_names_others_is_no_class(tmp_path):
