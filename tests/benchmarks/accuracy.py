@@ -590,7 +590,9 @@ def draw_costs(axes, rows):
             ms = np.mean([row["ms"] for row in runs])
             label = f"{name.removeprefix('HIT-UAV, ')} ({len(runs)} seeds)"
             axes.errorbar(ms, mean, yerr=error, fmt="o", color=color, capsize=3, label=label)
-    axes.set(xlabel="CPU ms per image, one thread", ylabel="AP", title="HIT-UAV", xlim=0, ylim=0)
+    axes.set(xlabel="CPU ms per image, one thread", ylabel="AP", title="HIT-UAV")
+    axes.set_xlim(0, 1.2 * axes.get_xlim()[1])
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
     axes.legend(frameon=False)
 
 
