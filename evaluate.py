@@ -265,7 +265,7 @@ def read_json(path, kind=Any):
     The file is mapped, not copied. Raises UserError if it is missing or has not the type.
     """
     try:
-        with open(fcos.regular(path), "rb") as file:
+        with open(fcos.regular_file(path), "rb") as file:
             return decode(file_content(file), kind, path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {what_is_there(path)}") from None

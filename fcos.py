@@ -31,16 +31,21 @@ on images, checkpoints, weights of other projects and ONNX export follow.
 import contextlib
 import errno
 import inspect
+import io
 import json
 import math
 import os
 import pickle
+import platform
 import re
+import reprlib
+import secrets
 import threading
+import time
 import warnings
 import zipfile
-from collections import namedtuple
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from functools import partial
 from http.client import HTTPException
 from itertools import groupby, islice
@@ -51,7 +56,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models import detection, get_model_weights
@@ -69,14 +74,38 @@ class UserError(ValueError):
     """A mistake in the caller's input; the scripts print it as one line, without a traceback."""
 
 
-def printable(text, limit=200):
-    """Return text that can be shown in one line of at most `limit` characters: control characters
-    and others that do not print become escapes, and the middle of a longer text is left out."""
-    text = str(text)
-    if len(text) > limit:
-        text = f"{text[: limit // 2]} ... {text[-limit // 3 :]}"
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return shown if len(shown) <= limit else f"{shown[: limit - 4]} ..."
+class ShortRepr(reprlib.Repr):
+    """A repr that takes little time and room whatever the value: nested, shared or huge."""
+
+    def repr_int(self, value, level):
+        return repr(value) if abs(value) < 10**30 else "a huge number"
+
+    def repr_instance(self, value, level):
+        if hasattr(value, "dtype") and hasattr(value, "shape"):
+            return f"{type(value).__name__} {value.dtype} {tuple(value.shape)}"
+        return super().repr_instance(value, level)
+
+
+def printable(value, limit=300):
+    """Return a value as one line of at most `limit` characters, for messages and logs.
+
+    Text, paths and errors appear as they are, anything else as in `short_repr`. Characters that do
+    not print become escapes; the middle of a long line is left out.
+    """
+    if not isinstance(value, (str, os.PathLike, Exception)):
+        return short_repr(value, limit)
+    line = str(value)
+    if len(line) > limit:
+        line = f"{line[: limit * 2 // 3 - 5]} ... {line[-limit // 3 :]}"
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= limit else f"{line[: limit - 4]} ..."
+
+
+def short_repr(value, limit=99):
+    """Return any value as Python writes it, on one line of at most `limit` characters."""
+    writer = ShortRepr()
+    writer.maxstring = writer.maxother = limit
+    return printable(writer.repr(value), limit)
 
 
 # ---- images -------------------------------------------------------------------------------------
@@ -1138,7 +1167,7 @@ class FCOS(nn.Module):
         Returns [{"boxes": (D, 4) xyxy pixels of the image, "scores": (D,), "labels": (D,), and
         every further output of the head, (D, ...)}], always a list.
         """
-        images = [images] if isinstance(images, ONE_IMAGE) else images
+        images = each_image(images)
         test_size = min_size or self.test_size[0], max_size or self.test_size[1]
         views = partial(make_views, test_size=test_size, tile=tile, overlap=overlap, tta=tta)
         # The official augmentation merges candidates; tiles suppress first, as there may be many.
@@ -1272,25 +1301,96 @@ CHOICES = dict(
 )
 
 
-def checked_convention(convention):
-    """Return `convention`. Raises UserError for an unknown entry, another type, or a bad value."""
-    for keyword, value in convention.items():
-        if keyword not in CONVENTION or type(value) is not type(CONVENTION[keyword]):
-            raise UserError(f"{keyword} {value!r}: expected it as in {CONVENTION}")
-    check_choices(**convention)
-    for name, least, count in ("mean", 0, 3), ("std", 1e-6, 3), ("bn_eps", 0, 1):
-        values = np.ravel(convention[name])
-        if len(values) != count or not ((least <= values) & (values <= 1e6)).all():
-            raise UserError(f"{name} {values}: expected {count} numbers from {least} to 1e6")
-    return convention
+class Numbers(NamedTuple):
+    """What a number must be, or every element of a tuple of numbers."""
+
+    kind: type  # int, or float for any number
+    least: float
+    most: float
+    count: int | None = 1  # 1: a number, no tuple; otherwise the number of elements; None: any
+
+
+# Keep typing errors and damaged files from building a model that fails in the middle of a training,
+# or that fills the memory.
+LIMITS = dict(
+    frozen_stages=Numbers(int, 0, 100),
+    channels=Numbers(int, 1, 2**14),
+    levels=Numbers(int, 2, 10, None),
+    ranges=Numbers(float, 1, 10**6, None),
+    radius=Numbers(float, 0, 1000),
+    test_size=Numbers(int, 1, 10**6, 2),
+    candidate_threshold=Numbers(float, 0, 1),
+    topk=Numbers(int, 1, 10**6),
+    nms_threshold=Numbers(float, 0, 1),
+    max_detections=Numbers(int, 1, 10**6),
+    blocks=Numbers(int, 1, 200, None),
+    stem=Numbers(int, 1, 2**14),
+    groups=Numbers(int, 1, 2**14),
+    width=Numbers(int, 1, 2**14),
+    dcn=Numbers(int, 2, 5, None),
+    mean=Numbers(float, 0, 10**6, 3),
+    std=Numbers(float, 1e-6, 10**6, 3),
+    bn_eps=Numbers(float, 0, 10**6),
+)
+
+
+def check_numbers(keyword, value, default):
+    """Raise UserError unless a value, or every element of it, is within LIMITS."""
+    kind, least, most, count = LIMITS[keyword]
+    elements = (value,) if count == 1 else value
+    fits = isinstance(elements, tuple) and count in (None, len(elements))
+    if fits:
+        kinds = (int, float) if kind is float else (int,)
+        fits = all(type(x) in kinds and least <= x <= most for x in elements)
+    if not fits:
+        what = "whole number" if kind is int else "number"
+        what = f"a {what}" if count == 1 else f"{count or 'a tuple of'} {what}s"
+        example = "" if default is None else f"a value like {default!r}, "
+        raise UserError(
+            f"{keyword} {short_repr(value)}: expected {example}{what} from {least} to {most}"
+        )
 
 
 def check_choices(**keywords):
-    """UserError unless every keyword that has CHOICES holds one of them."""
+    """Raise UserError unless every keyword that has CHOICES holds one of them."""
     for keyword, value in keywords.items():
-        if keyword in CHOICES and value not in CHOICES[keyword]:
+        if keyword in CHOICES and not any(value is x or value == x for x in CHOICES[keyword]):
             choices = ", ".join(map(str, CHOICES[keyword]))
-            raise UserError(f"{keyword} {value!r}: expected one of {choices}")
+            raise UserError(f"{keyword} {short_repr(value)}: expected one of {choices}")
+
+
+def checked_value(keyword, value, default):
+    """Return the value of a keyword, a list as a tuple. Raises UserError if it does not fit."""
+    if isinstance(value, list):
+        value = tuple(value)
+    if value is None and default is None:
+        return value
+    other_meaning = isinstance(default, float) and isinstance(value, float)  # another backbone's
+    if keyword in CHOICES:
+        check_choices(**{keyword: value})
+    elif keyword in LIMITS and not (LIMITS[keyword].kind is int and other_meaning):
+        check_numbers(keyword, value, default)
+    elif keyword == "imagenet":
+        if not isinstance(value, str):
+            raise UserError(f"imagenet {short_repr(value)}: expected torchvision's name of a model")
+    elif default is not None:
+        kinds = (float, int) if isinstance(default, float) else type(default)
+        alike = isinstance(value, bool) == isinstance(default, bool)
+        if not isinstance(value, kinds) or not alike or value != value:
+            raise UserError(f"{keyword} {short_repr(value)}: expected a value like {default!r}")
+    return value
+
+
+def checked_convention(convention):
+    """Return a convention with tuples in place of lists; raises UserError if it does not fit."""
+    if not isinstance(convention, dict) or not convention.keys() <= CONVENTION.keys():
+        raise UserError(
+            f"convention {short_repr(convention)}: expected some of {', '.join(CONVENTION)}"
+        )
+    return {
+        keyword: checked_value(keyword, value, CONVENTION[keyword])
+        for keyword, value in convention.items()
+    }
 
 
 def resolve(keywords: dict) -> dict:
@@ -1301,38 +1401,51 @@ def resolve(keywords: dict) -> dict:
 
     Raises UserError for an unknown keyword or a value that does not fit.
     """
-    known = defaults(FCOS)
-    backbone = keywords.get("backbone", known["backbone"])
+    resolved = defaults(FCOS)
+    backbone = keywords.get("backbone", resolved["backbone"])
     if backbone is not None:  # None: a module was passed to FCOS
-        if backbone not in BACKBONES:
-            raise UserError(f"backbone {backbone!r}: expected one of {', '.join(BACKBONES)}")
-        known |= defaults(BACKBONES[backbone])
+        if not isinstance(backbone, str) or backbone not in BACKBONES:
+            found = short_repr(backbone)
+            raise UserError(f"backbone {found}: expected one of {', '.join(BACKBONES)}")
+        resolved |= defaults(BACKBONES[backbone])
+    known = dict(resolved)
     for keyword, value in keywords.items():
         if keyword not in known:
-            raise UserError(f"keyword {keyword!r}: expected one of {', '.join(known)}")
-        if isinstance(value, list):
-            value = tuple(value)
-        default = known[keyword]
-        kinds = (float, int) if isinstance(default, float) else type(default)
-        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
-        if isinstance(value, (int, float)):
-            fits &= value >= 0  # and not NaN
-        custom_backbone = keyword == "backbone" and value is None
-        if default is not None and not fits and not custom_backbone:
-            raise UserError(f"{keyword} {value!r}: expected a value like {default!r}")
-        known[keyword] = value
-    levels = known["levels"]
-    if levels != tuple(range(levels[0], levels[0] + len(levels))):
-        raise UserError(f"levels {levels}: expected consecutive levels, such as (3, 4, 5, 6, 7)")
-    if known["ranges"] is None:
-        if known["levels"] != defaults(FCOS)["levels"]:
-            raise UserError(f"levels {known['levels']}: expected ranges with them, found none")
-        known["ranges"] = RANGES
-    if len(known["ranges"]) != len(known["levels"]) - 1:
-        expected = len(known["levels"]) - 1
-        raise UserError(f"ranges {known['ranges']}: expected {expected}, one between two levels")
-    check_choices(**known)
-    return known
+            found = short_repr(keyword)
+            raise UserError(f"keyword {found}: expected one of {', '.join(known)}")
+        if keyword != "backbone":
+            value = checked_value(keyword, value, known[keyword])
+        resolved[keyword] = value
+    if resolved["ranges"] is None:
+        if resolved["levels"] != known["levels"]:
+            raise UserError(f"levels {resolved['levels']}: expected ranges with them, found none")
+        resolved["ranges"] = RANGES
+    check_combination(resolved, known)
+    return resolved
+
+
+def check_combination(keywords, known):
+    """Raise UserError for values that are possible alone, but not together or not in this order.
+
+    known: the defaults; a tuple of numbers of blocks has as many elements as theirs.
+    """
+
+    def refuse(keyword, expected):
+        raise UserError(f"{keyword} {keywords[keyword]}: expected {expected}")
+
+    levels, ranges = keywords["levels"], keywords["ranges"]
+    if not levels or levels != tuple(range(levels[0], levels[0] + len(levels))):
+        refuse("levels", "consecutive levels, such as (3, 4, 5, 6, 7)")
+    if len(ranges) != len(levels) - 1:
+        refuse("ranges", f"{len(levels) - 1}, one between two levels")
+    if list(ranges) != sorted(set(ranges)):
+        refuse("ranges", "rising numbers")
+    if keywords["test_size"][0] > keywords["test_size"][1]:
+        refuse("test_size", "the short side first, and at most as long as the other")
+    if keywords["channels"] % 32:
+        refuse("channels", "a multiple of 32, since the head normalizes them in 32 groups")
+    if "blocks" in known and len(keywords["blocks"]) != len(known["blocks"]):
+        refuse("blocks", f"{len(known['blocks'])} numbers, one for each stage")
 
 
 def model_keywords(name: str, overrides: dict) -> dict:
@@ -1375,26 +1488,62 @@ def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
 # ---- prediction ---------------------------------------------------------------------------------
 
 
-def regular(path):
-    """The path, unless it is of a pipe, device or folder: they would hang or be lost. OSError"""
+def regular_file(path):
+    """Return the path; raises OSError if it is a folder, pipe or device, which would block."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError("Is a directory" if os.path.isdir(path) else "is no regular file")
+        raise OSError("Is a directory" if os.path.isdir(path) else "expected a regular file")
     return path
 
 
-def read_image(source, hw=None):
-    """Decode an image file or PIL image to RGB: uint8 (3, H, W). Grey, palette, CMYK, transparent
-    and 16-bit images become 8-bit RGB, the latter by the highest bit that they use.
+TURNS = {  # how an image is turned upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-    EXIF orientation is applied, as a viewer would. With `hw`, the (height, width) that annotations
-    were drawn on, it is applied only if the file as stored does not have that size but the turned
-    image does: COCO's boxes refer to the stored pixels. UserError names an unreadable file.
-    """
+
+def turn_upright(image):
+    """Apply the EXIF orientation. Other tags are not read: cameras and editors write bad ones."""
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(regular(source))
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # Pillow raises nearly anything for damaged EXIF data
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def open_image(source):
+    """Open a path, bytes or a file object with Pillow; a PIL image is returned as it is."""
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, (bytes, bytearray)):
+        return Image.open(io.BytesIO(source))
+    return Image.open(source if hasattr(source, "read") else regular_file(source))
+
+
+def read_image(source, hw=None):
+    """Read an image as 8-bit RGB and return it as a uint8 tensor (3, H, W).
+
+    source: a path, a PIL image, or the bytes of an image file or a file object with them. Grey,
+    palette, CMYK and transparent images are converted; 16-bit ones by the highest bit they use.
+
+    The EXIF orientation is applied, as in a viewer. With `hw`, the (height, width) that annotations
+    were drawn on, it is applied only if the stored image does not have that size but the turned one
+    has: COCO's boxes refer to the stored pixels.
+
+    Raises UserError if the file cannot be read, or if its size is not `hw`.
+    """
+    is_path = isinstance(source, (str, os.PathLike))
+    name = printable(source) if is_path else short_repr(getattr(source, "name", source))
+    try:
+        image = open_image(source)
         stored = image.size[::-1]
-        if stored != hw and image.getexif().get(0x0112, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        image.load()  # before the orientation is read: Pillow turns TIFF files while it loads them
+        if stored != hw:
+            image = turn_upright(image)
         if image.mode == "F":
             raise ValueError("its pixels are floating point; save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would saturate at 255
@@ -1403,33 +1552,65 @@ def read_image(source, hw=None):
             image = Image.fromarray((pixels >> max(bits - 8, 0)).astype(np.uint8))
         pixels = np.array(image.convert("RGB"))
     except FileNotFoundError:
-        raise UserError(f"{source}: no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{source}: cannot be read as an image ({why})") from None
+        raise UserError(f"{name}: no such image") from None
+    except Exception as error:  # Pillow raises nearly anything for damaged files
+        why = getattr(error, "strerror", None) or printable(error)
+        if isinstance(error, UnidentifiedImageError):
+            why = "not an image"
+        elif isinstance(error, Image.DecompressionBombError):
+            why += "; cut it into pieces, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+        raise UserError(f"{name}: cannot be read as an image ({why})") from None
     if hw is not None and pixels.shape[:2] != tuple(hw):
         h, w = stored
-        raise UserError(f"{source}: is {w}x{h} pixels, but its annotations say {hw[1]}x{hw[0]}")
+        raise UserError(f"{name}: is {w}x{h} pixels, but its annotations say {hw[1]}x{hw[0]}")
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-ONE_IMAGE = str, os.PathLike, Image.Image, np.ndarray, Tensor  # rather than an iterable of images
+def each_image(images):
+    """Return images as an iterable: a single one, of any kind that `as_image` takes, in a list."""
+    single = str, bytes, bytearray, os.PathLike, Image.Image, np.ndarray, Tensor
+    if isinstance(images, single) or hasattr(images, "read"):
+        return [images]
+    if not isinstance(images, Iterable) or isinstance(images, dict):
+        raise UserError(f"images {short_repr(images)}: expected an image or several")
+    return images
 
 
 def as_image(source):
-    """A path, PIL image, RGB uint8 array (H, W, 3) or tensor (3, H, W) -> the latter."""
-    if isinstance(source, (str, os.PathLike, Image.Image)):
+    """Return an image as a uint8 RGB tensor (3, H, W).
+
+    source: what `read_image` takes, or uint8 pixels as an array (H, W, C) or a tensor (C, H, W)
+    with C = 3, 1 (grey) or 4 (the transparency is left out), or (H, W). The other order of axes is
+    taken where it is the only one that fits. Raises UserError for anything else.
+    """
+    if isinstance(source, (np.ndarray, Tensor)):
+        return pixels_as_image(source)
+    if isinstance(source, (str, bytes, bytearray, os.PathLike, Image.Image)):
         return read_image(source)
-    if isinstance(source, np.ndarray) and source.ndim == 3:
-        source = torch.from_numpy(np.ascontiguousarray(source)).permute(2, 0, 1)
-    if isinstance(source, torch.Tensor) and source.ndim == 3 and source.dtype == torch.uint8:
-        if len(source) == 3 and source.numel():
-            return source.cpu()
-    what = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else repr(source)
-    raise ValueError(
-        f"image {what}: expected a path, a PIL image, an RGB uint8 array (H, W, 3) or "
-        "an RGB uint8 tensor (3, H, W)"
+    if hasattr(source, "read"):
+        return read_image(source)
+    raise UserError(
+        f"image {short_repr(source, 60)}: expected a path, bytes, a file, a PIL image, "
+        "or uint8 pixels as an array (H, W, 3) or a tensor (3, H, W)"
     )
+
+
+def pixels_as_image(pixels):
+    """Return an array or tensor of pixels as a uint8 RGB tensor (3, H, W): see `as_image`."""
+    found = short_repr(pixels, 60)
+    if str(pixels.dtype).removeprefix("torch.") != "uint8":
+        raise UserError(f"image {found}: expected uint8 pixels from 0 to 255; convert them first")
+    if pixels.ndim == 2:
+        pixels = pixels[None] if isinstance(pixels, Tensor) else pixels[..., None]
+    axes = (0, 2) if isinstance(pixels, Tensor) else (2, 0)
+    fitting = [axis for axis in axes if pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4)]
+    if not fitting or 0 in pixels.shape:
+        hint = "; pass the images of a batch one by one" if pixels.ndim == 4 else ""
+        raise UserError(f"image {found}: expected an array (H, W, 3) or a tensor (3, H, W){hint}")
+    if isinstance(pixels, np.ndarray):  # PyTorch warns of memory that is read-only
+        pixels = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+    pixels = pixels.cpu().movedim(fitting[0], 0)
+    return pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
 
 
 INFERENCE_LOCK = threading.RLock()  # of all models: a lock inside a model could not be copied
@@ -1908,6 +2089,23 @@ def check_archive(file, size):
                 TensorOutline(pickled, size).load()
 
 
+def read_safetensors(path):
+    """Return the tensors of a file by name; if `save` wrote it, the content of a checkpoint."""
+    with import_safetensors().safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        stored = (file.metadata() or {}).get("fcos")
+    return tensors if stored is None else json.loads(stored) | {"model": tensors}
+
+
+def import_safetensors():
+    """Import safetensors, which is needed only for its files. Raises UserError if it is missing."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise UserError(f"expected safetensors; pip install safetensors ({error})") from None
+    return safetensors
+
+
 def read_checkpoint(path):
     """Read a file of torch.save, a pickle of arrays (.pkl) or a .safetensors file, without running
     code from it.
@@ -1916,7 +2114,9 @@ def read_checkpoint(path):
     values.
     """
     try:
-        with open(regular(path), "rb") as file:
+        with open(regular_file(path), "rb") as file:
+            if str(path).endswith(".safetensors"):
+                return read_safetensors(path)
             size = os.fstat(file.fileno()).st_size
             if zipfile.is_zipfile(file):
                 check_archive(file, size)
@@ -1947,91 +2147,215 @@ def read_checkpoint(path):
 
 def stored_keywords(content: dict) -> dict:
     """Return the resolved keywords of the model in one of our checkpoints."""
-    return resolve(dict(content["keywords"]))
+    if not isinstance(content["keywords"], dict):
+        raise UserError(f"keywords {short_repr(content['keywords'])}: expected a dict")
+    return resolve(content["keywords"])
 
 
 def checkpoint(model: "FCOS") -> dict:
-    """All that `load` needs to rebuild the model, as tensors and plain Python values."""
-    names = (
-        "name",
-        "num_classes",
-        "keywords",
-        "classes",
-        "category_ids",
-        "convention",
-    )
-    return {name: getattr(model, name) for name in names} | {"model": model.state_dict()}
+    """Return all that `load` needs to build the model again, as tensors and plain Python values.
+
+    Wrappers of torch.compile and DataParallel are removed. Raises UserError for another model.
+    """
+    inner = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, FCOS):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+    if not isinstance(inner, FCOS):
+        raise UserError(f"model of type {type(model).__name__}: expected one of fcos.build or load")
+    names = ("name", "num_classes", "keywords", "classes", "category_ids", "convention")
+    content = {name: getattr(inner, name) for name in names}
+    state = {key.replace("_orig_mod.", ""): x for key, x in inner.state_dict().items()}
+    return content | {"model": state}
+
+
+WRITING = set()  # the temporary files of this process
+TEMPORARY = re.compile(r"\.fcos-([0-9a-f]+)-(\d{1,9})-[0-9a-f]+\.tmp")  # machine, process, random
+
+
+def machine():
+    """Return a short name of this machine, for the names of temporary files."""
+    return f"{zlib.crc32(platform.node().encode()):x}"
 
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb", keep=None):
-    """Open a file for writing, one process at a time, that appears whole at `path`, or not at all.
-    What was there moves to `keep`, if given. UserError if it cannot be written."""
-    temporary = f"{path}.fcos.tmp"
+    """Open a file for writing that appears whole at `path`, or not at all.
+
+    A temporary file in the same folder replaces what is at `path`, a link itself and not its
+    target, and the old file moves to `keep` if given. A missing folder is created. A process that
+    is killed leaves the temporary file: see `remove_leftovers`.
+
+    Raises UserError if the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".fcos-{machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    WRITING.add(temporary.name)
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)  # of a process that was killed
+        regular_file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode.replace("w", "x")) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if keep and os.path.exists(path):
             os.replace(path, keep)
-        os.replace(temporary, regular(path))
-    except (OSError, RuntimeError) as error:  # torch.save hides the former in the latter
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError while it handles an OSError, such as a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise UserError(f"{path}: cannot be written ({cause})") from None
+        why = cause.strerror if getattr(cause, "filename", None) else printable(cause)
+        raise UserError(f"{printable(path)}: cannot be written ({why})") from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        WRITING.discard(temporary.name)
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files of `atomic_write` that killed processes left in a folder.
+
+    What a living process or another machine may still write is removed only after a day.
+    """
+    for path in Path(folder).glob(".fcos-*.tmp"):
+        match = TEMPORARY.fullmatch(path.name)
+        with contextlib.suppress(OSError):  # another process may remove it first
+            old = time.time() - path.lstat().st_mtime > 24 * 3600
+            if match and (old or (match[1] == machine() and not is_writing(path, int(match[2])))):
+                path.unlink()
+
+
+def is_writing(path, process):
+    """Tell whether a process of this machine may still write a temporary file."""
+    if process == os.getpid():
+        return path.name in WRITING
+    try:
+        os.kill(process, 0)  # sends no signal, only checks
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def save(model: "FCOS", path):
-    """Write a checkpoint that `load` reads, whole or not at all."""
+    """Write a checkpoint that `load` reads, whole or not at all.
+
+    A path that ends in .safetensors is written in that format, with everything but the tensors as
+    JSON in its metadata.
+    """
+    content = checkpoint(model)
+    if str(path).endswith(".safetensors"):
+        try:
+            safetensors = import_safetensors()
+        except UserError as error:
+            raise UserError(f"{printable(path)}: {error}") from None
+        tensors = {name: tensor.contiguous() for name, tensor in content.pop("model").items()}
+        written = safetensors.torch.save(tensors, {"fcos": json.dumps(content)})
     with atomic_write(path) as file:
-        torch.save(checkpoint(model), file)
+        if str(path).endswith(".safetensors"):
+            file.write(written)
+        else:
+            torch.save(content, file)
 
 
 def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "FCOS":
-    """A model in eval mode from a file alone, if it is one of our own checkpoints or torchvision's;
-    those of other families do not say which architecture they are of: `name` is a row of MODELS.
-    "coco" is torchvision's own file: see hub_file. `backbone`: if it was a module of your own."""
+    """Load a model in eval mode from a file of weights.
+
+    Our own checkpoints and torchvision's say which model they hold. For the files of other
+    families, `name` is the row of MODELS. "coco" is torchvision's own file, see `hub_file`.
+    backbone: the module, if the model was built with one of your own.
+
+    Raises UserError if the file cannot be read or does not fit.
+    """
     path = hub_file("coco") if path == "coco" else path
-    _, content, state, family, mark = weights = open_weights(path)
-    if family not in DETECTORS:
-        raise UserError(f"{path}: is an ImageNet classifier, as {mark} tells, and no detector")
-    if "keywords" not in content:  # not ours, or only a state dict
-        if family == "torchvision":
-            name = name or "fcos_torchvision_R_50_FPN"
-        if name is None:
-            raise UserError(
-                f"{path}: does not say which model it is; name one of {', '.join(MODELS)}"
-            )
-        num_classes = 80 if family == "torchvision" and len(state[mark]) == 91 else len(state[mark])
-        model = build(name, num_classes)
-        load_weights(model, weights)
-        return model.eval()
-    if name not in (None, content["name"]):
-        raise UserError(f"{path}: is a {content['name']}, not a {name}")
+    weights = open_weights(path)
+    if weights.family not in DETECTORS:
+        mark = printable(weights.mark, 60)
+        raise UserError(
+            f"{printable(path)}: is an ImageNet classifier, as {mark} tells, and no detector"
+        )
     try:
-        keywords = stored_keywords(content)
-        if keywords["backbone"] is None:
-            if backbone is None:
-                raise UserError("its backbone is no row's; pass a module as `backbone`")
-            keywords = keywords | {"backbone": backbone}
-        model = FCOS(K := content["num_classes"], **keywords)
-        model.name = content["name"]
-        for name, length in ("classes", K), ("category_ids", K):
-            value = content[name]
-            if value is not None and (not isinstance(value, (list, tuple)) or len(value) != length):
-                raise UserError(f"{name} {value!r:.99}: expected {length} of them")
-            setattr(model, name, value)
-        range(*model.test_size), resized_hw(1, 1, *model.test_size)  # whole pixels that fit?
-        load_weights(model, weights)
-    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
-        # made by hand, or damaged
-        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        if "keywords" in weights.content:
+            model = rebuild(weights, name, backbone)
+        else:
+            model = build_for(weights, name)
+    except UserError as error:
+        raise UserError(f"{printable(path)}: {error}") from None
+    load_weights(model, weights)
     return model.eval()
+
+
+def build_for(weights, name):
+    """Build the model for a file that does not say which one it holds: the row `name`."""
+    rows = len(weights.state[weights.mark])
+    if weights.family == "torchvision":
+        name = name or "fcos_torchvision_R_50_FPN"
+        rows = len(COCO) if rows == 91 else rows  # its rows are category ids
+    if name is None:
+        raise UserError(f"does not say which model it is; name one of {', '.join(MODELS)}")
+    with limited_size(weights.state):
+        return build(name, rows)
+
+
+def rebuild(weights, name, backbone):
+    """Build the model that one of our checkpoints describes, without its weights."""
+    content = weights.content
+    rows = len(weights.state[weights.mark])
+    stored_name = content.get("name")
+    if not isinstance(stored_name, str):
+        raise UserError(f"name {short_repr(stored_name)}: expected text")
+    if name not in (None, stored_name):
+        raise UserError(f"is a {printable(stored_name, 99)}, not a {name}")
+    if type(content.get("num_classes")) is not int or content["num_classes"] != rows:
+        found = short_repr(content.get("num_classes"))
+        raise UserError(f"num_classes {found}: expected {rows}, the rows of {weights.mark}")
+    keywords = stored_keywords(content)
+    if keywords["backbone"] is None:
+        if backbone is None:
+            raise UserError("this model was built with a custom backbone: pass it as `backbone=`")
+        keywords["backbone"] = backbone
+    with limited_size(weights.state):
+        model = FCOS(rows, **keywords)
+    model.name = stored_name
+    for entry, kind in ("classes", str), ("category_ids", int):
+        values = content.get(entry)
+        fits = isinstance(values, (list, tuple)) and len(values) == rows
+        if values is not None and not (fits and all(type(value) is kind for value in values)):
+            found = short_repr(values)
+            raise UserError(f"{entry} {found}: expected {rows} values of type {kind.__name__}")
+        setattr(model, entry, values)
+    return model
+
+
+@contextlib.contextmanager
+def limited_size(state):
+    """Stop building a model that becomes far larger than the tensors it is built for.
+
+    A file of a few bytes can describe a model that fills the memory. There is a margin for layers
+    that are built and not stored. Raises UserError.
+    """
+    storages = {}  # by address: tensors may share one, and may repeat its elements
+    for value in state.values():
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    left = 10**7 + sum(storages.values())
+
+    def count(module, name, parameter):
+        nonlocal left
+        left -= 0 if parameter is None else parameter.numel()
+        if left < 0:
+            raise UserError("its keywords describe a model far larger than its tensors")
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        raise UserError(f"its keywords describe no model ({printable(error, 99)})") from None
+    finally:
+        hook.remove()
 
 
 # ---- weights of other projects ------------------------------------------------------------------
@@ -2039,17 +2363,16 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
 
 # COCO's 80 classes by category id; ten of 1..90 are not used.
 COCO = dict(enumerate(detection.FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))
-
 COCO = {id: name for id, name in COCO.items() if name not in ("__background__", "N/A")}
 
 
 def layer(n):
-    """The name of module number n of a sequence of convolution, norm, relu, convolution, ..."""
+    """Return our name of module number n in a sequence of convolution, norm, ReLU, ..."""
     return f"{int(n) // 3}.{('conv', 'norm', 'relu')[int(n) % 3]}"
 
 
-# How others name what is called fpn.* and head.* here, as backbones name what is theirs in `names`:
-# (pattern, replacement or a function of the match), applied from top to bottom.
+# How other projects name what is fpn.* and head.* here: (pattern, replacement or a function of the
+# match), applied from top to bottom.
 NAMES = [
     # pyramids: official, torchvision (its files have both spellings), AdelaiDet, mmdetection
     (r"^backbone\.fpn\.fpn_inner(\d)\.", lambda m: f"fpn.lateral{int(m[1]) + 1}."),
@@ -2158,187 +2481,308 @@ def families():
 
 
 def rename_key(key: str, names: list) -> str:
-    """A key of another family in our words, by the rows of a table such as NAMES."""
+    """Return our name for a key of another project, by the rows of a table such as NAMES."""
     for pattern, replacement in names:
         key = re.sub(pattern, replacement, key)
     return key
 
 
-# A file of weights: all that it holds, the state dict in it, its family and the key that tells it.
-Weights = namedtuple("Weights", "path content state family mark")
+class Weights(NamedTuple):
+    """A file of weights, opened."""
+
+    path: object  # or "weights" for a dict
+    content: dict  # the dict around the state dict, or the state dict itself
+    state: dict  # tensors or arrays by name, without the prefixes of wrappers
+    family: str  # one of DETECTORS or CLASSIFIERS
+    mark: str  # the key by which the family is known
+    copies: list  # keys of further copies of the model, such as a teacher's
+
+
+# Entries in which training programs keep the state dict, the preferred ones first, and names that
+# wrappers put before every key.
+HOLDERS = """model state_dict blobs net network model_state_dict model_state weights module ema
+    model_ema ema_model ema_state_dict state_dict_ema student teacher""".split()
+WRAPPERS = """module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module model net network
+    detector ema ema_model model_ema student teacher""".split()
+PREFIX = rf"(?:(?:{'|'.join(WRAPPERS)})\.)*"
 
 
 def open_weights(source) -> Weights:
-    """A path or a dict of any family. UserError if it holds no state dict of a known one."""
-    path = source if isinstance(source, (str, os.PathLike)) else "weights"
-    content = read_checkpoint(source) if path is source else source
+    """Open a path or a dict of any family; raises UserError if it holds no state dict of one."""
+    is_path = isinstance(source, (str, os.PathLike))
+    path = source if is_path else "weights"
+    content = read_checkpoint(source) if is_path else source
     state = content
     for _ in range(4):  # last.pt of train.py holds a checkpoint that holds the weights
-        held = state if isinstance(state, dict) else {}
-        inner = [held[k] for k in ("model", "state_dict", "blobs") if isinstance(held.get(k), dict)]
+        inner = [state.get(key) for key in HOLDERS] if isinstance(state, dict) else []
+        inner = [value for value in inner if isinstance(value, dict)]
         if not inner:
             break
-        content, state = state, inner[0]
+        content = state
+        state = inner[0]
+    where = printable(path)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise UserError(
-            f"{path}: holds no state dict, tensors with their names as keys, but a "
-            f"{type(state).__name__}"
-        )
-    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+        found = type(state).__name__
+        raise UserError(f"{where}: expected a state dict, tensors by name, found a {found}")
+    family, prefix, mark = find_family(state, PREFIX)
+    if family is None:
+        family, prefix, mark = find_family(state, r".*[./]")
+        keys = ", ".join(printable(key, 60) for key in list(state)[:3]) or "none"
+        hint = f"its first keys are {keys}"
+        if family:
+            prefix = printable(prefix, 60)
+            hint = f"keys of {family} stand behind the prefix {prefix!r}: remove it"
+        raise UserError(f"{where}: of no family known here ({', '.join(families())}); {hint}")
+    tensors, copies = {}, []
+    for key in sorted(state, key=lambda key: not key.startswith(prefix)):
+        name = key.removeprefix(prefix)
+        if name in tensors or (name == key and re.sub(f"^{PREFIX}", "", key) in tensors):
+            copies.append(key)
+        else:
+            tensors[name] = state[key]
+    return Weights(path, content, tensors, family, mark, copies)
+
+
+def find_family(state, prefix):
+    """Return the family of a state dict, the prefix of its keys and the key that tells the family.
+
+    prefix: a pattern of what may stand before that key. The family is None if no key tells it.
+    """
     for family, (mark, _) in families().items():
+        pattern = re.compile(f"({prefix})({mark})")
         for key, value in state.items():
-            if re.fullmatch(mark, key) and getattr(value, "ndim", 0):
-                return Weights(path, content, state, family, key)
-    first = ", ".join(list(state)[:3]) or "none"
-    raise UserError(
-        f"{path}: of no family known here ({', '.join(families())}); its first keys are {first}"
-    )
+            match = pattern.fullmatch(key)
+            if match and getattr(value, "ndim", 0):
+                return family, match[1], match[2]
+    return None, "", ""
 
 
-def input_convention(model, weights):
-    """What a file tells of the pixels it wants beyond its family, as keywords of CONVENTION."""
+def stored_convention(model, weights):
+    """Return what weights expect of pixels and boxes, as keywords of CONVENTION."""
+    if weights.family == "fcos":
+        return weights.content.get("convention", {})
+    return families()[weights.family][1] | stored_pixels(model, weights)
+
+
+def stored_pixels(model, weights):
+    """Return what a file of another project says about its pixels beyond its family."""
     family, state = weights.family, weights.state
-    if "pixel_mean" in state:  # AdelaiDet's
-        mean, std = (tuple(state[f"pixel_{x}"].flatten().tolist()) for x in ("mean", "std"))
+    if "pixel_mean" in state and "pixel_std" in state:  # AdelaiDet's
+        names = "pixel_mean", "pixel_std"
+        pixels = [as_dense(name, state[name], model.pixel_mean) for name in names]
+        if any(values.numel() != 3 for values in pixels):
+            raise UserError("pixel_mean and pixel_std: expected 3 numbers each")
+        mean, std = (tuple(values.flatten().tolist()) for values in pixels)
         return dict(bgr=mean[0] < mean[2], mean=mean, std=std)
     if family in ("adelaidet", "detectron2") and model.keywords.get("groups") == 32:
         return dict(std=(57.375, 57.12, 58.395))  # for this backbone alone
-    if family == "mmdetection":  # the text of its configuration lies beside the weights
-        text = str(weights.content.get("meta"))
-        found = [re.search(name + r"=\[([^\]]*)\]", text) for name in ("mean", "std")]
-        if all(found):
-            mean, std = (tuple(map(float, re.findall(r"[\d.]+", match[1]))) for match in found)
-            return dict(bgr="to_rgb=True" not in text, mean=mean, std=std)
-        if not model.keywords.get("stride_in_1x1", True):
-            return TORCH
-        if "bbox_head.cls_convs.0.conv.bias" in state:
-            return MSRA
+    if family == "mmdetection":
+        return mmdetection_pixels(model, weights)
+    return {}
+
+
+def mmdetection_pixels(model, weights):
+    """Return the pixels of an mmdetection model, from its configuration if the file has it."""
+    meta = weights.content.get("meta")
+    texts = [meta.get(key) for key in ("cfg", "config")] if isinstance(meta, dict) else []
+    for text in texts:
+        if isinstance(text, str):
+            found = [re.search(name + r"=\[([^\]]*)\]", text) for name in ("mean", "std")]
+            if all(found):
+                values = [re.findall(r"\d+(?:\.\d+)?", match[1]) for match in found]
+                mean, std = (tuple(map(float, numbers)) for numbers in values)
+                return dict(bgr="to_rgb=True" not in text, mean=mean, std=std)
+    if not model.keywords.get("stride_in_1x1", True):
+        return TORCH
+    if "bbox_head.cls_convs.0.conv.bias" in weights.state:
+        return MSRA
     return {}
 
 
 def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dict:
-    """Fill `model` from a path or a dict: our own checkpoints; detectors of the official FCOS,
-    AdelaiDet, torchvision and mmdetection; and of ImageNet classifiers of Caffe2, Detectron2 and
-    torchvision the backbone. The family is known from the keys and sets what goes with it in
-    model.convention. The architecture is the row's and never changes; a file that contradicts it is
-    an error, but only ours tell exp from relu. A detector of 80 classes gets the names of COCO's.
+    """Fill `model` with weights of any family, and set its convention to theirs.
 
-    classes: the names of the model's classes, to fine-tune a detector of others: the rows of its
-    classifier are copied to the classes of the same name, and the others stay as they are.
-    -> {"family", "convention", "loaded", "ignored", "missing", "new_classes"}, four lists of names.
-       UserError lists keys that are missing or unknown, and shapes that differ.
+    source: a path or a dict with one of our checkpoints; a detector of the official FCOS,
+    AdelaiDet, torchvision or mmdetection; or an ImageNet classifier of Caffe2, Detectron2 or
+    torchvision, which fills the backbone. The keys tell the family. The architecture stays that of
+    the model; only our own files say whether they mean it (exp or relu, for example). A detector of
+    COCO's 80 classes names them.
+
+    classes: names of the model's classes, to fine-tune a detector of others: rows of the classifier
+    are copied to the classes of the same name, and the other classes keep their initial rows.
+
+    Returns {"family", "convention", "loaded", "ignored", "missing", "new_classes"}, the last four
+    lists of names. Raises UserError, and changes nothing, if keys are missing or unknown, or if
+    shapes, values or keywords do not fit.
     """
     weights = source if isinstance(source, Weights) else open_weights(source)
-    path, content, state, family, _ = weights
-
-    def refuse(why):
-        row = "fcos_torchvision_R_50_FPN" if family == "torchvision" else content.get("name")
-        hint = f"; it is a {row}" if row not in (None, model.name) else ""
-        raise UserError(f"{path}: does not fit {model.name}: {why}{hint}")
-
-    # ---- their names become ours
-    names = BACKBONE_NAMES.get(type(model.backbone), []) + NAMES
-    if family == "torchvision_mobilenet":
-        names = NESTED_MOBILENET_NAMES + names
-    own, renamed, unknown = model.state_dict(), {}, {}
-    for key, value in state.items():
-        name = key if family == "fcos" else rename_key(key, names)
-        if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
-            value = torch.from_numpy(value.astype(np.float32))
-        if name not in own or name in renamed:
-            unknown[key] = name
-            continue
-        plain = isinstance(value, Tensor) and value.layout == torch.strided
-        plain = plain and not (value.is_meta or value.is_nested)
-        if not plain or value.is_floating_point() != own[name].is_floating_point():
-            what = f"{type(value).__name__} {getattr(value, 'dtype', '')}"
-            raise UserError(f"{path}: {key} is no plain tensor of floating point but {what}")
-        if not value.isfinite().all():
-            raise UserError(f"{path}: {key} holds NaN or infinity")
-        renamed[name] = value
-    for name, value in own.items():
-        if family == "caffe2" and re.match(r"backbone\..*\.running_(mean|var)$", name):
-            renamed[name] = torch.full_like(value, name.endswith("var"))  # its norm is affine
-        elif family == "mmdetection" and re.fullmatch(r"head\.\w+_tower\.\d\.conv\.bias", name):
-            renamed.setdefault(name, torch.zeros_like(value))  # its plain models have none
-        elif family == "mmdetection" and name.startswith("head.scale.") and name in renamed:
-            renamed[name] = renamed[name].reshape(1)
-        elif family == "torchvision" and name.startswith("head.cls.") and name in renamed:
-            if len(renamed[name]) == 91 and (classes or model.num_classes != 91):  # category ids
-                renamed[name] = renamed[name][list(COCO)]
-
-    # ---- the classifier, class by class
-    known, new_classes = content.get("classes") or [], []
-    if classes and "head.cls.bias" in renamed and family in DETECTORS:
-        rows = len(renamed["head.cls.bias"])
-        if len(classes) != model.num_classes or len(known or range(rows)) != rows:
-            refuse(f"{len(classes)} classes for {model.num_classes} rows, {len(known)} for {rows}")
-        if not known:  # the file names none
-            by_rows = {len(classes): classes, 80: list(COCO.values())}
-            known = by_rows.get(rows, [])
-        new_classes = [name for name in classes if name not in known]
-        for name in ("head.cls.weight", "head.cls.bias"):
-            theirs, renamed[name] = renamed[name], own[name].clone()
-            for row, c in enumerate(classes):
-                if c in known:
-                    renamed[name][row] = theirs[known.index(c)]
-
-    # ---- does everything fit?
-    missing, spare = [name for name in own if name not in renamed], r".*num_batches_tracked"
-    if family in DETECTORS:
-        wrong, spare = missing + list(unknown), spare + r"|pixel_(mean|std)"
-    else:  # the rest of the file is its classifier; Caffe2's also keep the optimizer's momentum
-        wrong = missing + [key for key, name in unknown.items() if name.startswith("backbone.")]
-        spare += r"|(fpn|head)\..*|.*\.offset\..*|.*_momentum"
-    if family == "fcos" and classes:  # an output that the head has since got starts anew
-        layers = {name.rpartition(".")[0] for name in renamed}
-        wrong = [n for n in wrong if n[:5] != "head." or n.rpartition(".")[0] in layers]
-    wrong = [name for name in wrong if not re.fullmatch(spare, name)]
-    told = {}  # what shapes do not tell
-    if family == "fcos" and "name" in content:
-        stored = stored_keywords(content)
-        told = {
-            keyword: stored.get(keyword)
-            for keyword in ("activation", "ctr_on", "quality", "levels", "scales", "stride_in_1x1")
-        }
-    elif family not in DETECTORS and isinstance(model.backbone, ResNet):
-        if "res3.0.conv3.conv.weight" in model.backbone.state_dict():
-            in_1x1 = family in ("caffe2", "detectron2") and model.keywords["groups"] == 1
-            told["stride_in_1x1"] = in_1x1
-        if family == "caffe2" or model.keywords["norm"] == "gn":
-            told["norm"] = "frozen"  # with statistics, which GroupNorm has not; Caffe2's are 0, 1
-    for keyword, there in told.items():
-        if there != model.keywords.get(keyword):
-            refuse(f"{keyword} is {there} in the file, {model.keywords.get(keyword)} in the model")
-    if wrong:
-        refuse(f"{len(wrong)} keys are missing or unknown, among them {', '.join(wrong[:5])}")
-    for name, value in renamed.items():
-        if value.shape != own[name].shape:
-            hint = "; `classes` says whose rows to take" if name.startswith("head.cls.") else ""
-            refuse(
-                f"{name} is {tuple(value.shape)} in the file and {tuple(own[name].shape)} in "
-                f"the model{hint}"
-            )
-
-    convention = families()[family][1] | input_convention(model, weights)
-    convention = content.get("convention", {}) if family == "fcos" else convention
-    if not isinstance(convention, dict) or not convention.keys() <= CONVENTION.keys():
-        refuse(f"its convention is {convention!r:.99}")
+    try:
+        tensors, unknown = rename_tensors(model, weights)
+        complete_tensors(model, weights.family, tensors)
+        missing = [name for name in model.state_dict() if name not in tensors]
+        check_keywords(model, weights)
+        check_names(weights, tensors, missing, unknown, fine_tuned=bool(classes))
+        new_classes = choose_rows(model, weights, tensors, classes)
+        check_shapes_and_values(model, tensors)
+        convention = checked_convention(stored_convention(model, weights))
+    except UserError as error:
+        row = weights.content.get("name")
+        if weights.family == "torchvision":
+            row = "fcos_torchvision_R_50_FPN"
+        hint = "" if row in (None, model.name) else f"; it is a {printable(row, 60)}"
+        where = printable(weights.path)
+        raise UserError(f"{where}: does not fit {model.name}: {error}{hint}") from None
     model.set_convention(**convention)
-    model.load_state_dict(renamed, strict=False)
-    if family in DETECTORS and family != "fcos" and model.num_classes == 80:
-        if not (classes or model.classes):
-            model.classes, model.category_ids = list(COCO.values()), list(COCO)
+    model.load_state_dict(tensors, strict=False)
+    of_coco = weights.family in DETECTORS and weights.family != "fcos" and model.num_classes == 80
+    if of_coco and not (classes or model.classes):
+        model.classes = list(COCO.values())
+        model.category_ids = list(COCO)
     return {
-        "family": family,
+        "family": weights.family,
         "convention": model.convention,
-        "loaded": list(renamed),
-        "ignored": list(unknown),
+        "loaded": list(tensors),
+        "ignored": list(unknown) + weights.copies,
         "missing": missing,
         "new_classes": new_classes,
     }
+
+
+def rename_tensors(model, weights):
+    """Return {our name: tensor} and {their key: our name, which the model does not have}.
+
+    Raises UserError if a value that is used is no dense tensor or array of numbers.
+    """
+    names = BACKBONE_NAMES.get(type(model.backbone), []) + NAMES
+    if weights.family == "torchvision_mobilenet":
+        names = NESTED_MOBILENET_NAMES + names
+    if weights.family == "fcos":
+        names = []
+    own = model.state_dict()
+    tensors, unknown = {}, {}
+    for key, value in weights.state.items():
+        name = rename_key(key, names)
+        if name in own and name not in tensors:
+            tensors[name] = as_dense(key, value, own[name])
+        else:
+            unknown[key] = name
+    return tensors, unknown
+
+
+def as_dense(key, value, own):
+    """Return a value of a state dict as a tensor; raises UserError if it cannot fill `own`."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+        value = torch.from_numpy(value.astype(np.float32))
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    dense = dense and not (value.is_meta or value.is_nested or value.is_quantized)
+    if not dense or value.is_floating_point() != own.is_floating_point():
+        kind = "floating-point" if own.is_floating_point() else "integer"
+        raise UserError(
+            f"{printable(key, 99)}: expected a dense {kind} tensor, found {short_repr(value, 60)}"
+        )
+    return value
+
+
+def complete_tensors(model, family, tensors):
+    """Add the constants that a family leaves out, and reshape what it stores otherwise."""
+    for name, own in model.state_dict().items():
+        if family == "caffe2" and re.match(r"backbone\..*\.running_(mean|var)$", name):
+            tensors[name] = torch.full_like(own, name.endswith("var"))  # its norms are affine only
+        elif family == "mmdetection" and re.fullmatch(r"head\.\w+_tower\.\d\.conv\.bias", name):
+            tensors.setdefault(name, torch.zeros_like(own))  # its plain models have none
+        elif family == "mmdetection" and name.startswith("head.scale.") and name in tensors:
+            if tensors[name].numel() == 1:
+                tensors[name] = tensors[name].reshape(1)
+
+
+def check_keywords(model, weights):
+    """Raise UserError if the file differs from the model in a keyword that shapes do not show."""
+    expected = {}
+    if weights.family == "fcos" and "keywords" in weights.content:
+        stored = stored_keywords(weights.content)
+        hidden = "activation", "ctr_on", "quality", "levels", "scales", "stride_in_1x1"
+        expected = {keyword: stored.get(keyword) for keyword in hidden}
+    elif weights.family in CLASSIFIERS and isinstance(model.backbone, ResNet):
+        if "res3.0.conv3.conv.weight" in model.backbone.state_dict():
+            caffe = weights.family in ("caffe2", "detectron2")
+            expected["stride_in_1x1"] = caffe and model.keywords["groups"] == 1
+        if weights.family == "caffe2" or model.keywords["norm"] == "gn":
+            expected["norm"] = "frozen"  # with statistics, which GroupNorm lacks; Caffe2's are 0, 1
+    for keyword, there in expected.items():
+        here = model.keywords.get(keyword)
+        if there != here:
+            raise UserError(f"{keyword} is {there} in the file, {here} in the model")
+
+
+def check_names(weights, tensors, missing, unknown, fine_tuned):
+    """Raise UserError if keys are missing or unknown. A classifier fills only the backbone."""
+    if weights.family in DETECTORS:
+        wrong = missing + list(unknown)
+        spare = r".*num_batches_tracked|pixel_(mean|std)|n_averaged"
+    else:  # the rest of the file is the classifier; Caffe2's also keep the optimizer's momentum
+        wrong = missing + [key for key, name in unknown.items() if name.startswith("backbone.")]
+        spare = r".*num_batches_tracked|(fpn|head)\..*|.*\.offset\..*|.*_momentum"
+    if weights.family == "fcos" and fine_tuned:  # an output that the head got since starts anew
+        layers = {name.rpartition(".")[0] for name in tensors}
+        wrong = [n for n in wrong if n[:5] != "head." or n.rpartition(".")[0] in layers]
+    wrong = [printable(name, 80) for name in wrong if not re.fullmatch(spare, name)]
+    if wrong:
+        first = ", ".join(wrong[:5])
+        raise UserError(f"{len(wrong)} keys are missing or unknown, among them {first}")
+
+
+def choose_rows(model, weights, tensors, classes):
+    """Choose the rows of the classifier, in `tensors`, by the names of classes.
+
+    Returns the classes that the file does not know; their rows stay those of the model.
+    """
+    layers = [name for name in ("head.cls.weight", "head.cls.bias") if name in tensors]
+    own = {name: model.state_dict()[name] for name in layers}
+    shapes = [tensors[name].shape for name in layers]
+    alike = all(len(shape) == own[name].ndim for name, shape in zip(layers, shapes))
+    alike = alike and len({shape[0] for shape in shapes}) == 1
+    if not alike or any(s[1:] != own[name].shape[1:] for name, s in zip(layers, shapes)):
+        return []  # check_shapes_and_values reports it
+    if weights.family == "torchvision" and (classes or model.num_classes != 91):
+        for name in layers:
+            if len(tensors[name]) == 91:  # its rows are category ids
+                tensors[name] = tensors[name][list(COCO)]
+    if not classes or len(layers) < 2:
+        return []
+    rows = len(tensors["head.cls.bias"])
+    known = weights.content.get("classes") or []
+    if not isinstance(known, (list, tuple)):
+        raise UserError(f"classes {short_repr(known)}: expected a list")
+    counts = len(classes), len(known)
+    if counts[0] != model.num_classes or (known and counts[1] != rows):
+        raise UserError(f"{counts[0]} classes for {model.num_classes} rows, {counts[1]} for {rows}")
+    if not known:  # the file names none
+        known = {len(classes): classes, 80: list(COCO.values())}.get(rows, [])
+    for name in layers:
+        theirs = tensors[name]
+        tensors[name] = own[name].clone()
+        for row, c in enumerate(classes):
+            if c in known:
+                tensors[name][row] = theirs[known.index(c)]
+    return [name for name in classes if name not in known]
+
+
+def check_shapes_and_values(model, tensors):
+    """Raise UserError for another shape than the model's, or for NaN and infinity.
+
+    All shapes come first: values of a wrong shape may be too many to look at.
+    """
+    own = model.state_dict()
+    for name, value in tensors.items():
+        if value.shape != own[name].shape:
+            hint = "; `classes` says whose rows to take" if name.startswith("head.cls.") else ""
+            raise UserError(
+                f"{name} is {tuple(value.shape)} in the file and {tuple(own[name].shape)} in "
+                f"the model{hint}"
+            )
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise UserError(f"{name}: expected finite values, found NaN or infinity")
 
 
 def hub_file(name: str, classifier: str | None = None) -> Path:

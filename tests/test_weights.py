@@ -1704,6 +1704,6 @@ def test_forged_pickles_are_refused(name, tmp_path):
 def test_values_that_are_no_numbers(tmp_path, value):
     model, path = small("fcos_R_50_FPN"), tmp_path / "weights.pkl"
     path.write_bytes(pickle.dumps(backbone_file(model, AFFINE, res2_0_branch2a_w=value)))
-    said = "res2_0_branch2a_w(: expected an array of numbers| is no plain tensor of floating)"
+    said = "res2_0_branch2a_w: expected (an array of numbers|a dense floating-point tensor)"
     with pytest.raises(UserError, match=said):
         fcos.load_weights(model, path)
