@@ -1102,18 +1102,25 @@ LEVEL_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")  # P3 to 
 def draw(
     image, detections, classes=None, score_threshold=0.5, min_side=480, colors=None, font_size=None
 ):
-    """A PIL image with one entry of model.predict drawn on it: boxes, class names and scores;
-    without "scores" they are ground truth. `colors`: one for each box instead of one a class. An
-    image whose short side has less than `min_side` pixels is enlarged; text has `font_size`."""
+    """Return a PIL image with one entry of `FCOS.predict` drawn on it: boxes, classes and scores.
+
+    image: anything `FCOS.predict` takes. detections: without "scores" they are ground truth, and
+    all are drawn; otherwise those that score at least `score_threshold`. min_side: an image whose
+    short side has fewer pixels is enlarged. colors: one for each box instead of one for each class.
+    font_size: in pixels.
+    """
     from matplotlib import get_data_path  # its font has most alphabets; slow to import
 
     picture = Image.fromarray(fcos.as_image(image).permute(1, 2, 0).numpy())
     scale = min(math.ceil(min_side / min(picture.size)), 4000 // max(picture.size)) or 1
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.BICUBIC)
-    pen, size = ImageDraw.Draw(picture), font_size or max(12, min(picture.size) // 40)
+    size = font_size or max(12, min(picture.size) // 40)
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
-    boxes, labels = (detections["boxes"] * scale).tolist(), detections["labels"].tolist()
-    colors = colors or [COLORS[label % len(COLORS)] for label in labels]
+    pen = ImageDraw.Draw(picture)
+    boxes = (detections["boxes"] * scale).tolist()
+    labels = detections["labels"].tolist()
+    if colors is None:
+        colors = [COLORS[label % len(COLORS)] for label in labels]
     texts = [f"{classes[label] if classes else label}" for label in labels]
     shown = range(len(boxes))
     if "scores" in detections:
@@ -1121,15 +1128,61 @@ def draw(
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores)]
         shown = [i for i in shown if scores[i] >= score_threshold]
     for i in reversed(shown):  # the best last, above the others
-        (x1, y1, x2, y2), color, height = boxes[i], colors[i], 1.3 * size
-        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=max(2, size // 6))
-        width = pen.textlength(texts[i], font) + size // 2
-        x = max(min(x1, picture.width - width), 0)
-        y = y1 - height if y1 >= height else y1  # inside the box if there is no room above it
-        pen.rectangle((x, y, x + width, y + height), fill=color)
-        ink = "black" if np.dot(ImageColor.getrgb(color)[:3], (0.3, 0.6, 0.1)) > 100 else "white"
-        pen.text((x + size // 4, y + height / 2), texts[i], ink, font, "lm")
+        draw_box(pen, boxes[i], colors[i], max(2, size // 6))
+    taken = []
+    for i in shown:
+        wh = pen.textlength(texts[i], font) + size // 2, 1.3 * size
+        x, y = place_label(boxes[i], wh, picture.size, taken)
+        taken.append((x, y, x + wh[0], y + wh[1]))
+        pen.rectangle(taken[-1], fill=colors[i])
+        red, green, blue = ImageColor.getrgb(colors[i])[:3]
+        ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 100 else "white"
+        pen.text((x + size // 4, y + wh[1] / 2), texts[i], ink, font, "lm")
     return picture
+
+
+def draw_box(pen, box, color, width):
+    """Draw the outline of a box between two white lines, which show on every background."""
+    x1, y1, x2, y2 = box
+    for margin, ink, thickness in ((1, "white", width + 2), (0, color, width)):
+        corners = (x1 - margin, y1 - margin, max(x1, x2) + margin, max(y1, y2) + margin)
+        pen.rectangle(corners, outline=ink, width=thickness)
+
+
+def place_label(box, wh, picture_wh, taken):
+    """Return the top left corner (x, y) of a label of (width, height) pixels near its box.
+
+    The first of ten places is chosen that covers none of the labels in `taken`, a list of
+    (x1, y1, x2, y2); if there is none, the place that covers the least.
+    """
+    x1, y1, x2, y2 = box
+    w, h = wh
+    above, inside, bottom = y1 - h, y1, y2 - h
+    left, right = x1, x2 - w
+    corners = [(left, above), (left, above - h), (left, y2), (right, above), (right, y2)]
+    corners += [(left, inside), (right, inside), (left, bottom), (right, bottom), (x2, inside)]
+    places = []
+    for x, y in corners:
+        x = max(min(x, picture_wh[0] - w), 0)
+        y = max(min(y, picture_wh[1] - h), 0)
+        covered = 0
+        for label in taken:
+            width = max(min(x + w, label[2]) - max(x, label[0]), 0)
+            height = max(min(y + h, label[3]) - max(y, label[1]), 0)
+            covered += width * height
+        places.append((covered, x, y))
+    _, x, y = min(places, key=lambda place: place[0])
+    return x, y
+
+
+def start_notebook():
+    """Make the folder of this file the working directory, and show figures as small JPEG files."""
+    from matplotlib import pyplot
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+    os.chdir(Path(__file__).absolute().parent)
+    set_matplotlib_formats("jpeg")
+    pyplot.rcParams.update({"font.size": 13, "figure.dpi": 80})
 
 
 def find_pictures(sources):
