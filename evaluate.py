@@ -1128,7 +1128,7 @@ def draw(
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores)]
         shown = [i for i in shown if scores[i] >= score_threshold]
     for i in reversed(shown):  # the best last, above the others
-        draw_box(pen, boxes[i], colors[i], max(2, size // 6))
+        draw_box(pen, boxes[i], colors[i], max(3, size // 5))
     taken = []
     for i in shown:
         wh = pen.textlength(texts[i], font) + size // 2, 1.3 * size
