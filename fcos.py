@@ -1163,6 +1163,8 @@ class FCOS(nn.Module):
         are padded to one size run together. graph: replay CUDA graphs on a GPU, see `replay`.
         tile, overlap: look at crops of tile x tile pixels, too, for small objects in large images.
         tta: test-time augmentation with 18 views. See `make_views` for both.
+        After model.compile(dynamic=False) every padded size is a graph: set
+        torch._dynamo.config.recompile_limit (8) to their number, or later sizes run eager.
 
         Returns [{"boxes": (D, 4) xyxy pixels of the image, "scores": (D,), "labels": (D,), and
         every further output of the head, (D, ...)}], always a list.
