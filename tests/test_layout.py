@@ -202,7 +202,7 @@ def test_every_flag_in_the_text_of_the_readme_exists(capsys):
         flag for path in READMES for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())
     }
     elsewhere = {"--nproc_per_node", "--nnodes", "--standalone", "--max-restarts", "--upgrade"}
-    elsewhere |= {"--small", "--only"}  # of the benchmarks
+    elsewhere |= {"--small", "--only", "--signal"}  # of the benchmarks and of Slurm
     assert in_text <= known | elsewhere
 
 
