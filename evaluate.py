@@ -566,19 +566,25 @@ def find_images(folder, names, path):
     return places
 
 
-def same_content(paths):
-    """Return lists of the positions of files that have the same content."""
-    sizes = {}
+def same_content(paths, hashed=10_000):
+    """Return lists of the positions of images with the same content.
+
+    Of more than `hashed` paths the paths alone are compared, so that a large data set starts fast.
+    """
+    groups = {}
     for position, path in enumerate(paths):
-        sizes.setdefault(os.path.getsize(path), []).append(position)
-    sizes.pop(0, None)  # empty files, pipes and devices
+        key = os.path.getsize(path) if len(paths) <= hashed else path
+        groups.setdefault(key, []).append(position)
+    groups.pop(0, None)  # empty files, pipes and devices
+    groups = [group for group in groups.values() if len(group) > 1]
+    if len(paths) > hashed:
+        return groups
     contents = {}
-    for positions in sizes.values():
-        for position in positions if len(positions) > 1 else ():
-            with open(paths[position], "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").digest()
-            contents.setdefault(digest, []).append(position)
-    return [positions for positions in contents.values() if len(positions) > 1]
+    for position in itertools.chain.from_iterable(groups):
+        with open(paths[position], "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+        contents.setdefault(digest, []).append(position)
+    return [group for group in contents.values() if len(group) > 1]
 
 
 class CocoDataset:
@@ -608,7 +614,7 @@ class CocoDataset:
         self._names = np.array(find_images(self.image_dir, self.annotations.names, annotations))
         self.annotations.names = None  # the spelling of the folder counts from here on
         self.hw = self._sizes()
-        self._note_repeated_images()
+        self._note_copies()
         self._set_boxes()
 
     def _sizes(self):
@@ -624,21 +630,14 @@ class CocoDataset:
             )
         return sizes.astype(np.int64)
 
-    def _note_repeated_images(self):
-        repeated = len(self) - len(np.unique(self._names))
-        if repeated:
+    def _note_copies(self):
+        groups = same_content([f"{self.image_dir}/{name}" for name in self._names.tolist()])
+        if groups:
+            names = [printable(self._names[i]) for i in groups[0][:2]]
             self.notes.append(
-                f"{repeated} images have the file of another image: what is labeled in one is "
-                "background in the other"
+                f"{sum(map(len, groups)) - len(groups)} images are copies of another, such as "
+                f"{' and '.join(names)}: what is labeled in one is background in the other"
             )
-        elif len(self) <= MAX_HASHED:
-            groups = same_content([self.path(i) for i in range(len(self))])
-            if groups:
-                first, second, *_ = (str(self._names[i]) for i in groups[0])
-                self.notes.append(
-                    f"{sum(map(len, groups)) - len(groups)} images are copies of another image, "
-                    f"as {printable(second)} of {printable(first)}"
-                )
 
     def _set_boxes(self):
         truth = self.annotations
@@ -699,9 +698,6 @@ class CocoDataset:
         rows = slice(self.offsets[i], self.offsets[i + 1])
         columns = {name: torch.from_numpy(values[rows]) for name, values in self.columns.items()}
         return {"image": image, "boxes": boxes * scale, "labels": labels} | columns
-
-
-MAX_HASHED = 10_000  # images whose content is compared, so that reading COCO stays fast
 
 
 def check_pixels(annotations):

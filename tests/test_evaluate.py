@@ -376,10 +376,13 @@ def test_images_that_are_listed_twice_or_copied_are_counted(tmp_path):
     assert evaluate.CocoDataset(path, folder).notes == []
     shutil.copy(folder / "1.png", folder / "2.png")
     (note,) = evaluate.CocoDataset(path, folder).notes
-    assert note == "1 images are copies of another image, as 2.png of 1.png"
+    assert note.startswith("1 images are copies of another, such as 1.png and 2.png: what is")
     edit(path, images=lambda rows: [*rows, rows[0] | dict(id=101), rows[0] | dict(id=102)])
     (note,) = evaluate.CocoDataset(path, folder).notes
-    assert note.startswith("2 images have the file of another image")
+    assert note.startswith("3 images are copies of another, such as 1.png and 2.png: what is")
+    paths = [folder / f"{name}.png" for name in (1, 2, 1)]
+    assert evaluate.same_content(paths) == [[0, 1, 2]]
+    assert evaluate.same_content(paths, hashed=2) == [[0, 2]]  # by their paths alone
 
 
 def test_categories_of_one_name_are_told_apart(tmp_path):
