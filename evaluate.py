@@ -347,11 +347,11 @@ def look_up(ids, wanted):
 
     7 and "7" are the same id, since some tools write the ids of results as text.
     """
-    positions = {id: position for position, id in enumerate(ids)}
-    found = np.fromiter((positions.get(id, -1) for id in wanted), np.int64, len(wanted))
+    positions = dict(zip(ids, itertools.count()))
+    found = np.array(list(map(positions.get, wanted, itertools.repeat(-1))), np.int64)
     if (found < 0).any():
-        positions = {str(id): position for id, position in positions.items()}
-        found = np.fromiter((positions.get(str(id), -1) for id in wanted), np.int64, len(wanted))
+        positions = dict(zip(map(str, ids), itertools.count()))
+        found = np.array([positions.get(str(id), -1) for id in wanted], np.int64)
     return found
 
 
@@ -940,7 +940,8 @@ def score(results, annotations, per_class=False):
         scorer.evaluate()
         scorer.accumulate()
         scorer.summarize()
-        judged = [judge(*boxes) for boxes in split_by_class(truth, found, classes) if per_class]
+        parts = split_by_class(truth, found, classes) if per_class else []
+        judged = [judge(*part) for part in parts]
     metrics = dict(zip(METRICS, map(float, scorer.stats)))
     if not per_class:
         return metrics
@@ -964,8 +965,11 @@ def read_results(results, annotations):
         entries = read_json(results, list[ResultEntry])
     else:
         where = "results"
-        data = msgspec.json.encode(results, enc_hook=operator.methodcaller("tolist"))  # NumPy's
-        entries = decode(data, list[ResultEntry], where)
+        try:
+            entries = msgspec.convert(results, list[ResultEntry])
+        except msgspec.ValidationError:  # numbers of NumPy, or an error that decode describes
+            data = msgspec.json.encode(results, enc_hook=operator.methodcaller("tolist"))
+            entries = decode(data, list[ResultEntry], where)
     images = annotations.image_ids.tolist()
     categories = list(annotations.label_of)
     rows = look_up(images, [entry.image_id for entry in entries])
