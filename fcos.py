@@ -2496,8 +2496,8 @@ class Weights(NamedTuple):
     content: dict  # the dict around the state dict, or the state dict itself
     state: dict  # tensors or arrays by name, without the prefixes of wrappers
     family: str  # one of DETECTORS or CLASSIFIERS
-    mark: str  # the key by which the family is known
-    copies: list  # keys of further copies of the model, such as a teacher's
+    mark: str | None = None  # the key by which the family is known
+    copies: list[str] | tuple = ()  # keys of further copies of the model, such as a teacher's
 
 
 # Entries in which training programs keep the state dict, the preferred ones first, and names that
@@ -2644,7 +2644,7 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
         "family": weights.family,
         "convention": model.convention,
         "loaded": list(tensors),
-        "ignored": list(unknown) + weights.copies,
+        "ignored": [*unknown, *weights.copies],
         "missing": missing,
         "new_classes": new_classes,
     }

@@ -1334,7 +1334,7 @@ def restore(path, content, settings, model, saved):
         for value in torch.utils._pytree.tree_leaves(content[name]):
             if isinstance(value, torch.Tensor) and not value.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity")
-    fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos", None))
+    fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos"))
     for name, thing in saved.items():
         groups = [dict(group) for group in getattr(thing, "param_groups", [])]
         thing.load_state_dict(content[name])
