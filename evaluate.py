@@ -53,7 +53,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import fcos
-from fcos import UserError
+from fcos import UserError, printable
 
 # ---- data set ----------------------------------------------------------------------------------
 
@@ -310,11 +310,6 @@ def without_polygons(entry):
     """Drop what is most of an annotation, and of no use here."""
     entry.pop("segmentation", None)
     return entry
-
-
-def printable(text, length=100):
-    """Return text that is safe in a message: control characters escaped, and not too long."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:length])
 
 
 def what_is_there(path):

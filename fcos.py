@@ -1347,7 +1347,7 @@ def check_numbers(keyword, value, default):
     if not fits:
         what = "whole number" if kind is int else "number"
         what = f"a {what}" if count == 1 else f"{count or 'a tuple of'} {what}s"
-        example = "" if default is None else f"a value like {default!r}, "
+        example = f"a value like {default!r}, " if default else ""
         raise UserError(
             f"{keyword} {short_repr(value)}: expected {example}{what} from {least} to {most}"
         )
@@ -1517,6 +1517,12 @@ def turn_upright(image):
     return image if turn is None else image.transpose(turn)
 
 
+EXPECTED_IMAGE = (
+    "expected a path, a PIL image, an RGB uint8 array (H, W, 3), an RGB uint8 tensor (3, H, W), "
+    "or an image file as bytes"
+)
+
+
 def open_image(source):
     """Open a path, bytes or a file object with Pillow; a PIL image is returned as it is."""
     if isinstance(source, Image.Image):
@@ -1539,7 +1545,7 @@ def read_image(source, hw=None):
     Raises UserError if the file cannot be read, or if its size is not `hw`.
     """
     is_path = isinstance(source, (str, os.PathLike))
-    name = printable(source) if is_path else short_repr(getattr(source, "name", source))
+    name = printable(source) if is_path else short_repr(getattr(source, "name", source), 60)
     try:
         image = open_image(source)
         stored = image.size[::-1]
@@ -1558,7 +1564,7 @@ def read_image(source, hw=None):
     except Exception as error:  # Pillow raises nearly anything for damaged files
         why = getattr(error, "strerror", None) or printable(error)
         if isinstance(error, UnidentifiedImageError):
-            why = "not an image"
+            why = "not an image" if is_path else f"not an image; {EXPECTED_IMAGE}"
         elif isinstance(error, Image.DecompressionBombError):
             why += "; cut it into pieces, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
         raise UserError(f"{name}: cannot be read as an image ({why})") from None
@@ -1581,38 +1587,23 @@ def each_image(images):
 def as_image(source):
     """Return an image as a uint8 RGB tensor (3, H, W).
 
-    source: what `read_image` takes, or uint8 pixels as an array (H, W, C) or a tensor (C, H, W)
-    with C = 3, 1 (grey) or 4 (the transparency is left out), or (H, W). The other order of axes is
-    taken where it is the only one that fits. Raises UserError for anything else.
+    source: what `read_image` takes, a uint8 RGB array (H, W, 3), or a uint8 RGB tensor (3, H, W).
+    Raises UserError for anything else, such as float or grey pixels or a batch.
     """
-    if isinstance(source, (np.ndarray, Tensor)):
-        return pixels_as_image(source)
     if isinstance(source, (str, bytes, bytearray, os.PathLike, Image.Image)):
         return read_image(source)
     if hasattr(source, "read"):
         return read_image(source)
-    raise UserError(
-        f"image {short_repr(source, 60)}: expected a path, bytes, a file, a PIL image, "
-        "or uint8 pixels as an array (H, W, 3) or a tensor (3, H, W)"
-    )
-
-
-def pixels_as_image(pixels):
-    """Return an array or tensor of pixels as a uint8 RGB tensor (3, H, W): see `as_image`."""
-    found = short_repr(pixels, 60)
-    if str(pixels.dtype).removeprefix("torch.") != "uint8":
-        raise UserError(f"image {found}: expected uint8 pixels from 0 to 255; convert them first")
-    if pixels.ndim == 2:
-        pixels = pixels[None] if isinstance(pixels, Tensor) else pixels[..., None]
-    axes = (0, 2) if isinstance(pixels, Tensor) else (2, 0)
-    fitting = [axis for axis in axes if pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4)]
-    if not fitting or 0 in pixels.shape:
-        hint = "; pass the images of a batch one by one" if pixels.ndim == 4 else ""
-        raise UserError(f"image {found}: expected an array (H, W, 3) or a tensor (3, H, W){hint}")
-    if isinstance(pixels, np.ndarray):  # PyTorch warns of memory that is read-only
-        pixels = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
-    pixels = pixels.cpu().movedim(fitting[0], 0)
-    return pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
+    if isinstance(source, np.ndarray) and source.ndim == 3 and source.dtype == np.uint8:
+        # PyTorch warns of memory that is read-only
+        writable = np.require(source, requirements=["C", "W"])
+        image = torch.from_numpy(writable).permute(2, 0, 1)
+    else:
+        image = source
+    fits = isinstance(image, Tensor) and image.ndim == 3 and image.dtype == torch.uint8
+    if not fits or len(image) != 3 or image.numel() == 0:
+        raise UserError(f"image {short_repr(source, 60)}: {EXPECTED_IMAGE}")
+    return image.cpu()
 
 
 INFERENCE_LOCK = threading.RLock()  # of all models: a lock inside a model could not be copied
