@@ -81,9 +81,10 @@ class ShortRepr(reprlib.Repr):
         return repr(value) if abs(value) < 10**30 else "a huge number"
 
     def repr_instance(self, value, level):
-        if hasattr(value, "dtype") and hasattr(value, "shape"):
+        try:
             return f"{type(value).__name__} {value.dtype} {tuple(value.shape)}"
-        return super().repr_instance(value, level)
+        except (AttributeError, RuntimeError):  # no array, or a nested tensor, which has no shape
+            return super().repr_instance(value, level)
 
 
 def printable(value, limit=300):
@@ -1386,9 +1387,8 @@ def checked_value(keyword, value, default):
 def checked_convention(convention):
     """Return a convention with tuples in place of lists; raises UserError if it does not fit."""
     if not isinstance(convention, dict) or not convention.keys() <= CONVENTION.keys():
-        raise UserError(
-            f"convention {short_repr(convention)}: expected some of {', '.join(CONVENTION)}"
-        )
+        known = ", ".join(CONVENTION)
+        raise UserError(f"convention {short_repr(convention)}: expected a dict, some of {known}")
     return {
         keyword: checked_value(keyword, value, CONVENTION[keyword])
         for keyword, value in convention.items()
@@ -2278,9 +2278,14 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
     return model.eval()
 
 
+def count_classes(weights):
+    """Return the number of rows of the classifier in a file of weights."""
+    return len(as_dense(weights.mark, weights.state[weights.mark], torch.empty(0)))
+
+
 def build_for(weights, name):
     """Build the model for a file that does not say which one it holds: the row `name`."""
-    rows = len(weights.state[weights.mark])
+    rows = count_classes(weights)
     if weights.family == "torchvision":
         name = name or "fcos_torchvision_R_50_FPN"
         rows = len(COCO) if rows == 91 else rows  # its rows are category ids
@@ -2293,7 +2298,7 @@ def build_for(weights, name):
 def rebuild(weights, name, backbone):
     """Build the model that one of our checkpoints describes, without its weights."""
     content = weights.content
-    rows = len(weights.state[weights.mark])
+    rows = count_classes(weights)
     stored_name = content.get("name")
     if not isinstance(stored_name, str):
         raise UserError(f"name {short_repr(stored_name)}: expected text")
@@ -2515,8 +2520,8 @@ def open_weights(source) -> Weights:
         state = inner[0]
     where = printable(path)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        found = type(state).__name__
-        raise UserError(f"{where}: expected a state dict, tensors by name, found a {found}")
+        found = f"a {type(state).__name__}" if not isinstance(state, dict) else "other keys"
+        raise UserError(f"{where}: expected a state dict, tensors by name, found {found}")
     family, prefix, mark = find_family(state, PREFIX)
     if family is None:
         family, prefix, mark = find_family(state, r".*[./]")
