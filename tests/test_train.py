@@ -236,6 +236,7 @@ class Fake:
 
     def __init__(self, hw, trainable=None):
         self.hw, self.classes, self.files_read = np.array(hw), range(len(hw)), []
+        self.columns, self.offsets = {}, np.arange(len(hw) + 1)
         self.trainable = np.ones(len(hw), bool) if trainable is None else np.array(trainable)
 
     def __len__(self):
