@@ -616,10 +616,9 @@ ACTIVATIONS = {
     # exp(16) exceeds any image; infinity would give NaN gradients at background locations
     "exp": lambda x, stride: x.clamp(max=16).exp(),
     "relu": lambda x, stride: x.relu() * stride,
-    # No paper of FCOS has this one. The gradient of an IoU loss grows as boxes get smaller. With
-    # small objects one step can overshoot and push all distances of the relu below 0, where the
-    # gradient is 0: the box loss then stands still, for hundreds of steps or for good. exp makes
-    # a step relative to the size of the box, and no distance is ever 0.
+    # No paper of FCOS has this one. The relu has no gradient where all distances are below 0: with
+    # small objects, whose gradients are the largest, the box loss was seen to stand still for
+    # hundreds of steps. exp makes a step relative to the size of the box, and is never 0.
     "exp_stride": lambda x, stride: x.clamp(max=16).exp() * stride,
 }
 
