@@ -40,6 +40,7 @@ import platform
 import re
 import reprlib
 import secrets
+import struct
 import threading
 import time
 import warnings
@@ -68,6 +69,9 @@ from kernels.iou_loss import KINDS, iou, iou_loss
 from kernels.nms import batched_nms
 
 __version__ = "1.0"
+
+# about EXIF tags that are not used here
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class UserError(ValueError):
@@ -1507,13 +1511,25 @@ TURNS = {  # how an image is turned upright, by its EXIF orientation
 }
 
 
-def turn_upright(image):
-    """Apply the EXIF orientation. Other tags are not read: cameras and editors write bad ones."""
+def exif_orientation(image):
+    """Return the EXIF orientation of an image, or None.
+
+    It is read here from the block of tags. Pillow reads all tags, and fails at those that cameras
+    and editors write by mistake.
+    """
     try:
-        turn = TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # Pillow raises nearly anything for damaged EXIF data
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        if "exif" not in image.info:
+            return image.getexif().get(0x0112)  # Pillow finds it in XMP
+        block = image.info["exif"].removeprefix(b"Exif\0\0")
+        order = {b"II": "<", b"MM": ">"}[block[:2]]
+        [start] = struct.unpack_from(order + "I", block, 4)
+        [tags] = struct.unpack_from(order + "H", block, start)
+        for place in range(start + 2, start + 2 + 12 * tags, 12):
+            tag, kind = struct.unpack_from(order + "HH", block, place)
+            if tag == 0x0112:
+                return struct.unpack_from(order + ("I" if kind == 4 else "H"), block, place + 8)[0]
+    except Exception:  # damaged: an image without orientation
+        return None
 
 
 EXPECTED_IMAGE = (
@@ -1549,8 +1565,9 @@ def read_image(source, hw=None):
         image = open_image(source)
         stored = image.size[::-1]
         image.load()  # before the orientation is read: Pillow turns TIFF files while it loads them
-        if stored != hw:
-            image = turn_upright(image)
+        turn = TURNS.get(exif_orientation(image))
+        if stored != hw and turn is not None:
+            image = image.transpose(turn)
         if image.mode == "F":
             raise ValueError("its pixels are floating point; save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would saturate at 255
@@ -1563,7 +1580,9 @@ def read_image(source, hw=None):
     except Exception as error:  # Pillow raises nearly anything for damaged files
         why = getattr(error, "strerror", None) or printable(error)
         if isinstance(error, UnidentifiedImageError):
-            why = "not an image" if is_path else f"not an image; {EXPECTED_IMAGE}"
+            if isinstance(source, (bytes, bytearray)):
+                raise UserError(f"image {name}: {EXPECTED_IMAGE}") from None
+            why = "not an image"
         elif isinstance(error, Image.DecompressionBombError):
             why += "; cut it into pieces, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
         raise UserError(f"{name}: cannot be read as an image ({why})") from None
@@ -2105,6 +2124,7 @@ def read_checkpoint(path):
     Raises UserError if it is missing or damaged, or if it holds more than tensors, arrays and plain
     values.
     """
+    where = printable(path)
     try:
         with open(regular_file(path), "rb") as file:
             if str(path).endswith(".safetensors"):
@@ -2123,18 +2143,18 @@ def read_checkpoint(path):
             with warnings.catch_warnings(action="ignore"):  # about rare kinds of tensors
                 return torch.load(file, map_location="cpu", weights_only=True)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     except OSError as error:
         why = "damaged" if error.errno == errno.EINVAL else error.strerror or error  # torn files
-        raise UserError(f"{path}: {why}") from None
+        raise UserError(f"{where}: {why}") from None
     except Exception as error:  # junk makes the readers raise nearly anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise UserError(
-                f"{path}: refused, because it holds {printable(refused[1], 99)} and could run any "
+                f"{where}: refused, because it holds {printable(refused[1], 99)} and could run any "
                 "program; save its state dict alone"
             ) from None
-        raise UserError(f"{path}: not a checkpoint or damaged ({type(error).__name__})") from None
+        raise UserError(f"{where}: not a checkpoint or damaged ({type(error).__name__})") from None
 
 
 def stored_keywords(content: dict) -> dict:
