@@ -1257,6 +1257,8 @@ def open_run(args, settings, model, saved, inputs, say):
         if len(set(starts)) > 1:
             raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
     evaluate.make_folder(out)
+    if rank == 0:
+        fcos.remove_leftovers(out)
     for name in RunFiles.NAMES if start == 0 else ():
         evaluate.check_target(out / name, inputs)
     return RunFiles(out, start, launch, damaged, rank == 0), start, best

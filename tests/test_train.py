@@ -1437,7 +1437,10 @@ MISTAKES = {
     ),
     "unknown keyword": ("shapes --data {data} --set radiu=1", "'radiu': expected one of backbone,"),
     "a short side over the long": ("shapes --data {data} --min-size 500", "max_size 96"),
-    "keyword of another backbone": ("shapes --data {data} --set backbone=mobilenet", "'block'"),
+    "keyword of another backbone": (
+        "shapes --data {data} --set backbone=mobilenet block=basic",
+        "'block'",
+    ),
     "value of no choice": (
         "shapes --data {data} --set radius=0 quality=best",
         "quality 'best': expected one of centerness, iou",
