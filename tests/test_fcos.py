@@ -8,6 +8,7 @@ import copy
 import functools
 import io
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -1877,7 +1878,7 @@ def assert_same_detections(got, expected, pixels=0.05, score=1e-3):
     for one, other in zip(fcos.as_list(got, 0.0), fcos.as_list(expected, 0.0), strict=True):
         last = 0.0 if len(other["scores"]) < len(got["scores"][0]) else other["scores"].min()
         sure = one["scores"] > last + score
-        assert sure.any() and abs(len(one["scores"]) - len(other["scores"])) <= 1
+        assert abs(len(one["scores"]) - len(other["scores"])) <= 1
         for d in sure.nonzero()[:, 0].tolist():
             same = (other["boxes"] - one["boxes"][d]).abs().amax(1) < pixels
             same &= (other["scores"] - one["scores"][d]).abs() < score
@@ -1897,32 +1898,35 @@ def test_the_deployed_model_is_one_graph_of_any_number_of_images():
             torch.testing.assert_close(program.module()(*inputs), model(*inputs))
 
 
-def onnx_model(name):
-    """A model whose export differs from the others': its score, thresholds, classes or outputs."""
+def model_to_export(name, monkeypatch):
+    """A model with a further output and every other difference, or one with few candidates."""
     if name == "one class":
-        model = fcos.build("shapes", 1, candidate_threshold=0.1, max_detections=300, topk=50)
-    elif name == "frozen norms":
-        model = small_detector("fcos_imprv_R_50_FPN", norm="frozen")
-        model.set_convention(score="torchvision", grid="corner")
-    else:
-        model = small_detector("shapes", topk=60)
+        keywords = dict(levels=(3, 4), ranges=(64,), candidate_threshold=0.1, topk=50)
+        model = fcos.build("shapes", 1, max_detections=300, **keywords)
+        torch.nn.init.constant_(model.head.cls.bias, -1)
+        torch.nn.init.constant_(model.head.box.bias, 2)
+        return model
+    level = fcos.Head.predict_level
+
+    def with_angle(head, *args):
+        maps = level(head, *args)
+        return maps | {"angle": 2 * maps["ctr"]}
+
+    monkeypatch.setattr(fcos.Head, "predict_level", with_angle)
+    few_levels = dict(levels=(3, 4, 5), ranges=(64, 128))  # an export takes seconds for each
+    model = small_detector("shapes", norm="frozen", topk=60, **few_levels)
+    model.set_convention(score="torchvision", grid="corner")
     return model
 
 
-@pytest.mark.parametrize("name", ["further output", "one class", "frozen norms"])
+@pytest.mark.parametrize("name", ["further output", "one class"])
 def test_one_onnx_file_finds_what_the_model_finds_at_every_size(name, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = onnx_model(name)
-    if name == "further output":
-        level = fcos.Head.predict_level
-
-        def with_angle(head, *args):
-            maps = level(head, *args)
-            return maps | {"angle": 2 * maps["ctr"]}
-
-        monkeypatch.setattr(fcos.Head, "predict_level", with_angle)
+    # pytest would keep a line of torch's trace for every symbolic size, which takes minutes
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])
+    model = model_to_export(name, monkeypatch)
     model.train()
     model.backbone.eval()
     fcos.export_onnx(model, tmp_path / "model.onnx", 96, 128)
@@ -1939,6 +1943,7 @@ def test_one_onnx_file_finds_what_the_model_finds_at_every_size(name, tmp_path, 
     assert json.loads(facts["test_size"]) == list(model.test_size)
     names = [output.name for output in session.get_outputs()]
     assert names == ["boxes", "scores", "labels", "angle"][: 3 + (name == "further output")]
+    total = 0
     for h, w, count in ((96, 128, 3), (32, 32, 1), (160, 64, 2), (320, 96, 1)):
         images = torch.randint(256, (count, 3, h, w), dtype=torch.uint8)
         sizes = torch.tensor([[h, w], [h - 16, w], [h, w - 28]][:count])  # padded
@@ -1950,6 +1955,8 @@ def test_one_onnx_file_finds_what_the_model_finds_at_every_size(name, tmp_path, 
             assert got[key].dtype == values.dtype and got[key].shape == values.shape
         assert_same_detections(got, expected)
         assert_same_detections(expected, got)
+        total += int((got["labels"] >= 0).sum())
+    assert total > 100
 
 
 def test_an_export_of_odd_size_is_refused(tmp_path):
