@@ -14,6 +14,7 @@ import copy
 import functools
 import tempfile
 
+import quantize
 import record
 import torch
 import torchvision
@@ -125,28 +126,25 @@ class Inference:
         return run, agrees
 
     def exported(self, engine, precision="f32"):
-        """The ONNX file, suppression included, under "onnxruntime" or "openvino"."""
+        """The ONNX file, suppression included, under "onnxruntime" or "openvino".
+
+        precision "int8" quantizes it with NNCF. Weights are random, so that the time counts and
+        not the agreement; tests/benchmarks/quantize.py measures the AP of trained models.
+        """
+        inputs = {"images": self.padded.numpy(), "sizes": self.sizes.numpy()}
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/model.onnx"
-            fcos.export_onnx(our_model().eval(), path, *self.padded.shape[2:])
-            inputs = {"images": self.padded.numpy(), "sizes": self.sizes.numpy()}
+            fcos.export_onnx(our_model(), path, *self.padded.shape[2:])
             if engine == "onnxruntime":
-                options = onnxruntime.SessionOptions()
-                options.intra_op_num_threads = torch.get_num_threads()
-                session = onnxruntime.InferenceSession(path, options)
-                run = functools.partial(session.run, None, inputs)
+                detect = quantize.onnxruntime_run(path)
+            elif precision == "int8":
+                detect = quantize.openvino_run(quantize.quantize_openvino(path, [inputs]))
             else:
-                settings = {
-                    "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                    "INFERENCE_PRECISION_HINT": precision,
-                }
-                model = openvino.compile_model(path, "CPU", settings)
-
-                def run():
-                    return list(model(inputs).values())
-
-        boxes, scores, labels = (torch.from_numpy(x[0].copy()) for x in run())
-        return run, agreement(boxes, scores, labels, self.reference)
+                model = openvino.Core().read_model(path)
+                detect = quantize.openvino_run(model, precision)
+            found = detect(inputs)
+        found = [torch.from_numpy(found[name][0].copy()) for name in ("boxes", "scores", "labels")]
+        return functools.partial(detect, inputs), agreement(*found, self.reference)
 
     def sides(self):
         on_both = {
@@ -166,6 +164,8 @@ class Inference:
         if openvino:
             on_cpu["ours, OpenVINO"] = lambda: self.exported("openvino")
             on_cpu["ours, OpenVINO, bf16"] = lambda: self.exported("openvino", "bf16")
+        if openvino and quantize.nncf:
+            on_cpu["ours, OpenVINO, int8"] = lambda: self.exported("openvino", "int8")
         return on_both | (on_cuda if CUDA else on_cpu)
 
     def compiled_sides(self):
@@ -220,8 +220,56 @@ def empty():
         torch.cuda.empty_cache()
 
 
+def bench_decode(log, args):
+    """From the outputs of the head to detections, suppression included."""
+    hw = args.size[-1]
+    for K in (80, 1203):
+        torch.manual_seed(0)
+        model = fcos.build(ROW, K).to(DEVICE)
+        padded = fcos.padded_hw([hw])
+        points = model.points(padded, DEVICE)
+        levels = [rows * columns for rows, columns in fcos.level_sizes(padded)]
+        outputs = {
+            "cls": 1.5 * torch.randn(1, len(points), K, device=DEVICE) - 5,
+            "ltrb": points[:, 2, None] * (0.5 + 3 * torch.rand(1, len(points), 4, device=DEVICE)),
+            "ctr": torch.randn(1, len(points), device=DEVICE),
+            "points": points,
+            "levels": levels,
+        }
+        log.compare(
+            f"decoding of {K} classes, batch 1, {hw[0]}x{hw[1]}",
+            {
+                "torchvision": functools.partial(torchvision_decode, outputs, hw),
+                "ours": functools.partial(our_decode, model, outputs, hw),
+            },
+            rounds=args.rounds,
+        )
+
+
+def our_decode(model, outputs, hw):
+    """Return decoding as a function, without gradients."""
+    return torch.no_grad()(functools.partial(model.decode, outputs, [hw]))
+
+
+def torchvision_decode(outputs, hw):
+    """Return torchvision's postprocessing of the same outputs as a function."""
+    model = torchvision_weights()
+    stride = outputs["points"][:, 2:3]
+    center = outputs["points"][:, :2]
+    anchors = torch.cat([center - stride / 2, center + stride / 2], 1)
+    head = {
+        "cls_logits": outputs["cls"],
+        "bbox_regression": outputs["ltrb"] / stride,
+        "bbox_ctrness": outputs["ctr"][..., None],
+    }
+    head = {name: list(values.split(outputs["levels"], 1)) for name, values in head.items()}
+    anchors = [list(anchors.split(outputs["levels"]))]
+    return torch.no_grad()(functools.partial(model.postprocess_detections, head, anchors, [hw]))
+
+
 PARTS = {  # in the order of what is worth most if the time runs out
     "eager": bench_infer,
+    "decode": bench_decode,
     "compiled": functools.partial(bench_infer, compiled=True),
 }
 
