@@ -1788,7 +1788,9 @@ def test_a_module_of_ones_own_is_a_backbone(tmp_path):
     model.classes, model.category_ids = ["a", "b", "c"], [1, 2, 3]
     expected = outputs_of(model.eval(), images, sizes)
     fcos.save(model, tmp_path / "model.pt")
-    with pytest.raises(fcos.UserError, match=r"model\.pt: .*custom backbone: pass it as `backbone=`"):
+    with pytest.raises(
+        fcos.UserError, match=r"model\.pt: .*custom backbone: pass it as `backbone=`"
+    ):
         fcos.load(tmp_path / "model.pt")
     loaded = fcos.load(tmp_path / "model.pt", backbone=Patches())
     found = outputs_of(loaded, images, sizes)
