@@ -36,16 +36,13 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
 import reprlib
 import secrets
 import struct
 import threading
-import time
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from http.client import HTTPException
@@ -1952,19 +1949,18 @@ class Memo(dict):
 class StoredKind:
     """The element type of an array in a pickle, called as numpy.dtype is: "f4", False, True."""
 
-    CODES = r"(?:f[248]|[iu][1248]|b1|[SU][1-9]\d{0,8})"
+    CODES = r"f[248]|[iu][1248]|b1|[SU][1-9]\d{0,8}"
 
     def __init__(self, code, align, copy):
         self.code = code
         self.order = "|"
         self.plain = re.fullmatch(self.CODES, code) is not None
 
-    def set_state(self, version, order, subarray, names, fields, *sizes):
-        """Take over the state of a numpy.dtype: the byte order, and whether elements have parts."""
+    def set_state(self, version, order, *parts):
+        """Take the byte order from the state of a numpy.dtype, and note if elements have parts."""
         self.order = order
-        self.plain &= version == 3 and order in ("<", ">", "=", "|")
-        self.plain &= subarray is None and names is None and fields is None
-        self.plain &= len(sizes) == 3 and all(type(size) is int for size in sizes)
+        self.plain &= version == 3 and order in ("<", ">", "=", "|") and len(parts) == 6
+        self.plain &= [type(part) for part in parts] == 3 * [type(None)] + 3 * [int]
 
 
 class ArrayUnpickler(PlainUnpickler):
@@ -1982,6 +1978,10 @@ class ArrayUnpickler(PlainUnpickler):
         return super().fill(target, items)
 
     def find_class(self, module, name):
+        if (module, name) == ("_codecs", "encode"):
+            return self.encode
+        if (module, name) == ("__builtin__", "bytes"):  # without arguments: empty
+            return lambda: b""
         functions = {
             "ndarray": "numpy.ndarray",
             "dtype": StoredKind,
@@ -1989,10 +1989,6 @@ class ArrayUnpickler(PlainUnpickler):
             "_frombuffer": self.from_buffer,
             "scalar": lambda kind, raw: self.make_array((), kind, "C", raw)[()],
         }
-        if (module, name) == ("_codecs", "encode"):
-            return self.encode
-        if (module, name) == ("__builtin__", "bytes"):  # without arguments, empty ones
-            return lambda: b""
         if re.fullmatch(r"numpy(\._?core\.(multiarray|numeric))?", module) and name in functions:
             return functions[name]
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
@@ -2043,46 +2039,34 @@ class ArrayUnpickler(PlainUnpickler):
 
 
 class TensorOutline(PlainUnpickler):
-    """Check the pickle in a file of torch before torch.load reads it, which refuses functions that
-    could do harm, but lets a small file fill the memory. Values do not matter here."""
-
-    def __init__(self, file, size):
-        super().__init__(file, size)
-        self.storages = set()
+    """Check the pickle in a file of torch.save before torch.load reads it. That refuses functions
+    that do harm, but a small file can make it fill the memory. The values do not matter here."""
 
     def find_class(self, module, name):
         checked = {
-            "collections.OrderedDict": self.pairs,
-            "collections.Counter": self.keys,
-            "set": self.keys,
+            "collections.OrderedDict": self.fill_pairs,
+            "collections.Counter": self.fill_keys,
+            "set": self.fill_keys,
             "bytearray": lambda text, *_: self.use(len(text)),
             "complex": lambda *_: None,
             "_codecs.encode": self.encode,
         }
         full_name = f"{module}.{name}".removeprefix("builtins.").removeprefix("__builtin__.")
-        if full_name in checked:
-            return checked[full_name]
-        if module.split(".")[0] == "torch":
-            return lambda *_: None
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        if full_name not in checked and module.split(".")[0] != "torch":
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return checked.get(full_name, lambda *_: None)
 
-    def pairs(self, pairs=()):
+    def fill_pairs(self, pairs=()):
         return self.fill({}, [part for pair in pairs for part in pair])
 
-    def keys(self, keys=()):
+    def fill_keys(self, keys=()):
         return self.fill({}, [part for key in keys for part in (key, None)])
 
     def build(self, value, state):
         return value
 
     def persistent_load(self, storage):
-        """Count the elements of a storage once, however many tensors share it."""
-        _, _, key, _, elements, *_ = storage
-        if type(key) is not str:
-            raise pickle.UnpicklingError(f"a storage named by a {type(key).__name__}")
-        if key not in self.storages:
-            self.storages.add(key)
-            self.use(elements)
+        return None
 
 
 def check_archive(file, size):
@@ -2180,13 +2164,11 @@ def checkpoint(model: "FCOS") -> dict:
     return content | {"model": state}
 
 
-WRITING = set()  # the temporary files of this process
-TEMPORARY = re.compile(r"\.fcos-([0-9a-f]+)-(\d{1,9})-[0-9a-f]+\.tmp")  # machine, process, random
+def lock(file):
+    """Lock a file until it is closed. Raises OSError if another process has locked it."""
+    import fcntl  # Windows has none
 
-
-def machine():
-    """Return a short name of this machine, for the names of temporary files."""
-    return f"{zlib.crc32(platform.node().encode()):x}"
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager
@@ -2200,12 +2182,13 @@ def atomic_write(path, mode="wb", keep=None):
     Raises UserError if the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".fcos-{machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    WRITING.add(temporary.name)
+    temporary = path.with_name(f".fcos-{secrets.token_hex(8)}.tmp")
     try:
         regular_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode.replace("w", "x")) as file:
+            with contextlib.suppress(ImportError, OSError):  # not every file system can lock
+                lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -2220,33 +2203,14 @@ def atomic_write(path, mode="wb", keep=None):
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        WRITING.discard(temporary.name)
 
 
 def remove_leftovers(folder):
-    """Remove the temporary files of `atomic_write` that killed processes left in a folder.
-
-    What a living process or another machine may still write is removed only after a day.
-    """
+    """Remove the temporary files of `atomic_write` in a folder whose processes were killed."""
     for path in Path(folder).glob(".fcos-*.tmp"):
-        match = TEMPORARY.fullmatch(path.name)
-        with contextlib.suppress(OSError):  # another process may remove it first
-            old = time.time() - path.lstat().st_mtime > 24 * 3600
-            if match and (old or (match[1] == machine() and not is_writing(path, int(match[2])))):
-                path.unlink()
-
-
-def is_writing(path, process):
-    """Tell whether a process of this machine may still write a temporary file."""
-    if process == os.getpid():
-        return path.name in WRITING
-    try:
-        os.kill(process, 0)  # sends no signal, only checks
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        with contextlib.suppress(ImportError, OSError), open(path, "rb") as file:
+            lock(file)
+            path.unlink()
 
 
 def save(model: "FCOS", path):
@@ -2256,16 +2220,13 @@ def save(model: "FCOS", path):
     JSON in its metadata.
     """
     content = checkpoint(model)
-    if str(path).endswith(".safetensors"):
-        try:
-            safetensors = import_safetensors()
-        except UserError as error:
-            raise UserError(f"{printable(path)}: {error}") from None
+    as_safetensors = str(path).endswith(".safetensors")
+    if as_safetensors:
         tensors = {name: tensor.contiguous() for name, tensor in content.pop("model").items()}
-        written = safetensors.torch.save(tensors, {"fcos": json.dumps(content)})
+        data = import_safetensors().torch.save(tensors, {"fcos": json.dumps(content)})
     with atomic_write(path) as file:
-        if str(path).endswith(".safetensors"):
-            file.write(written)
+        if as_safetensors:
+            file.write(data)
         else:
             torch.save(content, file)
 
@@ -2299,47 +2260,47 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
 
 def count_classes(weights):
     """Return the number of rows of the classifier in a file of weights."""
-    return len(as_dense(weights.mark, weights.state[weights.mark], torch.empty(0)))
+    rows = len(as_dense(weights.mark, weights.state[weights.mark], torch.empty(0)))
+    if rows > 10**5:
+        raise UserError(f"{weights.mark}: expected at most 100000 classes, found {rows}")
+    return rows
 
 
 def build_for(weights, name):
-    """Build the model for a file that does not say which one it holds: the row `name`."""
-    rows = count_classes(weights)
+    """Build the row `name` of MODELS for a file that does not say which model it holds."""
+    classes = count_classes(weights)
     if weights.family == "torchvision":
         name = name or "fcos_torchvision_R_50_FPN"
-        rows = len(COCO) if rows == 91 else rows  # its rows are category ids
+        classes = len(COCO) if classes == 91 else classes  # its rows are category ids
     if name is None:
         raise UserError(f"does not say which model it is; name one of {', '.join(MODELS)}")
-    with limited_size(weights.state):
-        return build(name, rows)
+    return build(name, classes)
 
 
 def rebuild(weights, name, backbone):
     """Build the model that one of our checkpoints describes, without its weights."""
     content = weights.content
-    rows = count_classes(weights)
-    stored_name = content.get("name")
-    if not isinstance(stored_name, str):
-        raise UserError(f"name {short_repr(stored_name)}: expected text")
-    if name not in (None, stored_name):
-        raise UserError(f"is a {printable(stored_name, 99)}, not a {name}")
-    if type(content.get("num_classes")) is not int or content["num_classes"] != rows:
-        found = short_repr(content.get("num_classes"))
-        raise UserError(f"num_classes {found}: expected {rows}, the rows of {weights.mark}")
+    classes = count_classes(weights)
+    stored_name, number = (content.get(entry) for entry in ("name", "num_classes"))
+    if not isinstance(stored_name, str) or name not in (None, stored_name):
+        raise UserError(f"is a model {short_repr(stored_name)}, expected {name or 'a name'}")
+    if type(number) is not int or number != classes:
+        raise UserError(f"num_classes {short_repr(number)}: expected {classes} as in its weights")
     keywords = stored_keywords(content)
     if keywords["backbone"] is None:
         if backbone is None:
             raise UserError("this model was built with a custom backbone: pass it as `backbone=`")
         keywords["backbone"] = backbone
     with limited_size(weights.state):
-        model = FCOS(rows, **keywords)
+        model = FCOS(classes, **keywords)
     model.name = stored_name
     for entry, kind in ("classes", str), ("category_ids", int):
         values = content.get(entry)
-        fits = isinstance(values, (list, tuple)) and len(values) == rows
-        if values is not None and not (fits and all(type(value) is kind for value in values)):
-            found = short_repr(values)
-            raise UserError(f"{entry} {found}: expected {rows} values of type {kind.__name__}")
+        if values is not None:
+            fits = isinstance(values, (list, tuple)) and len(values) == classes
+            if not fits or any(type(value) is not kind for value in values):
+                expected = f"{classes} values of type {kind.__name__}"
+                raise UserError(f"{entry} {short_repr(values)}: expected {expected}")
         setattr(model, entry, values)
     return model
 
@@ -2803,15 +2764,23 @@ def check_shapes_and_values(model, tensors):
 
 
 def hub_file(name: str, classifier: str | None = None) -> Path:
-    """Where torch's hub folder keeps weights of torchvision: "coco", its FCOS (box AP 39.2), or
-    "imagenet", a classifier by its name there. A download checks the hash of the file."""
+    """Return the path of torchvision's weights in the folder of torch.hub; download them if needed.
+
+    name: "coco" for its FCOS (box AP 39.2), or "imagenet" for a classifier, which torchvision calls
+    `classifier`. A download is verified by its hash. Raises UserError if there are no such weights
+    or if the download fails.
+    """
     if not (classifier or name == "coco"):
         raise UserError(
             "imagenet: torchvision has no weights for this model; its ResNets have "
             "the stride in the 3x3 convolution, the Caffe-style rows in the 1x1"
         )
-    choices = get_model_weights("fcos_resnet50_fpn" if name == "coco" else classifier)
-    weights = choices.COCO_V1 if name == "coco" else choices.IMAGENET1K_V1
+    try:
+        choices = get_model_weights("fcos_resnet50_fpn" if name == "coco" else classifier)
+        weights = choices.COCO_V1 if name == "coco" else choices.IMAGENET1K_V1
+    except (ValueError, AttributeError):
+        found = short_repr(classifier)
+        raise UserError(f"imagenet {found}: torchvision has no such classifier") from None
     path = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
     if not path.exists():
         try:

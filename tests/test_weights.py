@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import resource
+import signal
 import struct
 import sys
 import time
@@ -1217,6 +1218,7 @@ def test_weights_imagenet(tmp_path, monkeypatch):
     for name in ("fcos_imprv_R_50_FPN", "fcos_imprv_dcnv2_R_101_FPN"):
         with pytest.raises(UserError, match="stride in the 3x3.*the Caffe-style rows in the 1x1"):
             find(name)
+    assert_refused(lambda: fcos.hub_file("imagenet", "resnet5"), "'resnet5'", "torchvision has no")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def no_network(url, path, digest):
@@ -1415,33 +1417,28 @@ def test_a_file_appears_whole_in_any_folder_under_any_name(tmp_path):
 
 
 def test_leftovers_of_killed_processes_are_removed_and_no_others(tmp_path):
-    def die():
+    def write_and(end):
         with fcos.atomic_write(tmp_path / "model.pt"):
-            os._exit(9)
+            end()
 
-    process = os.fork()
-    if not process:
-        die()
-    os.waitpid(process, 0)
-    [leftover] = tmp_path.iterdir()
-    elsewhere = tmp_path / leftover.name.replace(fcos.machine(), "abc")
-    elsewhere.touch()
-    old = tmp_path / leftover.name.replace(fcos.machine(), "def")
-    old.touch()
-    os.utime(old, (0, 0))
-    alive = tmp_path / leftover.name.replace(str(process), str(os.getppid()))
-    alive.touch()
+    children = []
+    for end in (lambda: os._exit(9), signal.pause):  # one dies, one goes on writing
+        children.append(os.fork())
+        if not children[-1]:
+            write_and(end)
+    os.waitpid(children[0], 0)
+    while len(list(tmp_path.glob(".fcos-*.tmp"))) < 2:
+        time.sleep(0.01)
+    time.sleep(0.1)
     (tmp_path / "notes.tmp").touch()
     with fcos.atomic_write(tmp_path / "model.pt", "w") as file:
         fcos.remove_leftovers(tmp_path)
         assert Path(file.name).exists()
+        assert len(list(tmp_path.glob(".fcos-*.tmp"))) == 2
+    os.kill(children[1], signal.SIGKILL)
+    os.waitpid(children[1], 0)
     fcos.remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        elsewhere.name,
-        alive.name,
-        "notes.tmp",
-        "model.pt",
-    }
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.tmp", "model.pt"}
     fcos.remove_leftovers(tmp_path / "nowhere")
 
 
@@ -1475,7 +1472,7 @@ def test_safetensors_hold_whole_models_and_plain_weights(tmp_path, monkeypatch):
         assert_refused(lambda: fcos.load(path), path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for call in (lambda: fcos.load(path), lambda: fcos.save(model, tmp_path / "m.safetensors")):
-        assert_refused(call, tmp_path, "pip install safetensors")
+        assert_refused(call, "pip install safetensors")
     assert not (tmp_path / "m.safetensors").exists()
 
 
