@@ -1310,7 +1310,7 @@ class Numbers(NamedTuple):
     kind: type  # int, or float for any number
     least: float
     most: float
-    count: int | None = 1  # 1: a number, no tuple; otherwise the number of elements; None: any
+    count: int | str = 1  # of elements: 1 for a number, no tuple; "any"; "default": as the default
 
 
 # Keep typing errors and damaged files from building a model that fails in the middle of a training,
@@ -1318,21 +1318,21 @@ class Numbers(NamedTuple):
 LIMITS = dict(
     frozen_stages=Numbers(int, 0, 100),
     channels=Numbers(int, 1, 2**14),
-    levels=Numbers(int, 2, 10, None),
-    ranges=Numbers(float, 1, 10**6, None),
+    levels=Numbers(int, 2, 10, "any"),
+    ranges=Numbers(float, 1, 10**6, "any"),
     radius=Numbers(float, 0, 1000),
-    test_size=Numbers(int, 1, 10**6, 2),
+    test_size=Numbers(int, 1, 10**6, "default"),
     candidate_threshold=Numbers(float, 0, 1),
     topk=Numbers(int, 1, 10**6),
     nms_threshold=Numbers(float, 0, 1),
     max_detections=Numbers(int, 1, 10**6),
-    blocks=Numbers(int, 1, 200, None),
+    blocks=Numbers(int, 1, 200, "default"),
     stem=Numbers(int, 1, 2**14),
     groups=Numbers(int, 1, 2**14),
     width=Numbers(int, 1, 2**14),
-    dcn=Numbers(int, 2, 5, None),
-    mean=Numbers(float, 0, 10**6, 3),
-    std=Numbers(float, 1e-6, 10**6, 3),
+    dcn=Numbers(int, 2, 5, "any"),
+    mean=Numbers(float, 0, 10**6, "default"),
+    std=Numbers(float, 1e-6, 10**6, "default"),
     bn_eps=Numbers(float, 0, 10**6),
 )
 
@@ -1341,13 +1341,12 @@ def check_numbers(keyword, value, default):
     """Raise UserError unless a value, or every element of it, is within LIMITS."""
     kind, least, most, count = LIMITS[keyword]
     elements = (value,) if count == 1 else value
-    fits = isinstance(elements, tuple) and count in (None, len(elements))
-    if fits:
-        kinds = (int, float) if kind is float else (int,)
-        fits = all(type(x) in kinds and least <= x <= most for x in elements)
-    if not fits:
+    fits = isinstance(elements, tuple)
+    fits = fits and (count != "default" or len(elements) == len(default))
+    kinds = (int, float) if kind is float else (int,)
+    if not fits or any(type(x) not in kinds or not least <= x <= most for x in elements):
         what = "whole number" if kind is int else "number"
-        what = f"a {what}" if count == 1 else f"{count or 'a tuple of'} {what}s"
+        what = f"a {what}" if count == 1 else f"a tuple of {what}s"
         example = f"a value like {default!r}, " if default else ""
         raise UserError(
             f"{keyword} {short_repr(value)}: expected {example}{what} from {least} to {most}"
@@ -1368,20 +1367,28 @@ def checked_value(keyword, value, default):
         value = tuple(value)
     if value is None and default is None:
         return value
-    other_meaning = isinstance(default, float) and isinstance(value, float)  # another backbone's
     if keyword in CHOICES:
         check_choices(**{keyword: value})
-    elif keyword in LIMITS and not (LIMITS[keyword].kind is int and other_meaning):
+    elif has_limits(keyword, default):
         check_numbers(keyword, value, default)
-    elif keyword == "imagenet":
-        if not isinstance(value, str):
-            raise UserError(f"imagenet {short_repr(value)}: expected torchvision's name of a model")
-    elif default is not None:
-        kinds = (float, int) if isinstance(default, float) else type(default)
-        alike = isinstance(value, bool) == isinstance(default, bool)
-        if not isinstance(value, kinds) or not alike or value != value:
-            raise UserError(f"{keyword} {short_repr(value)}: expected a value like {default!r}")
+    else:
+        example = "resnet50" if keyword == "imagenet" else default
+        kinds = (float, int) if isinstance(example, float) else type(example)
+        alike = isinstance(value, bool) == isinstance(example, bool)
+        if example is not None and not (isinstance(value, kinds) and alike and value == value):
+            raise UserError(f"{keyword} {short_repr(value)}: expected a value like {example!r}")
     return value
+
+
+def has_limits(keyword, default):
+    """Tell if LIMITS apply. A custom backbone may mean something else by `width` or `blocks`."""
+    if keyword not in LIMITS:
+        return False
+    if default is None:
+        return True
+    kind, _, _, count = LIMITS[keyword]
+    whole = not isinstance(default, float) or kind is float
+    return whole and isinstance(default, tuple) == (count != 1)
 
 
 def checked_convention(convention):
@@ -1422,15 +1429,12 @@ def resolve(keywords: dict) -> dict:
         if resolved["levels"] != known["levels"]:
             raise UserError(f"levels {resolved['levels']}: expected ranges with them, found none")
         resolved["ranges"] = RANGES
-    check_combination(resolved, known)
+    check_combination(resolved)
     return resolved
 
 
-def check_combination(keywords, known):
-    """Raise UserError for values that are possible alone, but not together or not in this order.
-
-    known: the defaults; a tuple of numbers of blocks has as many elements as theirs.
-    """
+def check_combination(keywords):
+    """Raise UserError for values that are possible alone, but not together or in this order."""
 
     def refuse(keyword, expected):
         raise UserError(f"{keyword} {keywords[keyword]}: expected {expected}")
@@ -1446,8 +1450,6 @@ def check_combination(keywords, known):
         refuse("test_size", "the short side first, and at most as long as the other")
     if keywords["channels"] % 32:
         refuse("channels", "a multiple of 32, since the head normalizes them in 32 groups")
-    if "blocks" in known and len(keywords["blocks"]) != len(known["blocks"]):
-        refuse("blocks", f"{len(known['blocks'])} numbers, one for each stage")
 
 
 def model_keywords(name: str, overrides: dict) -> dict:
@@ -2489,28 +2491,14 @@ def open_weights(source) -> Weights:
     """Open a path or a dict of any family; raises UserError if it holds no state dict of one."""
     is_path = isinstance(source, (str, os.PathLike))
     path = source if is_path else "weights"
-    content = read_checkpoint(source) if is_path else source
-    state = content
-    for _ in range(4):  # last.pt of train.py holds a checkpoint that holds the weights
-        inner = [state.get(key) for key in HOLDERS] if isinstance(state, dict) else []
-        inner = [value for value in inner if isinstance(value, dict)]
-        if not inner:
-            break
-        content = state
-        state = inner[0]
-    where = printable(path)
+    content, state = find_state(read_checkpoint(source) if is_path else source)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        found = f"a {type(state).__name__}" if not isinstance(state, dict) else "other keys"
-        raise UserError(f"{where}: expected a state dict, tensors by name, found {found}")
+        found = "other keys" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise UserError(f"{printable(path)}: expected a state dict, tensors by name, found {found}")
     family, prefix, mark = find_family(state, PREFIX)
     if family is None:
-        family, prefix, mark = find_family(state, r".*[./]")
-        keys = ", ".join(printable(key, 60) for key in list(state)[:3]) or "none"
-        hint = f"its first keys are {keys}"
-        if family:
-            prefix = printable(prefix, 60)
-            hint = f"keys of {family} stand behind the prefix {prefix!r}: remove it"
-        raise UserError(f"{where}: of no family known here ({', '.join(families())}); {hint}")
+        known = ", ".join(families())
+        raise UserError(f"{printable(path)}: of no family known here ({known}); {describe(state)}")
     tensors, copies = {}, []
     for key in sorted(state, key=lambda key: not key.startswith(prefix)):
         name = key.removeprefix(prefix)
@@ -2519,6 +2507,26 @@ def open_weights(source) -> Weights:
         else:
             tensors[name] = state[key]
     return Weights(path, content, tensors, family, mark, copies)
+
+
+def find_state(content):
+    """Return the dict around the state dict in the content of a file, and the state dict."""
+    around, state = content, content
+    for _ in range(4):  # last.pt of train.py holds a checkpoint that holds the weights
+        inner = [state.get(key) for key in HOLDERS] if isinstance(state, dict) else []
+        inner = [value for value in inner if isinstance(value, dict)]
+        if inner:
+            around, state = state, inner[0]
+    return around, state
+
+
+def describe(state):
+    """Tell which keys a state dict of an unknown family has, for an error message."""
+    family, prefix, _ = find_family(state, r".*[./]")
+    if family:
+        return f"keys of {family} stand behind the prefix {printable(prefix, 60)!r}: remove it"
+    keys = [printable(key, 60) for key in list(state)[:3]]
+    return f"its first keys are {', '.join(keys) or 'none'}"
 
 
 def find_family(state, prefix):
@@ -2714,28 +2722,18 @@ def choose_rows(model, weights, tensors, classes):
 
     Returns the classes that the file does not know; their rows stay those of the model.
     """
+    own = model.state_dict()
     layers = [name for name in ("head.cls.weight", "head.cls.bias") if name in tensors]
-    own = {name: model.state_dict()[name] for name in layers}
-    shapes = [tensors[name].shape for name in layers]
-    alike = all(len(shape) == own[name].ndim for name, shape in zip(layers, shapes))
-    alike = alike and len({shape[0] for shape in shapes}) == 1
-    if not alike or any(s[1:] != own[name].shape[1:] for name, s in zip(layers, shapes)):
-        return []  # check_shapes_and_values reports it
-    if weights.family == "torchvision" and (classes or model.num_classes != 91):
-        for name in layers:
-            if len(tensors[name]) == 91:  # its rows are category ids
-                tensors[name] = tensors[name][list(COCO)]
+    for name in layers:
+        rows = tensors[name].shape[:1]
+        if not rows or tensors[name].shape != rows + own[name].shape[1:]:
+            check_shape(name, tensors[name], own[name])
+        by_category = weights.family == "torchvision" and rows == (91,)  # row numbers are ids
+        if by_category and (classes or model.num_classes != 91):
+            tensors[name] = tensors[name][list(COCO)]
     if not classes or len(layers) < 2:
         return []
-    rows = len(tensors["head.cls.bias"])
-    known = weights.content.get("classes") or []
-    if not isinstance(known, (list, tuple)):
-        raise UserError(f"classes {short_repr(known)}: expected a list")
-    counts = len(classes), len(known)
-    if counts[0] != model.num_classes or (known and counts[1] != rows):
-        raise UserError(f"{counts[0]} classes for {model.num_classes} rows, {counts[1]} for {rows}")
-    if not known:  # the file names none
-        known = {len(classes): classes, 80: list(COCO.values())}.get(rows, [])
+    known = known_classes(model, weights, tensors, classes)
     for name in layers:
         theirs = tensors[name]
         tensors[name] = own[name].clone()
@@ -2745,6 +2743,29 @@ def choose_rows(model, weights, tensors, classes):
     return [name for name in classes if name not in known]
 
 
+def known_classes(model, weights, tensors, classes):
+    """Return the names of the classifier's rows in a file, or [] if nothing tells them.
+
+    Raises UserError if names and rows differ in number.
+    """
+    known = weights.content.get("classes") or []
+    rows = {len(tensors["head.cls.weight"]), len(tensors["head.cls.bias"])}
+    named = isinstance(known, (list, tuple)) and {len(known) or min(rows)} == rows
+    if len(classes) != model.num_classes or not named:
+        here = f"{len(classes)} classes for {model.num_classes} rows"
+        raise UserError(f"{here}, {short_repr(known)} for {' and '.join(map(str, rows))}")
+    if known:
+        return known
+    return {len(classes): classes, 80: list(COCO.values())}.get(min(rows), [])
+
+
+def check_shape(name, value, own):
+    if value.shape != own.shape:
+        hint = "; `classes` says whose rows to take" if name.startswith("head.cls.") else ""
+        shapes = f"{tuple(value.shape)} in the file and {tuple(own.shape)} in the model"
+        raise UserError(f"{name} is {shapes}{hint}")
+
+
 def check_shapes_and_values(model, tensors):
     """Raise UserError for another shape than the model's, or for NaN and infinity.
 
@@ -2752,12 +2773,7 @@ def check_shapes_and_values(model, tensors):
     """
     own = model.state_dict()
     for name, value in tensors.items():
-        if value.shape != own[name].shape:
-            hint = "; `classes` says whose rows to take" if name.startswith("head.cls.") else ""
-            raise UserError(
-                f"{name} is {tuple(value.shape)} in the file and {tuple(own[name].shape)} in "
-                f"the model{hint}"
-            )
+        check_shape(name, value, own[name])
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise UserError(f"{name}: expected finite values, found NaN or infinity")

@@ -772,7 +772,7 @@ WRAPPED = {  # how a program may store a state dict
 @pytest.mark.parametrize("how", WRAPPED)
 @pytest.mark.parametrize("rule", [official, lambda name, names: name], ids=["official", "ours"])
 def test_wrappers_of_every_kind_are_removed(how, rule):
-    model, other = randomise(thin()), thin()
+    model, other = randomise(fcos.build("shapes", 3)), fcos.build("shapes", 3)
     report = fcos.load_weights(other, WRAPPED[how](renamed(model, rule)))
     assert_same_weights(other, model)
     assert not report["missing"] and all(
@@ -876,6 +876,23 @@ def test_classes_of_the_same_name_keep_their_rows(rule):
     fits = randomise(thin(), 1)  # a file of as many classes that names none: taken as they are
     assert not fcos.load_weights(model, renamed(fits, rule), ["a", "b", "c"])["new_classes"]
     assert_same_weights(model, fits)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("head.cls.bias", torch.zeros(())),
+        ("head.cls.bias", torch.zeros(4)),
+        ("head.cls.weight", torch.zeros(3)),
+        ("head.cls.weight", torch.zeros(1).expand(10**9, 32, 3, 3)),
+        ("head.cls.weight", torch.zeros(1).expand(3, 32, 3, 10**9)),
+    ],
+    ids=str,
+)
+def test_a_classifier_of_odd_shapes_is_refused(name, value):
+    model, state = thin(), thin().state_dict() | {name: value}
+    assert_refused(lambda: fcos.load_weights(model, state), name, tuple(value.shape))
+    assert_refused(lambda: fcos.load_weights(model, state, ["a", "b", "c"]))
 
 
 def test_our_own_checkpoints_name_the_classes_of_their_rows(tmp_path):
