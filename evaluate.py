@@ -680,19 +680,22 @@ class CocoDataset:
         rows = slice(self.offsets[i], self.offsets[i + 1])
         return torch.from_numpy(self.boxes[rows]), torch.from_numpy(self.labels[rows])
 
-    def sample(self, i, hw):
-        """Return image i resized to (height, width) and its boxes, scaled alike, as a dict.
+    def truth(self, i, hw):
+        """Return the boxes of image i, scaled as the image is when it gets (height, width).
 
-        {"image": uint8 (3, H, W), "boxes": float32 (G, 4) xyxy pixels, "labels": int64 (G,)} and
-        every further column, as the file has it: a column in pixels must be scaled here.
+        {"boxes": float32 (G, 4) xyxy pixels, "labels": int64 (G,)} and every further column, as the
+        file has it: a column in pixels must be scaled here.
         """
         h, w = self.hw[i].tolist()
         boxes, labels = self.target(i)
         scale = torch.tensor([hw[1] / w, hw[0] / h, hw[1] / w, hw[0] / h])
-        image = fcos.resize(self.image(i), hw)
         rows = slice(self.offsets[i], self.offsets[i + 1])
         columns = {name: torch.from_numpy(values[rows]) for name, values in self.columns.items()}
-        return {"image": image, "boxes": boxes * scale, "labels": labels} | columns
+        return {"boxes": boxes * scale, "labels": labels} | columns
+
+    def sample(self, i, hw):
+        """Return {"image": uint8 (3, H, W) resized to (height, width)} and its `truth`."""
+        return {"image": fcos.resize(self.image(i), hw)} | self.truth(i, hw)
 
 
 def check_pixels(annotations):
@@ -753,17 +756,32 @@ def broadcast(value, source, group):
 # ---- prediction --------------------------------------------------------------------------------
 
 
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)  # Windows has not all of them
+]
+
+
 def start_worker(_):
     """Loader workers ignore the signals that stop a run, which often reach all of its processes:
     their parent needs them to finish its step. They end when it does."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+WORKER_ERRORS = {  # part of an error's text: what helps
+    "DataLoader worker (pid": "; if /dev/shm is full, use --workers 0",
+    "DataLoader timed out": "; use --workers 0",
+    "ancillary data": ": too many open files; raise `ulimit -n` or use --workers 0",
+    "Too many open files": "; raise `ulimit -n` or use --workers 0",
+}
 
 
 @contextlib.contextmanager
 def no_worker_left():
-    """After any error no loader worker is left: they ignore signals, and would keep their parent
-    from ending. PyTorch's error about a worker that died or hangs becomes a UserError."""
+    """Kill all dataloader workers if an error occurs: they ignore signals, and would keep their
+    parent from ending. PyTorch's error about a worker that died or hangs becomes a UserError."""
     try:
         yield
     except BaseException as error:
@@ -774,9 +792,10 @@ def no_worker_left():
             worker.join()
         if unix:
             signal.signal(signal.SIGCHLD, handler)
-        if isinstance(error, RuntimeError) and "DataLoader" in str(error):
-            raise UserError(f"{error}") from None
-        raise
+        hint = next((hint for text, hint in WORKER_ERRORS.items() if text in str(error)), None)
+        if hint is None or "Caught" in str(error):  # the latter: an error of the code in a worker
+            raise
+        raise UserError(f"{error}{hint}") from None
 
 
 def check_classes(model, dataset):
@@ -800,15 +819,40 @@ def check_classes(model, dataset):
 
 
 def attempt(read, item):
-    """read(item), or its UserError: raised in a worker, it would come wrapped in a traceback."""
+    """Return read(item), or its UserError: raised in a worker, it would be wrapped in a traceback.
+
+    A worker puts the tensors into shared memory here. PyTorch would do so in a thread, where an
+    error would lose the item, and the parent would wait for it.
+    """
     try:
-        return read(item)
+        result = read(item)
+        if torch.utils.data.get_worker_info():
+            for value in torch.utils._pytree.tree_leaves(result):
+                if isinstance(value, torch.Tensor):
+                    value.share_memory_()
+        return result
     except UserError as error:
         return error
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        few = "Too many open files" in str(error)
+        remedy = "raise `ulimit -n`" if few else "make /dev/shm larger (docker run --shm-size=8g)"
+        return UserError(f"a dataloader worker: {error}; {remedy} or use --workers 0")
+
+
+FILES, FILES_PER_WORKER = 40, 16  # open files of a process, and those that each worker adds
 
 
 def read_ahead(read, items, workers, pin_memory=False):
-    """read(item) of all items in turn, or its UserError; worker processes are ahead."""
+    """Return read(item) of all items in turn, or its UserError; worker processes read ahead."""
+    if workers and hasattr(os, "sysconf"):
+        limit = os.sysconf("SC_OPEN_MAX")
+        if limit < FILES + FILES_PER_WORKER * workers:
+            raise UserError(
+                f"`ulimit -n` is {limit}, too few open files for {workers} dataloader workers; "
+                f"raise it to {FILES + FILES_PER_WORKER * workers} or use --workers 0"
+            )
     return DataLoader(
         items,
         batch_size=None,
@@ -1334,19 +1378,48 @@ def find_device(name=None):
     return device
 
 
+def launched():
+    """Return (rank, number of processes) of the launch, or None if this process runs alone.
+
+    Raises UserError if several processes were started that do not know of each other.
+    """
+    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    rank, world_size, *master = (os.environ.get(name) for name in names)
+    advice = "start several processes with torchrun, or one without these variables"
+    if rank is None and world_size is None:
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if tasks != "1" and not dist.is_torchelastic_launched():
+            raise UserError(
+                f"srun started {tasks} tasks that do not know of each other; start one torchrun "
+                "for each node: srun --ntasks-per-node=1 torchrun ..."
+            )
+        return None
+    if not (f"{rank}".isdecimal() and f"{world_size}".isdecimal() and int(rank) < int(world_size)):
+        raise UserError(f"RANK is {rank!r:.100} of WORLD_SIZE {world_size!r:.100}; {advice}")
+    if not dist.is_torchelastic_launched() and world_size == "1":
+        return None
+    if not all(master) or not master[1].isdecimal():
+        raise UserError(f"MASTER_ADDR is {master[0]!r}, MASTER_PORT {master[1]!r:.100}; {advice}")
+    return int(rank), int(world_size)
+
+
 def start_process(device, make_store=None):
-    """Join torch.distributed if torchrun started this process. -> rank, world size, torch.device.
-    make_store(rank, world_size, timeout): makes the store of a process that may be restarted."""
+    """Join torch.distributed if a launcher such as torchrun started this process.
+
+    make_store(rank, world_size, timeout): makes the store of a process that may be restarted.
+    Returns rank, number of processes, torch.device.
+    """
     if os.environ.get("FCOS_KERNELS") not in (None, "", "cupy", "torch"):
         raise UserError(f"FCOS_KERNELS is {os.environ['FCOS_KERNELS']}: choose cupy or torch")
+    launch = None if dist.is_initialized() else launched()
     device = find_device(device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True  # deformable convolutions, as cuDNN's others
-    if dist.is_torchelastic_launched() and "RANK" in os.environ and not dist.is_initialized():
+    if launch:
         backend = "gloo"  # it carries detections, beside what the device needs for gradients
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, world_size = launch
         timeout, store = datetime.timedelta(hours=2), None  # long enough for rank 0 to score
         if make_store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = make_store(rank, world_size, timeout)

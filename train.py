@@ -21,6 +21,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -42,6 +43,11 @@ from tqdm import tqdm
 import evaluate
 import fcos
 from fcos import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ---- recipes -----------------------------------------------------------------------------------
 
@@ -155,6 +161,12 @@ def make_parser():
         metavar="DECAY",
         help="evaluate and keep the moving average of the weights, 0.999 for example (none)",
     )
+    add(
+        "--patience",
+        type=positive_int,
+        metavar="N",
+        help="stop after N evaluations without a better AP, of those after the last decay (never)",
+    )
     add("--seed", type=not_negative, default=0, help="(%(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
     add = parser.add_argument_group(HOW_IT_RUNS).add_argument
@@ -206,6 +218,10 @@ def resolve(args):
     if settings["multiple"] % 32:
         raise UserError(f"--multiple {settings['multiple']}: expected a multiple of 32")
     fcos.resized_hw(1, 1, max(settings["min_size"]), settings["max_size"])  # do they fit?
+    if settings["patience"]:  # then it decides where the run stops
+        if not args.eval_every:
+            raise UserError("--patience needs --eval-every")
+        settings["eval_every"] = args.eval_every
     overrides = dict(settings.pop("set"))
     if "test_size" not in fcos.MODELS.get(settings["model"], {}) | overrides:  # as it is trained
         overrides["test_size"] = max(settings["min_size"]), settings["max_size"]
@@ -546,8 +562,10 @@ def load_data(paths, settings, say):
                 "will be too high"
             )
     unlabeled = int((~train.trainable).sum())
-    if unlabeled == len(train):
-        raise UserError(f"{train.annotations}: has no image with a box to learn")
+    if unlabeled == len(train) or not len(train.boxes):
+        raise UserError(
+            f"{train.annotations}: has no image with a box to learn; {'; '.join(train.notes)}"
+        )
     if unlabeled:
         use = "negatives" if settings["negatives"] else "left out; --negatives trains on them"
         say(
@@ -592,12 +610,75 @@ def fingerprint(dataset):
 
 def draw_shapes(folder, say):
     """Draw the shapes data set on rank 0 if it is not there; the other ranks wait."""
+    folder = Path(folder)
     rank, world_size = evaluate.rank_and_world_size()
-    if rank == 0 and not Path(folder).exists():
+    if rank == 0 and not folder.exists():
         say(f"drawing {folder}")
-        make_shapes(folder)
+        evaluate.make_folder(folder.parent)
+        with locked(folder.parent / f".{folder.name}.lock", wait=True):
+            for left_over in folder.parent.glob(f".{folder.name}-*"):  # of a killed process
+                shutil.rmtree(left_over)
+            if not folder.exists():  # no other run has drawn it meanwhile
+                make_shapes(folder)
     if world_size > 1:
         dist.barrier()
+
+
+def report_sizes(model, batches, say):
+    """Print for each class how large its boxes are after resizing, and how many no location gets.
+
+    Such boxes are not learned. Where they are many, print the --min-size that would help.
+    """
+    if evaluate.rank_and_world_size()[0] > 0:
+        return
+    classes, settings = batches.dataset.classes, batches.settings
+    min_size = sorted(settings["min_size"])[len(settings["min_size"]) // 2]
+    rows = measure_boxes(model, batches, min_size, settings["max_size"])
+    for label, side, unassigned, count in rows[:10]:
+        say(
+            f"{evaluate.printable(classes[label])}: boxes of {side:.0f} pixels at --min-size "
+            f"{min_size} (median), {unassigned:.0%} of {count} without a location"
+        )
+    if rows and rows[0][2] > 0.1:
+        for factor in (1.25, 1.5, 2, 3, 4):
+            sizes = [round(factor * size / 32) * 32 for size in (min_size, settings["max_size"])]
+            if measure_boxes(model, batches, *sizes)[0][2] <= 0.1:
+                remedy = f"--min-size {sizes[0]} --max-size {sizes[1]}"
+                break
+        else:
+            remedy = (
+                "a finer level (--set levels=[2,3,4,5,6] with ranges) or cutting images into tiles"
+            )
+        say(f"warning: many boxes are too small to be learned; what would help is {remedy}")
+
+
+def measure_boxes(model, batches, min_size, max_size):
+    """Return (label, median side in pixels, share of boxes without a location, number of boxes).
+
+    The classes with the largest share come first. It is measured on up to 500 images, and on few
+    enough for a CPU to take a second or two.
+    """
+    dataset, device = batches.dataset, next(model.parameters()).device
+    rows = np.random.default_rng(0).permutation(np.concatenate(batches.groups))[:500]
+    found, work = [], 0
+    for row in rows.tolist():
+        hw = fcos.resized_hw(*dataset.hw[row].tolist(), min_size, max_size)
+        truth = {name: x.to(device) for name, x in dataset.truth(row, hw).items()}
+        index = model.targets(fcos.padded_hw([hw]), [truth])["index"]
+        assigned = torch.zeros(len(truth["boxes"]), dtype=torch.bool, device=device)
+        assigned[index[index >= 0]] = True
+        sides = (truth["boxes"][:, 2:] - truth["boxes"][:, :2]).prod(1).sqrt()
+        found.append(torch.stack([truth["labels"], sides, assigned], 1).cpu())
+        work += index.numel() * len(sides)
+        if work > 1e7 and device.type == "cpu":
+            break
+    labels, sides, assigned = torch.cat(found).T
+    measured = []
+    for label in labels.unique().long().tolist():
+        of = labels == label
+        lost = 1 - assigned[of].mean().item()
+        measured.append((label, sides[of].median().item(), lost, int(of.sum())))
+    return sorted(measured, key=lambda row: -row[2])
 
 
 def find_weights(name, keywords):
@@ -741,6 +822,8 @@ def rehearse(network, model, batches, settings):
     targets = model.targets(batch["images"].shape[2:], split_columns(batch))
     losses = fcos.fcos_loss(outputs, targets, fcos.loss_normalizers(targets), **model.loss)
     sum(losses.values()).backward()
+    with torch.no_grad():
+        model.decode(outputs, batch["sizes"])
     network.train()
     named = model.named_parameters()
     unused = [name for name, p in named if p.requires_grad and p.grad is None]
@@ -971,29 +1054,46 @@ def loss_text(losses):
     return " ".join(f"{name} {value:.3f}" for name, value in losses.items())
 
 
-def validate(step, model, val_set, best, files, workers):
-    """Score a model after `step` steps; log the metrics, and keep it if it is the best so far.
+def validate(step, model, companions, val_set, best, files, workers):
+    """Score the model after `step` steps, or its average; log the metrics, and keep the best.
 
-    Returns the metrics of the best evaluation, on rank 0.
+    Returns the metrics of the best evaluation so far, on every rank.
     """
+    evaluated = companions["ema"].evaluated() if "ema" in companions else model
     device = next(model.parameters()).device
     if dist.is_initialized():
-        for buffer in model.buffers():  # running statistics differ between ranks: take rank 0's
+        for buffer in evaluated.buffers():  # running statistics differ: take those of rank 0
             dist.broadcast(buffer, 0)
     batch_size = 1 if device.type == "cpu" else 8
     with torch.compiler.set_stance("force_eager"):  # its sizes are not worth a graph each
-        results = evaluate.predict(model, val_set, batch_size, workers)
-    if results is None:  # not rank 0
-        return best
-    metrics = evaluate.score(results, val_set.annotations)
-    files.log(step, **metrics)
-    tqdm.write(f"step {step}: AP {metrics['AP']:.3f}{peak_memory(device)}", file=sys.stderr)
-    nothing_to_find = metrics["AP"] < 0  # then the last model is kept
-    if best is None or metrics["AP"] > best["AP"] or nothing_to_find:
-        candidate = metrics | {"step": step}
-        if files.best(model, candidate):
-            best = candidate
+        results = evaluate.predict(evaluated, val_set, batch_size, workers)
+    if files.active:
+        metrics = evaluate.score(results, val_set.annotations)
+        files.log(step, **metrics)
+        tqdm.write(f"step {step}: AP {metrics['AP']:.3f}{peak_memory(device)}", file=sys.stderr)
+        if not files.has_model() or metrics["AP"] < 0:  # the latter: there is nothing to find
+            best = None
+        if best is None or metrics["AP"] > best["AP"]:
+            candidate = metrics | {"step": step}
+            best = candidate if files.best(evaluated, candidate) else best
+    if dist.is_initialized():
+        shared = [best]
+        dist.broadcast_object_list(shared, 0)
+        best = shared[0]
     return best
+
+
+def out_of_patience(step, best, settings):
+    """Return whether as many evaluations as --patience says have not been better than the best.
+
+    Those count that came after the last change of the learning rate. The number follows from the
+    steps alone, so that a resumed run stops where one would that was never interrupted.
+    """
+    if not settings["patience"] or best is None:
+        return False
+    last_change = int(list(settings["schedule"])[-1].removeprefix("step ")) - 1
+    every = settings["eval_every"]
+    return step // every - max(best["step"], last_change) // every >= settings["patience"]
 
 
 def peak_memory(device):
@@ -1027,26 +1127,27 @@ def main(args):
     settings |= describe(optimizer, model, settings)
     print_settings(settings, args, say)
     batches = TrainBatches(train_set, settings, rank, world_size, args.accumulate)
+    report_sizes(model, batches, say)
     network = make_network(model, settings, batches, say)
     graphs = compile_model(model, batches) if args.compile else None
-    saved = {"optimizer": optimizer} | companions
-    inputs = settings["weights"], train_set.annotations.path, val_set.annotations.path
-    files, start, best = open_run(args, settings, model, saved, inputs, say)
 
     # Train. The last turn of the loop only evaluates.
     iters = settings["iters"]
+    out = Path(args.out or f"runs/{args.recipe}")
+    inputs = settings["weights"], train_set.annotations.path, val_set.annotations.path
+    saved = {"optimizer": optimizer} | companions
     workers = (1 if device.type == "cpu" else 4) if args.workers is None else args.workers
-    with evaluate.no_worker_left(), stop_signals() as signals:
+    with one_writer(out), evaluate.no_worker_left(), stop_signals() as signals:
+        files, start, best = open_run(out, args, settings, model, saved, inputs, say)
         loader = start_loader(batches, start, workers, device)
         meter = Meter(start, batches, device, graphs)
         bar = progress_bar(args.recipe, start, iters)
         for step in bar:
             # The model of an evaluation has been saved: a run that is stopped here repeats it.
             if step == iters or is_due(step, args.eval_every):
-                evaluated = companions["ema"].evaluated() if "ema" in companions else model
-                best = validate(step, evaluated, val_set, best, files, workers)
+                best = validate(step, model, companions, val_set, best, files, workers)
                 meter.restart(step)
-            if step == iters:
+            if step == iters or out_of_patience(step, best, settings):
                 break
             micro_batches = read_step(loader, args.accumulate, device)
             losses, stops = compute_gradients(model, network, micro_batches, settings, signals)
@@ -1063,10 +1164,7 @@ def main(args):
                 files.checkpoint(done, settings, model, saved, best)
             if stopping and done < iters:
                 sender = signals[0] if signals else "a signal to another rank"
-                say(
-                    f"{sender}: stopped after step {done} of {iters}; the same command resumes "
-                    "from there"
-                )
+                say(f"{sender}: stopped after step {done} of {iters}; {files.resumes_from()}")
                 return
     if rank == 0:
         print_result(best, files)
@@ -1107,6 +1205,17 @@ def print_settings(settings, args, say):
 def start_loader(batches, start, workers, device):
     """Return the iterator over all micro-batches from step `start` on; its workers begin now."""
     items = range(start * batches.micro_batches, len(batches))
+    if os.path.isdir("/dev/shm"):
+        shares = batches.world_size * batches.micro_batches
+        pixels = max(h * w for h, w in batches.largest_hw)
+        batch = -(-batches.batch_size // shares) * 3 * pixels
+        needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * workers * 2 * batch
+        free = shutil.disk_usage("/dev/shm").free
+        if needed > free:
+            raise UserError(
+                f"/dev/shm has {free / 2**20:.0f} MB free, and the dataloader workers may need "
+                f"{needed / 2**20:.0f}; make it larger (docker run --shm-size), or use --workers 0"
+            )
     pinned = device.type == "cuda"
     loader = evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=pinned)
     return evaluate.raised(iter(loader))
@@ -1142,43 +1251,49 @@ def report(done, meter, optimizer, files, bar):
 
 
 def print_result(best, files):
-    """Print where the best model is, and its metrics as JSON in the last line."""
+    """Print where the best model is, and its metrics as JSON in the last line.
+
+    Raises UserError if the model or a checkpoint could not be written.
+    """
     path = files.out / "model.pt"
-    if best is None:
-        raise UserError(f"{path}: cannot be written; last.pt holds the model")
+    if not files.has_model():
+        raise UserError(f"{path}: cannot be written; {files.resumes_from()}")
     print(
         f"AP {best['AP']:.3f} after step {best['step']}, the best, is of {path}; "
         f"{time.process_time():.0f} s of CPU time. To see what it finds:\n"
         f"python evaluate.py {path} --images PHOTO.jpg --out drawn/"
     )
     print(json.dumps(best))
+    files.resumes_from()
 
 
 # ---- what a run writes and resumes -------------------------------------------------------------
 
 
 class RunFiles:
-    """log.jsonl, last.pt, previous.pt, model.pt and metrics.json of a run, which rank 0 writes. A
-    full disk costs the write and not the run: it is told on stderr, and the older file stays."""
+    """The files of a run: log.jsonl, last.pt, previous.pt, model.pt and metrics.json.
 
-    NAMES = ("previous.pt", "model.pt", "metrics.json", "last.pt", "log.jsonl", "log.new.jsonl")
+    Only rank 0 writes. If the disk is full, training continues, the older file stays, and a warning
+    is printed. A run that starts over writes log.new.jsonl and then last.new.pt: see `replace_run`.
+    """
 
-    def __init__(self, out, start, launch, damaged, active):
-        self.out, self.active, rows = out, active, []
-        if not active:
-            return
-        if damaged:  # or the next save would keep it as previous.pt
-            os.replace(out / "last.pt", out / "damaged.pt")
-        self.replaces = list(self.NAMES[:3]) if start == 0 else []
+    NAMES = ("last.pt", "previous.pt", "model.pt", "metrics.json", "log.jsonl")
+    NEW_NAMES = ("last.new.pt", "log.new.jsonl")
+
+    def __init__(self, out, start, launch):
+        self.out = out
+        self.active = evaluate.rank_and_world_size()[0] == 0
         self.made_with = {"launch": launch, "torch": str(torch.__version__)}
-        renew = start == 0 and (out / "log.jsonl").exists()
-        self.path = out / ("log.new.jsonl" if renew else "log.jsonl")
-        if start and self.path.is_file():  # without the rows that will be written again
-            for line in self.path.read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a row that is torn
-                    entry = json.loads(line)
-                    if entry["step"] < start or (entry["step"] == start and "AP" not in entry):
-                        rows.append(line + "\n")
+        self.saved_step = start or None  # of the checkpoint that is there
+        self.owns_model = start > 0  # whether model.pt is not an older run's
+        self.path = out / "log.jsonl"
+        if not self.active:
+            return
+        rows = []
+        if start and self.path.is_file():
+            rows = log_rows(self.path, start)
+        elif self.path.exists():
+            self.path = out / "log.new.jsonl"
         with fcos.atomic_write(self.path, "w") as file:
             file.writelines(rows)
 
@@ -1187,10 +1302,11 @@ class RunFiles:
         if not self.active:
             return
         try:
+            evaluate.make_folder(self.out)  # in case someone has removed it
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            tqdm.write(f"{self.path}: {error.strerror}", file=sys.stderr)
+        except (OSError, UserError) as error:
+            tqdm.write(f"{self.path}: {error}", file=sys.stderr)
 
     def checkpoint(self, step, settings, model, saved, best):
         """Write all that a run needs to resume after `step` steps."""
@@ -1203,42 +1319,92 @@ class RunFiles:
             "made_with": self.made_with,
             "model": fcos.checkpoint(model),
         }
-        assert not saved.keys() & content.keys(), f"{list(saved)}: other names than {list(content)}"
+        if saved.keys() & content.keys():
+            raise UserError(f"{', '.join(saved)}: one has a name of the checkpoint's own")
         content |= {name: thing.state_dict() for name, thing in saved.items()}
-        keep = None if self.replaces else self.out / "previous.pt"
+        first = self.saved_step is None
+        path = self.out / ("last.new.pt" if first else "last.pt")
         try:
-            with fcos.atomic_write(self.out / "last.pt", keep=keep) as file:
+            evaluate.make_folder(self.out)
+            with fcos.atomic_write(path, keep=None if first else self.out / "previous.pt") as file:
                 torch.save(content, file)
         except UserError as error:
             tqdm.write(f"{error}; the older checkpoint stays", file=sys.stderr)
             return
-        for name in self.replaces:  # of NAMES: they go when there is something in their place
-            (self.out / name).unlink(missing_ok=True)
-        if self.replaces and self.path.exists():
-            self.path = self.path.replace(self.out / "log.jsonl")
-        self.replaces = []
+        if first:
+            replace_run(self.out, self.owns_model)
+            self.path = self.out / "log.jsonl"
+        self.saved_step = step
 
     def best(self, model, metrics):
-        """-> whether model.pt and metrics.json are written."""
+        """Write model.pt and metrics.json. Returns whether that succeeded."""
         try:
+            evaluate.make_folder(self.out)
             fcos.save(model, self.out / "model.pt")
             with fcos.atomic_write(self.out / "metrics.json", "w") as file:
                 json.dump(metrics, file)
         except UserError as error:
             tqdm.write(f"{error}; the older model stays", file=sys.stderr)
             return False
-        self.replaces = self.replaces[:1]
+        self.owns_model = True
         return True
 
+    def has_model(self):
+        """Return whether the run has written a model.pt that is still there."""
+        return self.owns_model and (self.out / "model.pt").exists()
 
-def open_run(args, settings, model, saved, inputs, say):
-    """Resume the run in --out, or start one. With --fresh, only a run of the same launch resumes.
+    def resumes_from(self):
+        """Return what to do after a stop, for the last message. Raises UserError if a checkpoint
+        could not be written."""
+        if self.active and not (self.saved_step and (self.out / "last.pt").exists()):
+            raise UserError(f"{self.out}: no checkpoint could be written, so this run is lost")
+        return f"the same command resumes after step {self.saved_step}"
+
+
+def log_rows(path, start):
+    """Return the lines of a log that a run which resumes after `start` steps will not write again.
+
+    Its evaluation at `start` is repeated. Torn lines are left out.
+    """
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            if row["step"] < start or (row["step"] == start and "AP" not in row):
+                rows.append(line + "\n")
+    return rows
+
+
+def replace_run(out, keep_model=False):
+    """Delete the older run in a folder if a newer one has written its first checkpoint there.
+
+    last.new.pt marks that. Every start calls this first, so that a kill at any moment leaves files
+    of one run only. With `keep_model`, model.pt and metrics.json are the newer run's.
+    """
+    if (out / "last.new.pt").exists():
+        for name in (
+            "last.pt",
+            "previous.pt",
+            *(() if keep_model else ("model.pt", "metrics.json")),
+        ):
+            (out / name).unlink(missing_ok=True)
+        if (out / "log.new.jsonl").exists():
+            os.replace(out / "log.new.jsonl", out / "log.jsonl")
+        os.replace(out / "last.new.pt", out / "last.pt")
+    (out / "log.new.jsonl").unlink(missing_ok=True)
+
+
+def open_run(out, args, settings, model, saved, inputs, say):
+    """Resume the run in `out`, or start one. With --fresh, only a run of the same launch resumes.
 
     inputs: files that the run must not write over.
     Returns its RunFiles, the number of steps done, and the metrics of the best evaluation.
     """
-    out = Path(args.out or f"runs/{args.recipe}")
     rank, world_size = evaluate.rank_and_world_size()
+    if rank == 0:
+        fcos.remove_leftovers(out)
+        replace_run(out)
+    agree(0, out)  # on rank 0 being done
     launch = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
     # --fresh is for the first start of a launch: torchrun's restarts and Slurm's resume from it
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("SLURM_RESTART_COUNT")
@@ -1251,17 +1417,73 @@ def open_run(args, settings, model, saved, inputs, say):
             f"{out}: holds a model.pt and no checkpoint; choose another --out, or "
             "--fresh to replace it"
         )
-    if world_size > 1:
-        starts = [None] * world_size
+    agree(start, out)
+    if start == 0:
+        for name in RunFiles.NAMES + RunFiles.NEW_NAMES:
+            evaluate.check_target(out / name, inputs)
+    if damaged and rank == 0:  # or the next checkpoint would keep it as previous.pt
+        os.replace(out / "last.pt", out / "damaged.pt")
+    return RunFiles(out, start, launch), start, best
+
+
+def agree(start, out):
+    """Wait for all ranks, and raise UserError unless all have found the same number of steps."""
+    if dist.is_initialized():
+        starts = [None] * dist.get_world_size()
         dist.all_gather_object(starts, start)
         if len(set(starts)) > 1:
             raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
+
+
+@contextlib.contextmanager
+def locked(path, wait=False):
+    """Hold the lock of a file that is made and deleted -> whether this process has got it.
+
+    The system gives it back if the process is killed. It is fcntl's, which the forked workers of a
+    killed process do not inherit. With `wait`, wait for it.
+    """
+    while True:
+        file = open(path, "a")  # noqa: SIM115  (closed below)
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (BlockingIOError, PermissionError):  # another process has it
+            file.close()
+            yield False
+            return
+        except OSError as error:  # a network file system without locks
+            tqdm.write(f"{path}: no locks here ({error.strerror})", file=sys.stderr)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()  # its last owner has deleted it meanwhile
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):  # the folder may be gone
+            os.unlink(path)
+        file.close()
+
+
+@contextlib.contextmanager
+def one_writer(out):
+    """Let no second run write to a folder. Raises UserError if one does."""
+    if evaluate.rank_and_world_size()[0] > 0:
+        yield
+        return
+    made = not out.exists()
     evaluate.make_folder(out)
-    if rank == 0:
-        fcos.remove_leftovers(out)
-    for name in RunFiles.NAMES if start == 0 else ():
-        evaluate.check_target(out / name, inputs)
-    return RunFiles(out, start, launch, damaged, rank == 0), start, best
+    if not os.access(out, os.W_OK):
+        raise UserError(f"{out}: cannot be written")
+    try:
+        with locked(out / ".lock") as mine:
+            if not mine:
+                raise UserError(f"{out}: another run writes there; choose another --out")
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it is no longer empty
+                out.rmdir()
 
 
 def resume(out, settings, model, saved, say, launch=None):
@@ -1371,8 +1593,12 @@ def layout(state):
 
 @contextlib.contextmanager
 def stop_signals():
-    """SIGTERM and SIGINT no longer end the process but fill the list that this yields. A second one
-    does end it, unless it comes at once: Slurm and torchrun both pass the same one on."""
+    """Collect the signals that ask a run to stop in the list that this yields.
+
+    Without this they would end the process. Signals that are ignored stay so: SIGHUP under nohup.
+    A second signal ends the process, unless it comes at once: Slurm and torchrun both pass the same
+    one on.
+    """
     received, before, last = [], {}, 0.0
 
     def handle(number, _frame):
@@ -1383,8 +1609,9 @@ def stop_signals():
         received.append(signal.Signals(number).name)
         last = time.monotonic()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, handle)
+    for number in evaluate.STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, handle)
     try:
         yield received
     finally:

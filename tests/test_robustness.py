@@ -271,6 +271,28 @@ TABLE = {  # by number of the point of the list that this test began with
     "13 RUN_ID": fine(
         TRAIN, "AP", partial(os.environ.update, TORCHELASTIC_RUN_ID="7"), changes="run/*"
     ),
+    **{
+        f"13 launch {values}": row(
+            line,
+            words,
+            partial(os.environ.update, dict(pair.split("=") for pair in values.split())),
+        )
+        for line in (TRAIN,)
+        for values, words in {
+            "RANK=x": "RANK is 'x'|torchrun",
+            "RANK=1 WORLD_SIZE=2": "MASTER_ADDR is None|torchrun",
+            "RANK=2 WORLD_SIZE=2": "RANK is '2' of WORLD_SIZE '2'|torchrun",
+            "WORLD_SIZE=2": "RANK is None|torchrun",
+            "SLURM_STEP_NUM_TASKS=2": "2 tasks|torchrun",
+            "TORCHELASTIC_RUN_ID=a RANK=0 WORLD_SIZE=1": "MASTER_ADDR is None",
+        }.items()
+    },
+    "13 launch alone": fine(
+        TRAIN, "AP", partial(os.environ.update, RANK="0", WORLD_SIZE="1"), changes="run/*"
+    ),
+    "13 SLURM_NTASKS": fine(
+        TRAIN, "AP", partial(os.environ.update, SLURM_NTASKS="2"), changes="run/*"
+    ),
     "13 RESTART_COUNT": fine(
         FRESH, "AP", partial(os.environ.update, SLURM_RESTART_COUNT="abc"), changes="run/*"
     ),

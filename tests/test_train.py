@@ -228,6 +228,15 @@ def test_a_folder_that_is_in_use_is_not_drawn_over(tmp_path):
     assert files(tmp_path) == {"mine/photo.jpg": b"precious"}
 
 
+def test_what_a_killed_drawing_left_behind_goes_at_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / ".shapes-abcd" / "shapes").mkdir(parents=True)
+    (tmp_path / "data" / ".shapes-abcd" / "shapes" / "1.jpg").write_bytes(b"half")
+    monkeypatch.setattr(train, "make_shapes", lambda root: root.mkdir())
+    train.draw_shapes("data/shapes", print)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["shapes"]
+
+
 # ---- batches -----------------------------------------------------------------------------------
 
 
@@ -255,7 +264,7 @@ class Fake:
         h, w = self.hw[i].tolist()
         return torch.tensor([[1.0, 2, w / 2, h]]), torch.tensor([int(i)])
 
-    sample = evaluate.CocoDataset.sample
+    sample, truth = evaluate.CocoDataset.sample, evaluate.CocoDataset.truth
 
 
 MIXED = Fake([(40, 60), (60, 40), (50, 50), (30, 60), (45, 61), (64, 32), (33, 64)])
@@ -976,6 +985,160 @@ def test_fresh_removes_the_older_run_once_it_has_a_checkpoint_of_its_own(copied,
     assert load(copied / "last.pt")["settings"]["seed"] == 1 and metrics(copied)["step"] == 4
 
 
+@pytest.mark.parametrize("moment", range(6))
+def test_fresh_killed_between_any_two_renames_leaves_one_run(copied, shapes, monkeypatch, moment):
+    """The log and the checkpoint are both of the older run or both of the new one."""
+    left = itertools.count(moment, -1)
+
+    def dying(function):
+        return lambda *args, **more: kill() if next(left) == 0 else function(*args, **more)
+
+    argv = flags(shapes, copied, "--seed", "1", "--iters", "4", "--checkpoint-every", 2)
+    replace_run = train.replace_run
+
+    def watched(out, *rest):
+        with pytest.MonkeyPatch.context() as patch:
+            if (out / "last.new.pt").exists():
+                patch.setattr(Path, "unlink", dying(Path.unlink))
+                patch.setattr(os, "replace", dying(os.replace))
+            replace_run(out, *rest)
+
+    monkeypatch.setattr(train, "replace_run", watched)
+    with pytest.raises(Killed):
+        call([*argv, "--fresh"])
+    monkeypatch.undo()
+    call(argv)
+    assert [row["step"] for row in logged_losses(copied)] == [1, 2, 3, 4]
+    assert load(copied / "last.pt")["settings"]["seed"] == 1
+    names = ["last.pt", "log.jsonl", "metrics.json", "model.pt", "previous.pt"]
+    assert sorted(path.name for path in copied.iterdir()) == names
+
+
+def test_a_second_run_in_one_folder_is_refused_while_the_first_lives(
+    finished, shapes, tmp_path, capsys
+):
+    """Once it is killed, its loader workers do not block the next."""
+    argv = flags(shapes, tmp_path / "run", *EVERY_3, "--workers", 1)
+    started = tmp_path / "started"
+
+    def wait():
+        started.touch()
+        time.sleep(PATIENCE)
+
+    first = fork(argv, tmp_path / "told", lambda: at_step(1, wait))
+    while not started.exists():
+        assert first.is_alive()
+        time.sleep(0.05)
+    before = files(tmp_path / "run")
+    code, (line,) = mistake(capsys, [*argv, "--fresh"])
+    assert code == 2 and line.endswith("run: another run writes there; choose another --out")
+    assert files(tmp_path / "run") == before
+    first.kill()
+    first.join()
+    call(argv)
+    assert_same_run(tmp_path / "run", finished.out)
+
+
+def test_a_folder_that_is_removed_under_a_run_is_made_again(shapes, tmp_path, capsys):
+    out = tmp_path / "run"
+    at_step(4, lambda: shutil.rmtree(out))
+    call(flags(shapes, out, *EVERY_3))
+    assert {"last.pt", "log.jsonl"} <= files(out).keys()
+    assert metrics(out) == json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    def replace():
+        shutil.rmtree(out)
+        out.write_text("in the way")
+
+    at_step(5, replace)
+    code, lines = mistake(capsys, flags(shapes, out, "--fresh"))
+    assert code == 2 and lines[-1].endswith("no checkpoint could be written, so this run is lost")
+    assert "holds the model" not in str(lines) and "resumes" not in str(lines)
+
+
+@pytest.mark.parametrize("eval_every", [1, 2])
+def test_patience_ends_a_run_exactly_where_it_would_uninterrupted(
+    shapes, tmp_path, monkeypatch, capsys, eval_every
+):
+    """The rate changes last after step 16 of 18: two evaluations after it, which find no better
+    model, end the run. A call that was interrupted in between ends at the same step."""
+    monkeypatch.setattr(train, "DECAYS", [6, 8])
+    monkeypatch.setitem(train.RECIPES["shapes"], "decays", [6, 8])
+    aps = [0.5 if step == 3 else 0.4 - step / 1000 for step in range(19)]
+    score_in_turn(monkeypatch, aps)
+    more = "--iters", 18, "--eval-every", eval_every, "--patience", 2, "--checkpoint-every", 5
+    argv = flags(shapes, tmp_path / "whole", *more)
+    call(argv)
+    stop = (8 // eval_every + 2) * eval_every
+    assert logged_losses(tmp_path / "whole")[-1]["step"] == stop
+    assert load(tmp_path / "whole" / "last.pt")["step"] == stop
+    before = files(tmp_path / "whole")
+    call(argv)
+    assert files(tmp_path / "whole").keys() == before.keys()
+    assert load(tmp_path / "whole" / "last.pt")["step"] == stop
+    for step in 6, stop - 1:
+        call_until(step, [*argv, "--out", str(tmp_path / f"{step}")])
+        call([*argv, "--out", str(tmp_path / f"{step}")])
+        assert_same_run(tmp_path / f"{step}", tmp_path / "whole")
+    capsys.readouterr()
+    code, (line,) = mistake(capsys, flags(shapes, tmp_path / "new", "--patience", 2))
+    assert code == 2 and "--patience needs --eval-every" in line
+
+
+def edited(shapes, root, split, change):
+    """A copy of a data set whose annotations of a split are changed."""
+    path, _ = evaluate.coco_paths(shutil.copytree(shapes, root), f"{split}2017")
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return root
+
+
+def test_without_a_box_to_learn_nothing_is_trained(shapes, tmp_path, capsys):
+    def crowds(content):
+        for box in content["annotations"]:
+            box["iscrowd"] = 1
+
+    def outside(content):
+        for box in content["annotations"]:
+            box["bbox"][:2] = 1000, 1000
+
+    for change, words in (crowds, "crowds"), (outside, "no area inside their image"):
+        data = edited(shapes, tmp_path / change.__name__, "train", change)
+        code, (line,) = mistake(capsys, flags(data, tmp_path / "out"))
+        assert code == 2 and "no image with a box to learn" in line and words in line, line
+        assert not (tmp_path / "out").exists()
+
+
+def test_without_a_box_to_find_the_last_model_is_kept(shapes, tmp_path, capsys):
+    data = edited(shapes, tmp_path / "data", "val", lambda content: content.update(annotations=[]))
+    call(flags(data, tmp_path / "out", "--eval-every", 3))
+    said = capsys.readouterr().out
+    assert "has no box to find" in said.split("optimizer")[0]
+    assert metrics(tmp_path / "out")["step"] == 6 and metrics(tmp_path / "out")["AP"] == -1
+
+
+def test_boxes_that_no_location_gets_are_reported_with_a_remedy(shapes, tmp_path, capsys):
+    def shrink(content):
+        for box in content["annotations"]:
+            if box["category_id"] == 3:
+                box["bbox"][2:] = 6, 6
+
+    call(flags(shapes, tmp_path / "plain", "--iters", 1))
+    assert "warning" not in capsys.readouterr().out
+    data = edited(shapes, tmp_path / "data", "train", shrink)
+    call(flags(data, tmp_path / "small", "--iters", 1))
+    said = capsys.readouterr().out
+    report = re.search(r"rectangle: boxes of (\d+) pixels .* (\d+)% of \d+ without", said)
+    assert int(report[1]) <= 4 and int(report[2]) > 50
+    remedy = re.search(
+        r"warning: many boxes are too small .* --min-size (\d+) --max-size (\d+)", said
+    )
+    assert int(remedy[1]) > 64 and int(remedy[2]) > 96
+    call(flags(data, tmp_path / "larger", "--iters", 1, *remedy[0].split()[-4:]))
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_first_start_may_find_its_weights_in_its_own_folder(finished, shapes, tmp_path):
     (tmp_path / "start.pt").write_bytes((finished.out / "model.pt").read_bytes())
     call(flags(shapes, tmp_path, "--weights", tmp_path / "start.pt", "--iters", 1))
@@ -1683,23 +1846,32 @@ def test_kill_9_at_any_moment_changes_nothing(shapes, tmp_path):
     assert not list(out.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_signal_ends_the_step_and_saves(finished, shapes, tmp_path, workers):
+@pytest.mark.parametrize("workers, name", [(0, "SIGTERM"), (1, "SIGUSR1"), (1, "SIGHUP")])
+def test_a_signal_ends_the_step_and_saves(finished, shapes, tmp_path, workers, name):
     """As at the shutdown of a machine, every process gets it, the loader's workers included."""
     out, told = tmp_path / "run", tmp_path / "told"
     argv = flags(shapes, out, "--eval-every", 3, "--workers", workers)
 
     def everyone():
         for process in [*multiprocessing.active_children(), SimpleNamespace(pid=os.getpid())]:
-            os.kill(process.pid, signal.SIGTERM)
+            os.kill(process.pid, getattr(signal, name))
 
     code, text = ended(argv, told, lambda: at_step(3, everyone))
     assert code == 0, text
-    assert "SIGTERM: stopped after step 5 of 6; the same command resumes" in text
+    assert f"{name}: stopped after step 5 of 6; the same command resumes" in text
     assert load(out / "last.pt")["step"] == 5
     code, text = ended(argv, told)
     assert code == 0 and "resumes after step 5 of 6" in text
     assert_same_run(out, finished.out)
+
+
+def test_under_nohup_a_hangup_is_ignored(shapes, tmp_path):
+    def prepare():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        at_step(1, lambda: os.kill(os.getpid(), signal.SIGHUP))
+
+    code, text = ended(flags(shapes, tmp_path / "run", "--iters", 2), tmp_path / "told", prepare)
+    assert code == 0 and "stopped" not in text and load(tmp_path / "run" / "last.pt")["step"] == 2
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
@@ -1777,6 +1949,55 @@ def test_a_worker_that_fails_ends_the_run_in_one_line(shapes, tmp_path, when, ki
     assert len([line for line in text.splitlines() if re.search(told, line)]) == 1
 
 
+def few_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
+
+
+def small_shm():
+    shutil.disk_usage = lambda path: SimpleNamespace(free=2**20)
+
+
+def full_shm():
+    def refuse(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: (28)")
+
+    torch.Tensor.share_memory_ = refuse
+
+
+ROOM = {  # what is short: a preparation, what the one line names
+    few_files: ("ulimit -n", "too few open files"),
+    small_shm: ("/dev/shm has 1 MB free", "--shm-size"),
+    full_shm: ("unable to allocate shared memory", "/dev/shm"),
+}
+
+
+@pytest.mark.parametrize("prepare", ROOM)
+def test_without_room_for_workers_a_run_ends_at_once_in_one_line(shapes, tmp_path, prepare):
+    argv = flags(shapes, tmp_path / "run", "--workers", 2, "--batch-size", 16, "--min-size", 96)
+    code, text = ended(argv, tmp_path / "told", prepare)
+    (line,) = [line for line in text.splitlines() if "--workers 0" in line]
+    assert code == 2 and "Traceback" not in text, text
+    assert all(word in line for word in ROOM[prepare])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bug_in_augment_keeps_its_traceback_and_leaves_no_process(shapes, tmp_path, workers):
+    """A RuntimeError, as PyTorch's own errors about workers are."""
+
+    def prepare():
+        def augment(sample, rng):
+            raise RuntimeError("a bug of mine")
+
+        train.augment = augment
+
+    argv = flags(shapes, tmp_path / "run", "--workers", workers)
+    begin = time.monotonic()
+    code, text = ended(argv, tmp_path / "told", prepare)
+    assert code == 1 and time.monotonic() - begin < 60
+    assert "Traceback" in text and "in augment" in text and "a bug of mine" in text, text
+    assert re.search(r"in a sample made from .*train2017/\d+.jpg", text)
+
+
 def test_a_full_disk_costs_the_write_and_not_the_run(finished, shapes, tmp_path):
     out, told = tmp_path / "run", tmp_path / "told"
     argv = flags(shapes, out, *EVERY_3)
@@ -1797,7 +2018,7 @@ def test_a_full_disk_costs_the_write_and_not_the_run(finished, shapes, tmp_path)
 
     argv = flags(shapes, tmp_path / "none", "--eval-every", 3)
     code, text = ended(argv, told, lambda: full(20_000))  # none for model.pt either
-    assert "model.pt: cannot be written" in text.splitlines()[-1]
+    assert "none: no checkpoint could be written" in text.splitlines()[-1]
     assert code == 2 and "the older model stays" in text
     assert logged_losses(tmp_path / "none")[-1]["step"] == 6
 
@@ -1844,6 +2065,7 @@ def test_between_log_rows_no_number_is_read_from_the_device(shapes, tmp_path, mo
     monkeypatch.setattr(train, "update", lambda *now: steps.append(now[0]) or update(*now))
     monkeypatch.setattr(evaluate, "start_process", lambda *_: (0, 1, torch.device("meta")))
     monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())  # knows no meta
+    monkeypatch.setattr(train, "report_sizes", lambda *_: None)  # reads before training
     for more in ("--accumulate", 2, "--ema", 0.9, "--workers", 1), ("--set", "quality=iou"):
         steps.clear()
         with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):
