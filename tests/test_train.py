@@ -377,12 +377,19 @@ def test_padded_sizes_are_multiples_but_not_beyond_the_largest_image():
     assert counts[0] > 8 and counts[1] < counts[0]
 
 
-def test_a_compiled_run_stays_compiled_for_every_padded_size(monkeypatch):
+def test_a_compiled_run_stays_compiled_for_every_padded_size():
+    """In a process of its own: after torch.compile, autograd refuses to work in a fork."""
+    process = multiprocessing.get_context("fork").Process(target=compile_every_padded_size)
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+
+
+def compile_every_padded_size():
     """More padded sizes than torch.compile's limit of eight; see train.Graphs."""
-    monkeypatch.setattr(train.Graphs, "backend", "eager")
+    train.Graphs.backend = "eager"
     for name in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(torch._dynamo.config, name, 8)
-    torch._dynamo.reset()
+        setattr(torch._dynamo.config, name, 8)
     settings = dict(min_size=[96, 128], max_size=208, batch_size=1, iters=60)
     made = batches(Fake(COCO_HW), **settings)
     model = fcos.build("shapes", 2, stem=16, channels=64, blocks=(1, 1, 1, 1))
@@ -2173,6 +2180,13 @@ def thin_boxes(monkeypatch):
     monkeypatch.setattr(evaluate.CocoDataset, "target", thin)
 
 
+def worse_and_worse(monkeypatch):
+    """Let every evaluation find a lower AP than those before. Ranks other than 0 know none."""
+    aps = itertools.count(50, -1)
+    score = evaluate.score
+    monkeypatch.setattr(evaluate, "score", lambda *args: score(*args) | {"AP": next(aps) / 100})
+
+
 def poison_rank_1(monkeypatch):
     poison(monkeypatch, 4, here=torch.distributed.get_rank() == 1)
 
@@ -2188,6 +2202,7 @@ def killed_at_4(monkeypatch):
 
 SCALES = ["--min-size", 48, 64, 80, "--batch-size", 5]
 AVERAGE = ["--ema", 0.9, "--eval-every", 4]
+IMPATIENT = ["--iters", 18, "--eval-every", 1, "--patience", 1]
 ALL, LEFT, RIGHT = [0, 1, 2, 3], [0, 1], [2, 3]
 CASES = {  # name of the run's folder: ranks, functions of this file that patch it, flags
     "four": (ALL, [], EVERY_3),
@@ -2200,6 +2215,7 @@ CASES = {  # name of the run's folder: ranks, functions of this file that patch 
     "few images of one aspect": (LEFT, ["doubled"], ["--data", "few"]),
     "further losses": (RIGHT, ["doubled", "two_more_losses"], []),
     "moving average": (RIGHT, ["doubled"], AVERAGE),
+    "impatient": (LEFT, ["doubled", "worse_and_worse"], IMPATIENT),
     "undisturbed": (LEFT, [], ["--iters", 40, "--batch-size", 2, "--checkpoint-every", 5]),
     "not finite": (RIGHT, ["poison_rank_1"], ["--checkpoint-every", 2]),
     "not shared": (RIGHT, ["folders_of_two_nodes"], []),
@@ -2298,6 +2314,8 @@ def test_odd_steps_are_the_same_for_one_process_and_several(launched, tmp_path, 
         assert all(row["loss"] == pytest.approx(sum(map(row.get, names))) for row in rows)
         assert all(row[name] > 0 for row in rows for name in names)
         assert rows[-1]["more"] < rows[0]["more"] and all(weights(tmp_path)["head.more.bias"] > 0)
+    if case == "impatient":  # two evaluations after the last decay at step 16
+        assert rows[-1]["step"] == 17
     if case == "moving average":
         averages = weights(launched.out / case, "model.pt")
         assert not torch.allclose(averages["head.cls.bias"], weights(tmp_path)["head.cls.bias"])
