@@ -1290,10 +1290,10 @@ class RunFiles:
         if not self.active:
             return
         rows = []
-        if start and self.path.is_file():
-            rows = log_rows(self.path, start)
-        elif self.path.exists():
+        if start == 0 and self.path.exists():
             self.path = out / "log.new.jsonl"
+        elif self.path.is_file():
+            rows = log_rows(self.path, start)
         with fcos.atomic_write(self.path, "w") as file:
             file.writelines(rows)
 
