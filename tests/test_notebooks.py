@@ -193,17 +193,25 @@ def test_the_viewer_reacts_in_a_browser(clone, tmp_path):
         browser = play.chromium.launch(executable_path=chromium, args=BROWSER_FLAGS)
         page = browser.new_page(viewport={"width": 1500, "height": 1100})
         page.goto(f"{url}/lab/tree/notebooks/03_predictions.ipynb?token=fcos&reset")
-        page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=90_000)
-        page.locator(".lm-MenuBar-item", has_text="Run").click()
-        page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
+        ready = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        ready.wait_for(state="attached", timeout=120_000)  # otherwise nothing would run
         figure = page.locator(".widget-image")
-        figure.wait_for(state="attached", timeout=180_000)
+        for timeout in (60_000, 60_000, 120_000):  # JupyterLab drops a run while it still starts
+            page.locator(".lm-MenuBar-item", has_text="Run").click()
+            page.wait_for_timeout(1000)  # a menu that has just opened ignores the mouse
+            page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
+            with contextlib.suppress(playwright.TimeoutError):
+                figure.wait_for(state="attached", timeout=timeout)
+                break
+        assert figure.count(), page.locator(".jp-Notebook").inner_text()[-3000:]
         figure.scroll_into_view_if_needed()
         seen = [figure.get_attribute("src")]
 
         def wait_for_change():
             page.wait_for_function(
-                "old => document.querySelector('.widget-image').src != old", arg=seen[-1]
+                "old => document.querySelector('.widget-image').src != old",
+                arg=seen[-1],
+                timeout=120_000,
             )
             seen.append(figure.get_attribute("src"))
 
