@@ -310,7 +310,7 @@ def write(numbers):
         if path.stem in PICTURES:
             name, expression = PICTURES[path.stem]
             quality = dict(quality=75, subsampling=0)
-            then = f"{expression}.savefig('notebooks/images/{name}', dpi=80, pil_kwargs={quality})"
+            then = f"{expression}.savefig('notebooks/images/{name}', dpi=72, pil_kwargs={quality})"
             execute(path, ROOT / "notebooks", then, PHOTOGRAPHS)
         notebook = execute(path, ROOT / "notebooks")
         notebook.metadata.language_info = {"name": "python"}
