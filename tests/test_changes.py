@@ -16,6 +16,7 @@ import socket
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -521,9 +522,9 @@ def another_suppression():
         return score(results, *rest)
 
     evaluate.score = keep
-    files = train.RunFiles.__new__(train.RunFiles)
+    files = SimpleNamespace(active=True, has_model=lambda: False)
     files.log = files.best = lambda *_, **__: True
-    train.validate(0, model, dataset, None, files, 0)
+    train.validate(0, model, {}, dataset, None, files, 0)
     rows = found_in_results()
     assert metrics[0] == pytest.approx([row["score"] for row in rows])
 
