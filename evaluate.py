@@ -1373,9 +1373,17 @@ def find_device(name=None):
         use = " or ".join(found)
         raise UserError(f"--device {name}: PyTorch finds no such device here; use --device {use}")
     if device.type in ("cuda", "xpu"):
-        device = torch.device(device.type, device.index or int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device(device.type, device.index or launch_number("LOCAL_RANK", 0))
         torch.accelerator.set_device_index(device.index)
     return device
+
+
+def launch_number(name, default):
+    """Return a variable of the launcher as a whole number. Raises UserError if it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r:.100}: expected a whole number, as torchrun sets it")
+    return int(text)
 
 
 def launched():

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import sys
 import tempfile
@@ -271,11 +272,17 @@ def find_data(args):
     return paths
 
 
+SHORT = reprlib.Repr()  # bounded work for any value
+SHORT.maxtuple = SHORT.maxlist = 10
+
+
 def abbreviated(value):
-    """Return a setting as text; of many choices the first and the last."""
+    """Return a setting as text; of many choices the first and the last. A checkpoint may hold
+    anything: the text is short and printable."""
     if isinstance(value, list) and len(value) > 8:
-        return f"{value[0]} to {value[-1]} ({len(value)} values)"
-    return f"{value}"
+        return f"{abbreviated(value[0])} to {abbreviated(value[-1])} ({len(value)} values)"
+    text = value if isinstance(value, str) else SHORT.repr(value)
+    return evaluate.printable(text, 200)
 
 
 def differences(there, here, name=""):
@@ -971,7 +978,7 @@ def describe(optimizer, model, settings):
     found = {"class": type(optimizer).__name__}
     for number, group in enumerate(optimizer.param_groups, 1):
         group["initial_lr"] = group["lr"]
-        parameters = [names[id(p)] for p in group["params"]]
+        parameters = [names.get(id(p), f"{tuple(p.shape)}") for p in group["params"]]
         digest = hashlib.sha256(" ".join(parameters).encode()).hexdigest()[:8]
         values = {name: value for name, value in group.items() if name not in ("params", "lr")}
         found[f"group {number}"] = values | {"parameters": f"{len(parameters)} ({digest})"}
@@ -1209,7 +1216,7 @@ def start_loader(batches, start, workers, device):
         shares = batches.world_size * batches.micro_batches
         pixels = max(h * w for h, w in batches.largest_hw)
         batch = -(-batches.batch_size // shares) * 3 * pixels
-        needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * workers * 2 * batch
+        needed = evaluate.launch_number("LOCAL_WORLD_SIZE", 1) * workers * 2 * batch
         free = shutil.disk_usage("/dev/shm").free
         if needed > free:
             raise UserError(
@@ -1256,7 +1263,7 @@ def print_result(best, files):
     Raises UserError if the model or a checkpoint could not be written.
     """
     path = files.out / "model.pt"
-    if not files.has_model():
+    if best is None or not files.has_model():
         raise UserError(f"{path}: cannot be written; {files.resumes_from()}")
     print(
         f"AP {best['AP']:.3f} after step {best['step']}, the best, is of {path}; "
@@ -1356,7 +1363,8 @@ class RunFiles:
     def resumes_from(self):
         """Return what to do after a stop, for the last message. Raises UserError if a checkpoint
         could not be written."""
-        if self.active and not (self.saved_step and (self.out / "last.pt").exists()):
+        there = any((self.out / name).exists() for name in ("last.pt", "previous.pt"))
+        if self.active and not (self.saved_step and there):
             raise UserError(f"{self.out}: no checkpoint could be written, so this run is lost")
         return f"the same command resumes after step {self.saved_step}"
 
