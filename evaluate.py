@@ -844,15 +844,19 @@ def attempt(read, item):
 FILES, FILES_PER_WORKER = 40, 16  # open files of a process, and those that each worker adds
 
 
+def check_open_files(workers):
+    """Raise UserError if the process may not open as many files as its workers need."""
+    needed = FILES + FILES_PER_WORKER * workers
+    if workers and hasattr(os, "sysconf") and os.sysconf("SC_OPEN_MAX") < needed:
+        raise UserError(
+            f"`ulimit -n` is {os.sysconf('SC_OPEN_MAX')}, too few open files for {workers} "
+            f"dataloader workers; raise it to {needed} or use --workers 0"
+        )
+
+
 def read_ahead(read, items, workers, pin_memory=False):
     """Return read(item) of all items in turn, or its UserError; worker processes read ahead."""
-    if workers and hasattr(os, "sysconf"):
-        limit = os.sysconf("SC_OPEN_MAX")
-        if limit < FILES + FILES_PER_WORKER * workers:
-            raise UserError(
-                f"`ulimit -n` is {limit}, too few open files for {workers} dataloader workers; "
-                f"raise it to {FILES + FILES_PER_WORKER * workers} or use --workers 0"
-            )
+    check_open_files(workers)
     return DataLoader(
         items,
         batch_size=None,

@@ -1144,6 +1144,7 @@ def main(args):
     inputs = settings["weights"], train_set.annotations.path, val_set.annotations.path
     saved = {"optimizer": optimizer} | companions
     workers = (1 if device.type == "cpu" else 4) if args.workers is None else args.workers
+    check_room(batches, workers)
     with one_writer(out), evaluate.no_worker_left(), stop_signals() as signals:
         files, start, best = open_run(out, args, settings, model, saved, inputs, say)
         loader = start_loader(batches, start, workers, device)
@@ -1209,9 +1210,9 @@ def print_settings(settings, args, say):
         )
 
 
-def start_loader(batches, start, workers, device):
-    """Return the iterator over all micro-batches from step `start` on; its workers begin now."""
-    items = range(start * batches.micro_batches, len(batches))
+def check_room(batches, workers):
+    """Raise UserError unless the machine has room for what dataloader workers read ahead."""
+    evaluate.check_open_files(workers)
     if os.path.isdir("/dev/shm"):
         shares = batches.world_size * batches.micro_batches
         pixels = max(h * w for h, w in batches.largest_hw)
@@ -1223,6 +1224,11 @@ def start_loader(batches, start, workers, device):
                 f"/dev/shm has {free / 2**20:.0f} MB free, and the dataloader workers may need "
                 f"{needed / 2**20:.0f}; make it larger (docker run --shm-size), or use --workers 0"
             )
+
+
+def start_loader(batches, start, workers, device):
+    """Return the iterator over all micro-batches from step `start` on; its workers begin now."""
+    items = range(start * batches.micro_batches, len(batches))
     pinned = device.type == "cuda"
     loader = evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=pinned)
     return evaluate.raised(iter(loader))
@@ -1557,7 +1563,7 @@ def restore(path, content, settings, model, saved):
     step, held, best = content["step"], content["model"], content.get("best")
     if type(step) is not int or step not in range(settings["iters"] + 1):
         raise ValueError(f"step {step!r}")
-    if best:
+    if best is not None:
         best |= {"AP": float(best["AP"]), "step": int(best["step"])}
     for name, thing in saved.items():
         odd = layout(content[name]).items() ^ layout(state_after_a_step(thing)).items()

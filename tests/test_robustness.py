@@ -82,6 +82,14 @@ def spoilt_average():
     torch.save(content, LAST)
 
 
+def shared_lists(depth=60):
+    """A list that is 2**60 numbers as text, and small in a file."""
+    value = [1]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
 def load_spoilt():
     """Weights of which the last is NaN; the first must not be loaded either."""
     content, loaded = fcos.read_checkpoint(MODEL), fcos.load(MODEL)
@@ -343,6 +351,16 @@ TABLE = {  # by number of the point of the list that this test began with
     "14 model and results": row(SCORE.replace("evaluate.py", "evaluate.py gone.pt"), "one thing"),
     "14 group": row(TRAIN, LAST + "|dampening", last("optimizer param_groups 1 dampening", ...)),
     "14 best": row(TRAIN, LAST + "|float", last("best", np.inf)),
+    "14 no best": row(TRAIN, LAST + "|int", last("best", 0)),
+    "14 shared lists": row(TRAIN, "run|lr [[", last("settings lr", shared_lists())),
+    "14 escape codes": row(
+        TRAIN, r"run|recipe \x1b[31m", last("settings recipe", "\x1b[31m\n" * 999)
+    ),
+    "13 LOCAL_WORLD_SIZE": row(
+        TRAIN + " --workers 1",
+        "LOCAL_WORLD_SIZE|torchrun",
+        partial(os.environ.update, LOCAL_WORLD_SIZE="x"),
+    ),
     "14 no classes": row(PLAIN, MODEL + "|classes", model("classes", [])),
     "14 convention": row(EVAL, MODEL + "|convention {1: 2}", model("convention", {1: 2})),
     "14 list as convention": row(FROM, MODEL + "|convention [[]]", model("convention", [[]])),
