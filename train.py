@@ -119,11 +119,7 @@ def make_parser():
         "recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="of RECIPES (%(default)s)"
     )
     add = parser.add_argument_group(DATA).add_argument
-    add(
-        "--data",
-        help="folder of COCO, Roboflow, CVAT, YOLO or Pascal VOC (data/coco; for "
-        "shapes data/shapes)",
-    )
+    add("--data", help="folder of COCO, Roboflow, CVAT, YOLO or Pascal VOC (data/coco)")
     add("--train-images", metavar="DIR", help="own data, instead of --data: all four")
     add("--train-annotations", metavar="JSON")
     add("--val-images", metavar="DIR")
@@ -150,23 +146,12 @@ def make_parser():
     add("--lr", type=float, help="by default in proportion to --batch-size")
     add("--min-size", type=positive_int, nargs="+", help="choices for the short side, in pixels")
     add("--max-size", type=positive_int, help="most pixels of the long side")
+    add("--multiple", type=positive_int, help="pad to multiples of this (32; 128 with --compile)")
     add(
-        "--multiple",
-        type=positive_int,
-        help="pad the images of a step to multiples of this, itself one of 32 (32, or 128 with "
-        "--compile, for fewer graphs)",
+        "--ema", type=float, metavar="DECAY", help="keep an average of the weights, as 0.999 (none)"
     )
     add(
-        "--ema",
-        type=float,
-        metavar="DECAY",
-        help="evaluate and keep the moving average of the weights, 0.999 for example (none)",
-    )
-    add(
-        "--patience",
-        type=positive_int,
-        metavar="N",
-        help="stop after N evaluations without a better AP, of those after the last decay (never)",
+        "--patience", type=positive_int, metavar="N", help="end after N evaluations in vain (never)"
     )
     add("--seed", type=not_negative, default=0, help="(%(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
@@ -178,7 +163,7 @@ def make_parser():
         type=positive_int,
         default=1,
         metavar="N",
-        help="compute a step in N micro-batches, one after the other",
+        help="micro-batches of a step (1)",
     )
     add("--eval-every", type=positive_int, help="steps between evaluations (only at the end)")
     add("--checkpoint-every", type=positive_int, default=2500, help="steps (%(default)s)")
@@ -641,22 +626,26 @@ def report_sizes(model, batches, say):
     classes, settings = batches.dataset.classes, batches.settings
     min_size = sorted(settings["min_size"])[len(settings["min_size"]) // 2]
     rows = measure_boxes(model, batches, min_size, settings["max_size"])
-    for label, side, unassigned, count in rows[:10]:
+    for label, side, lost, count in rows[:10]:
         say(
             f"{evaluate.printable(classes[label])}: boxes of {side:.0f} pixels at --min-size "
-            f"{min_size} (median), {unassigned:.0%} of {count} without a location"
+            f"{min_size} (median), {lost:.0%} of {count} without a location"
         )
-    if rows and rows[0][2] > 0.1:
-        for factor in (1.25, 1.5, 2, 3, 4):
+    if len(rows) > 10:
+        say(f"... of the other {len(rows) - 10} classes no more than {rows[10][2]:.0%}")
+    if most_lost(rows) > 0.1:
+        remedy = "a finer level (--set levels=[2,3,4,5,6] with ranges) or cutting images into tiles"
+        for factor in (4, 3, 2, 1.5, 1.25):
             sizes = [round(factor * size / 32) * 32 for size in (min_size, settings["max_size"])]
-            if measure_boxes(model, batches, *sizes)[0][2] <= 0.1:
-                remedy = f"--min-size {sizes[0]} --max-size {sizes[1]}"
+            if most_lost(measure_boxes(model, batches, *sizes)) > 0.1:
                 break
-        else:
-            remedy = (
-                "a finer level (--set levels=[2,3,4,5,6] with ranges) or cutting images into tiles"
-            )
+            remedy = f"--min-size {sizes[0]} --max-size {sizes[1]}"
         say(f"warning: many boxes are too small to be learned; what would help is {remedy}")
+
+
+def most_lost(rows):
+    """Return the largest share of boxes without a location, of classes with 10 boxes or more."""
+    return max((lost for _, _, lost, count in rows if count >= 10), default=0)
 
 
 def measure_boxes(model, batches, min_size, max_size):
