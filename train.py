@@ -656,24 +656,30 @@ def measure_boxes(model, batches, min_size, max_size):
     """
     dataset, device = batches.dataset, next(model.parameters()).device
     rows = np.random.default_rng(0).permutation(np.concatenate(batches.groups))[:500]
-    found, work = [], 0
+    alike, work = {}, 0
     for row in rows.tolist():
         hw = fcos.resized_hw(*dataset.hw[row].tolist(), min_size, max_size)
-        truth = {name: x.to(device) for name, x in dataset.truth(row, hw).items()}
-        index = model.targets(fcos.padded_hw([hw]), [truth])["index"]
-        assigned = torch.zeros(len(truth["boxes"]), dtype=torch.bool, device=device)
-        assigned[index[index >= 0]] = True
-        sides = (truth["boxes"][:, 2:] - truth["boxes"][:, :2]).prod(1).sqrt()
-        found.append(torch.stack([truth["labels"], sides, assigned], 1).cpu())
-        work += index.numel() * len(sides)
-        if work > 1e7 and device.type == "cpu":
+        truth = dataset.truth(row, hw)
+        alike.setdefault(fcos.padded_hw([hw]), []).append(truth)
+        work += hw[0] * hw[1] * len(truth["boxes"])
+        if work > 5e8 and device.type == "cpu":
             break
-    labels, sides, assigned = torch.cat(found).T
+    found = []
+    for hw, truths in alike.items():
+        for k in range(0, len(truths), 16):
+            chunk = [to_device(truth, device) for truth in truths[k : k + 16]]
+            for truth, index in zip(chunk, model.targets(hw, chunk)["index"]):
+                boxes = truth["boxes"]
+                assigned = torch.zeros(len(boxes), device=device)
+                assigned[index[index >= 0]] = 1
+                sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
+                found.append(torch.stack([truth["labels"], sides, assigned], 1))
+    labels, sides, assigned = torch.cat(found).cpu().T
     measured = []
-    for label in labels.unique().long().tolist():
+    for label in labels.unique():
         of = labels == label
         lost = 1 - assigned[of].mean().item()
-        measured.append((label, sides[of].median().item(), lost, int(of.sum())))
+        measured.append((int(label), sides[of].median().item(), lost, int(of.sum())))
     return sorted(measured, key=lambda row: -row[2])
 
 
