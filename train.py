@@ -54,23 +54,30 @@ except ImportError:  # Windows
 
 
 def row(model):
-    """The row of fcos.MODELS that a recipe trains."""
+    """Return the part of a recipe that names a row of fcos.MODELS."""
     return dict(model=model)
 
 
-# Shared by all: SGD with momentum 0.9 and weight decay 1e-4, a third of the rate for the first
-# `warmup` steps, then a tenth from each of `decays` on, in eighteenths of the steps. batch_size is
-# images per step over all GPUs and micro-batches; min_size the choices for the short side in
-# pixels, one is drawn for each image; weights are in ~/.torch/models, or torchvision's of ImageNet.
+# All recipes train by SGD with momentum 0.9 and weight decay 1e-4. The learning rate is lr / 3 for
+# the first `warmup` steps, then lr, and falls to a tenth at each of `decays`, in eighteenths of the
+# steps. batch_size counts the images of a step over all GPUs and micro-batches. min_size holds the
+# choices for the short side in pixels; one is drawn for each image. weights is a file in
+# ~/.torch/models, or "imagenet" for torchvision's.
 X1 = dict(iters=90_000, batch_size=16, lr=0.01, warmup=500, min_size=[800], max_size=1333)
-MS, B32, B64 = dict(min_size=list(range(640, 801))), dict(batch_size=32), dict(batch_size=64)
-X1_MS, X2 = X1 | MS, X1 | MS | dict(iters=180_000)
+MS = dict(min_size=list(range(640, 801)))
+B32 = dict(batch_size=32)
+B64 = dict(batch_size=64)
+X1_MS = X1 | MS
+X2 = X1 | MS | dict(iters=180_000)
 DECAYS = [12, 16]
 X4 = X1 | dict(iters=360_000, decays=[15, 17], min_size=list(range(256, 609, 32)), max_size=900)
-R_50, R_101 = dict(weights="R-50.pkl"), dict(weights="R-101.pkl")
+R_50 = dict(weights="R-50.pkl")
+R_101 = dict(weights="R-101.pkl")
 MSRA_R_50 = dict(weights="MSRA-R-50.pkl")  # Detectron2's, whose norms have statistics
-X_32, X_64 = dict(weights="X-101-32x8d.pkl"), dict(weights="X-101-64x4d.pkl")
-MNV2, IMAGENET = dict(weights="mobilenet_v2-ecbe2b5.pth"), dict(weights="imagenet")
+X_32 = dict(weights="X-101-32x8d.pkl")
+X_64 = dict(weights="X-101-64x4d.pkl")
+MNV2 = dict(weights="mobilenet_v2-ecbe2b5.pth")
+IMAGENET = dict(weights="imagenet")
 # fmt: off
 RECIPES = {
     "fcos_R_50_FPN_1x":                     R_50  | X1 | row("fcos_R_50_FPN"),
@@ -109,12 +116,14 @@ RECIPES = {
 
 # The groups of flags that are not stored with a run. All others decide its result, and a resumed
 # run must repeat them. The data counts by its content: see `fingerprint`.
-DATA, HOW_IT_RUNS = "data", "how it runs"
+DATA = "data"
+HOW_IT_RUNS = "how it runs"
 
 
 def make_parser():
     parser = evaluate.ArgumentParser(__doc__)
-    positive_int, not_negative = evaluate.positive_int, evaluate.not_negative
+    positive_int = evaluate.positive_int
+    not_negative = evaluate.not_negative
     parser.add_argument(
         "recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="of RECIPES (%(default)s)"
     )
@@ -275,9 +284,11 @@ def differences(there, here, name=""):
 
     Nested settings follow from the others and from the code; they are compared if those are equal.
     """
-    found, nested = [], []
+    found = []
+    nested = []
     for key in [*here, *(there.keys() - here.keys())]:
-        old, new = there.get(key, "nothing"), here.get(key, "nothing")
+        old = there.get(key, "nothing")
+        new = here.get(key, "nothing")
         if isinstance(old, dict) and isinstance(new, dict):
             nested += differences(old, new, f"{name}{key} ")
         elif old != new:
@@ -285,33 +296,39 @@ def differences(there, here, name=""):
     return found or nested
 
 
-# ---- batches -----------------------------------------------------------------------------------
+# ---- batches and augmentation ------------------------------------------------------------------
 
 # Random streams, one for each purpose, and how many numbers make up a position in it: see
 # TrainBatches.rng. Append only: the place in this table is part of the seed.
 STREAMS = {"group": 0, "order": 2, "sizes": 1, "augment": 2, "augment_more": 2}
 
 
-# The images of a step: rows of the data set, and (height, width) of each resized, of all padded.
+# The images of a step: their rows in the data set, the (height, width) to which each is resized,
+# and the (height, width) to which all are padded.
 Plan = namedtuple("Plan", "rows sizes padded_hw")
 
 
 class TrainBatches(Dataset):
-    """The micro-batches of all steps: item `step * micro_batches + m` is what this rank trains on
+    """The micro-batches of all steps. Item `step * micro_batches + m` is what this rank trains on
     in micro-batch m of a step.
 
-    All images of a step are of one aspect group (height < width, or not), which keeps the padding
-    small. A step draws its group in proportion to the groups' images; a group is an endless stream
-    of seeded permutations, so no batch is ever short, even of a data set smaller than a batch. The
-    step's images are dealt out to micro-batches and ranks like cards. All of them are padded to one
-    size, which every rank works out for itself: padding is background to the loss and enters the
-    GroupNorms, so it must not depend on how a step is divided. Sizes are multiples of the setting
-    "multiple", but no larger than the largest image of the group can need.
+    All images of a step belong to one aspect group (height < width, or not), which keeps the
+    padding small. A step draws its group in proportion to the groups' lengths. A group is an
+    endless stream of seeded permutations, so that no batch is short, even if the data set is
+    smaller than a batch. The images of a step are dealt to micro-batches and ranks like cards.
+
+    All images of a step are padded to one size, which every rank computes for itself. Padding is
+    background to the loss and enters the GroupNorms, so it must not depend on how a step is
+    divided. Sizes are multiples of the setting "multiple", but no larger than the largest image of
+    the group can need.
     """
 
     def __init__(self, dataset, settings, rank=0, world_size=1, micro_batches=1):
-        self.dataset, self.settings = dataset, settings
-        self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
+        self.dataset = dataset
+        self.settings = settings
+        self.rank = rank
+        self.world_size = world_size
+        self.micro_batches = micro_batches
         self.batch_size = settings["batch_size"]
         self.drawn = set()
         self.groups = aspect_groups(dataset, settings)
@@ -422,7 +439,8 @@ class TrainBatches(Dataset):
         """Return a batch of one image, the one with the fewest pixels after padding."""
         rows = np.concatenate(self.groups)
         shapes, places = np.unique(self.dataset.hw[rows], axis=0, return_index=True)
-        min_size, max_size = min(self.settings["min_size"]), self.settings["max_size"]
+        min_size = min(self.settings["min_size"])
+        max_size = self.settings["max_size"]
         sizes = [fcos.resized_hw(*hw, min_size, max_size) for hw in shapes.tolist()]
         padded = [fcos.padded_hw([size]) for size in sizes]
         k = min(range(len(padded)), key=lambda k: padded[k][0] * padded[k][1])
@@ -442,7 +460,9 @@ def aspect_groups(dataset, settings):
 
 def check_sample(sample, num_classes):
     """Raise UserError unless an augmented sample is one that can be trained on."""
-    image, boxes, labels = sample["image"], sample["boxes"], sample["labels"]
+    image = sample["image"]
+    boxes = sample["boxes"]
+    labels = sample["labels"]
     good = image.dtype == torch.uint8 and image.ndim == len(image) == 3
     good = good and (boxes[:, 2:] > boxes[:, :2]).all()
     good = good and ((0 <= labels) & (labels < num_classes)).all()
@@ -521,7 +541,8 @@ def crop(sample, rng):
     w = round(W / rng.uniform(1, 2))
     y = rng.integers(H - h + 1)
     x = rng.integers(W - w + 1)
-    offset, scale = torch.tensor([x, y, x, y]), torch.tensor([W / w, H / h, W / w, H / h])
+    offset = torch.tensor([x, y, x, y])
+    scale = torch.tensor([W / w, H / h, W / w, H / h])
     columns = transform(sample, "crop", offset, scale)
     boxes = columns["boxes"]
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -623,7 +644,8 @@ def report_sizes(model, batches, say):
     """
     if evaluate.rank_and_world_size()[0] > 0:
         return
-    classes, settings = batches.dataset.classes, batches.settings
+    classes = batches.dataset.classes
+    settings = batches.settings
     min_size = sorted(settings["min_size"])[len(settings["min_size"]) // 2]
     rows = measure_boxes(model, batches, min_size, settings["max_size"])
     for label, side, lost, count in rows[:10]:
@@ -654,9 +676,11 @@ def measure_boxes(model, batches, min_size, max_size):
     The classes with the largest share come first. It is measured on up to 500 images, and on few
     enough for a CPU to take a second or two.
     """
-    dataset, device = batches.dataset, next(model.parameters()).device
+    dataset = batches.dataset
+    device = next(model.parameters()).device
     rows = np.random.default_rng(0).permutation(np.concatenate(batches.groups))[:500]
-    alike, work = {}, 0
+    alike = {}
+    work = 0
     for row in rows.tolist():
         hw = fcos.resized_hw(*dataset.hw[row].tolist(), min_size, max_size)
         truth = dataset.truth(row, hw)
@@ -689,7 +713,8 @@ def find_weights(name, keywords):
         return None
     if name in ("imagenet", "coco"):
         return fcos.hub_file(name, keywords["imagenet"])
-    path, cached = Path(name), Path.home() / ".torch" / "models" / name
+    path = Path(name)
+    cached = Path.home() / ".torch" / "models" / name
     if path.exists():
         return path
     if path.name == name and cached.exists():
@@ -728,7 +753,8 @@ def make_model(settings, dataset, say):
         )
         say(", ".join(f"{name} {value}" for name, value in report["convention"].items()))
     model.set_convention(inclusive=False, score="fcos")  # the data set's boxes are continuous
-    model.classes, model.category_ids = dataset.classes, dataset.category_ids
+    model.classes = dataset.classes
+    model.category_ids = dataset.category_ids
     del settings["keywords"]
     settings |= model.keywords
     return model
@@ -1418,7 +1444,9 @@ def open_run(out, args, settings, model, saved, inputs, say):
     # --fresh is for the first start of a launch: torchrun's restarts and Slurm's resume from it
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("SLURM_RESTART_COUNT")
     restarted = any(count and count.isdigit() and int(count) for count in restarts)
-    start, best, damaged = 0, None, False
+    start = 0
+    best = None
+    damaged = False
     if restarted or not args.fresh:
         start, best, damaged = resume(out, settings, model, saved, say, args.fresh and launch)
     if start == 0 and not args.fresh and (out / "model.pt").exists():
@@ -1555,7 +1583,9 @@ def restore(path, content, settings, model, saved):
     Returns the number of steps done and the metrics of the best evaluation. Raises ValueError and
     others if something is missing or does not fit.
     """
-    step, held, best = content["step"], content["model"], content.get("best")
+    step = content["step"]
+    held = content["model"]
+    best = content.get("best")
     if type(step) is not int or step not in range(settings["iters"] + 1):
         raise ValueError(f"step {step!r}")
     if best is not None:
@@ -1608,7 +1638,9 @@ def stop_signals():
     A second signal ends the process, unless it comes at once: Slurm and torchrun both pass the same
     one on.
     """
-    received, before, last = [], {}, 0.0
+    received = []
+    before = {}
+    last = 0.0
 
     def handle(number, _frame):
         nonlocal last
@@ -1629,24 +1661,30 @@ def stop_signals():
 
 
 def fresh_store(rank, world_size, timeout):
-    """torchrun keeps one store through all its restarts, so that a rank can find there the address
-    of another that has died, and wait for it (PyTorch issue 135712). -> a part of the store that no
-    process has used before. Sets TORCHELASTIC_RESTART_COUNT, torchrun's own being one per node, and
-    TORCHELASTIC_RUN_ID, torchrun's own being the same for several launches."""
+    """Return a part of torchrun's store that no process has used before.
+
+    torchrun keeps one store through all its restarts, where a rank may find the address of another
+    that has died, and wait for it (PyTorch issue 135712). Also sets TORCHELASTIC_RESTART_COUNT,
+    since torchrun's own counts for each node, and TORCHELASTIC_RUN_ID, since torchrun's own is the
+    same for several launches.
+    """
     env = os.environ
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), None, False, timeout)
-    if rank == 0:  # tell everyone, under the name that it asks by, the number of this start
+    if (
+        rank == 0
+    ):  # answer every rank, under the name by which it asks, with the number of the start
         number = str(store.add("starts", 1))
         if number == "1":
             store.set("launch", uuid.uuid4().hex)
         waiting = set(range(1, world_size))
         while waiting:
-            for r in [r for r in waiting if store.check([f"name of {r}"])]:
-                store.set(store.get(f"name of {r}").decode(), number)
+            for r in waiting:
+                if store.check([f"name of {r}"]):
+                    store.set(store.get(f"name of {r}").decode(), number)
             waiting = {r for r in waiting if not store.check([f"{number} reached {r}"])}
             time.sleep(0.01)
     else:
-        name = uuid.uuid4().hex  # a name of this process, not of one that was this rank before it
+        name = uuid.uuid4().hex  # of this process, not of one that had its rank before
         store.set(f"name of {rank}", name)
         number = store.get(name).decode()
         store.set(f"{number} reached {rank}", "")
@@ -1675,7 +1713,7 @@ PAPERS, INKS = (
 
 
 def _background(rng, w, h):
-    """Two papers mixed by a gradient, stripes or checks, and clouds: (h, w, 3) in 0..255."""
+    """Mix two colours by a gradient, stripes or checks, and clouds -> (h, w, 3) in 0..255."""
     a, b = rng.permutation(PAPERS)[:2]
     y, x = np.mgrid[:h, :w]
     z = (x - w / 2 + 1j * (y - h / 2)) * np.exp(2j * np.pi * rng.uniform())
@@ -1686,13 +1724,19 @@ def _background(rng, w, h):
 
 
 def _scene(rng):
-    """One picture, uint8 (h, w, 3), and its objects as COCO annotations without ids. A box is tight
-    around the part inside the picture, covered or not. Two share at most 30 % of the smaller."""
+    """Draw a picture -> uint8 (h, w, 3), and its objects as COCO annotations without ids.
+
+    A box is tight around the part of the object inside the picture, covered or not. Two objects
+    share at most 30 % of the smaller one.
+    """
     w, h = rng.permutation([128, rng.choice([144, 152, 160])]).tolist()
-    image, objects, masks = _background(rng, w, h), [], []
+    image = _background(rng, w, h)
+    objects = []
+    masks = []
     sizes = np.sort(10 * 5.5 ** rng.uniform(size=rng.integers(6, 11)))
     for size, ink in zip(sizes[::-1], rng.permutation(INKS)):  # the small cover the large
-        category, centre = int(rng.choice(list(SHAPES))), complex(*rng.uniform(0, (w, h)))
+        category = int(rng.choice(list(SHAPES)))
+        centre = complex(*rng.uniform(0, (w, h)))
         _, distances, hole = SHAPES[category]
         z = np.exp(2j * np.pi * (np.arange(len(distances)) / len(distances) - 0.25)) * distances
         z = (z.real + 1j * z.imag * rng.uniform(0.75, 1)) * np.exp(1j * rng.uniform(-0.25, 0.25))
@@ -1710,46 +1754,43 @@ def _scene(rng):
         image *= 1 - np.asarray(shadow.filter(ImageFilter.GaussianBlur(2)))[..., None] / 640
         image += (ink - image) * mask[..., None]
         masks.append(mask)
-        objects.append(
-            dict(
-                category_id=category,
-                bbox=[x0, y0, x1 - x0, y1 - y0],
-                area=round(float(mask.sum()), 2),
-                iscrowd=0,
-            )
-        )
+        bbox = [x0, y0, x1 - x0, y1 - y0]
+        area = round(float(mask.sum()), 2)
+        objects.append(dict(category_id=category, bbox=bbox, area=area, iscrowd=0))
     image += rng.uniform(1, 4) * rng.standard_normal((h, w, 1), np.float32)
     return np.clip(image, 0, 255).astype(np.uint8), objects
 
 
 def make_shapes(root, seed=0, train=1400, val=200):
     """Draw the shapes data set in COCO 2017 layout. Picture i of a split is a function of (seed,
-    split, i). The folder appears when complete; OSError if it is already there and not empty."""
+    split, i). The folder appears when complete. Raises OSError if it exists and is not empty."""
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
         part = Path(temporary, root.name)
+        (part / "annotations").mkdir(parents=True)
         for split, (name, count) in enumerate([("train2017", train), ("val2017", val)]):
-            path = part / "annotations" / f"instances_{name}.json"
-            folder = part / name
-            folder.mkdir(parents=True)
-            path.parent.mkdir(exist_ok=True)
-            coco = dict(
-                images=[],
-                annotations=[],
-                categories=[dict(id=id, name=name) for id, (name, *_) in SHAPES.items()],
-            )
-            for i in range(count):
-                picture, objects = _scene(np.random.Generator(np.random.PCG64([seed, split, i])))
-                number, (h, w, _) = 1_000_000 * split + i + 1, picture.shape
-                name, first = f"{number:012d}.jpg", len(coco["annotations"]) + 1
-                Image.fromarray(picture).save(folder / name, quality=90)
-                coco["images"].append(dict(id=number, file_name=name, width=w, height=h))
-                coco["annotations"] += [
-                    dict(id=n, image_id=number) | o for n, o in enumerate(objects, first)
-                ]
-            path.write_text(json.dumps(coco))
+            (part / name).mkdir()
+            content = _draw_split(part / name, seed, split, count)
+            (part / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
         os.replace(part, root)
+
+
+def _draw_split(folder, seed, split, count):
+    """Draw the pictures of a split into a folder -> its COCO instances."""
+    images = []
+    annotations = []
+    for i in range(count):
+        picture, objects = _scene(np.random.Generator(np.random.PCG64([seed, split, i])))
+        image_id = 1_000_000 * split + i + 1
+        name = f"{image_id:012d}.jpg"
+        h, w, _ = picture.shape
+        Image.fromarray(picture).save(folder / name, quality=90)
+        images.append(dict(id=image_id, file_name=name, width=w, height=h))
+        for shape in objects:
+            annotations.append(dict(id=len(annotations) + 1, image_id=image_id) | shape)
+    categories = [dict(id=id, name=name) for id, (name, _, _) in SHAPES.items()]
+    return dict(images=images, annotations=annotations, categories=categories)
 
 
 if __name__ == "__main__":
