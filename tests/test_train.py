@@ -2364,8 +2364,7 @@ def test_a_rank_that_fails_alone_ends_without_waiting_for_the_other(shapes, tmp_
         WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=free_port(),
-        TORCHELASTIC_RUN_ID="alone",
-    )
+    )  # as Kubernetes launches them: without torchrun
     ranks = [python(path, *argv, **env, RANK=str(rank)) for rank in (0, 1)]
     try:
         said = ranks[1].check(2)
