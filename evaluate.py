@@ -207,7 +207,8 @@ def turn_yolo(content, image_dir):
     for box in content.annotations:
         if box.image_id in scales:
             scale = scales[box.image_id]
-            box.bbox = tuple(side * factor for side, factor in zip(box.bbox, scale))
+            sides = msgspec.structs.astuple(box.bbox)
+            box.bbox = Bbox(*(side * factor for side, factor in zip(sides, scale)))
 
 
 class ImageEntry(msgspec.Struct, gc=False):
@@ -227,6 +228,15 @@ class CategoryEntry(msgspec.Struct, gc=False):
     supercategory: str | int | None = None
 
 
+class Bbox(msgspec.Struct, gc=False, array_like=True, forbid_unknown_fields=True):
+    """The four numbers of a box. Unlike those of a tuple, millions do not start the collector."""
+
+    x: float
+    y: float
+    w: float
+    h: float
+
+
 class BoxEntry(msgspec.Struct, gc=False, kw_only=True):
     """An entry of "annotations" in a COCO JSON.
 
@@ -237,7 +247,7 @@ class BoxEntry(msgspec.Struct, gc=False, kw_only=True):
 
     image_id: int | str
     category_id: int | str
-    bbox: tuple[float, float, float, float]
+    bbox: Bbox
     area: float | None = None
     iscrowd: bool | float | None = None
 
@@ -247,7 +257,7 @@ class ResultEntry(msgspec.Struct, gc=False):
 
     image_id: int | str
     category_id: int | str
-    bbox: tuple[float, float, float, float]
+    bbox: Bbox
     score: float
 
 
@@ -337,22 +347,25 @@ def in_order(entries, where):
     return sorted(entries, key=operator.attrgetter("id"))
 
 
-def look_up(ids, wanted):
-    """Return the positions in `ids` of M wanted ids: int64 (M,), -1 for an id that is not there.
+def look_up(ids, entries, field):
+    """Return the positions in `ids` of the ids in a field of M entries: int64 (M,), -1 if unknown.
 
     7 and "7" are the same id, since some tools write the ids of results as text.
     """
-    positions = dict(zip(ids, itertools.count()))
-    found = np.array(list(map(positions.get, wanted, itertools.repeat(-1))), np.int64)
+    get_id = operator.attrgetter(field)
+    positions = {id: position for position, id in enumerate(ids)}
+    found = map(positions.get, map(get_id, entries), itertools.repeat(-1))
+    found = np.fromiter(found, np.int64, len(entries))
     if (found < 0).any():
-        positions = dict(zip(map(str, ids), itertools.count()))
-        found = np.array([positions.get(str(id), -1) for id in wanted], np.int64)
+        positions = {str(id): position for position, id in enumerate(ids)}
+        found = np.array([positions.get(str(get_id(entry)), -1) for entry in entries], np.int64)
     return found
 
 
 def boxes_of(entries):
     """Return the boxes of annotations or results, float64 (M, 4) as [x, y, w, h] in pixels."""
-    sides = itertools.chain.from_iterable(entry.bbox for entry in entries)
+    boxes = map(msgspec.structs.astuple, map(operator.attrgetter("bbox"), entries))
+    sides = itertools.chain.from_iterable(boxes)
     return np.fromiter(sides, np.float64, 4 * len(entries)).reshape(-1, 4)
 
 
@@ -411,29 +424,32 @@ def read_annotations(path, classes=None, image_dir=None):
     images = in_order(content.images, f"{path}: images")
     boxes = content.annotations
     ids = [image.id for image in images]
-    rows = look_up(ids, [box.image_id for box in boxes])
+    rows = look_up(ids, boxes, "image_id")
     if boxes and (rows < 0).all():
         raise UserError(
             f"{path}: no annotation belongs to an image of the file; annotations[0] has image_id "
             f"{boxes[0].image_id!r:.100}, an image has id {ids[0]!r:.100}"
         )
+    what = labels_and_classes(content, path, classes, notes)
+    crowds = np.fromiter(map(bool, map(operator.attrgetter("iscrowd"), boxes)), bool, len(boxes))
+    areas = np.array(list(map(operator.attrgetter("area"), boxes)), np.float64)  # NaN for None
     xywh = boxes_of(boxes)
-    areas = np.array([math.nan if box.area is None else box.area for box in boxes], np.float64)
+    missing = ~(areas >= 0)
     with np.errstate(over="ignore", invalid="ignore"):
-        areas = np.where(areas >= 0, areas, xywh[:, 2] * xywh[:, 3])
+        areas[missing] = xywh[missing, 2] * xywh[missing, 3]
     fields = BoxEntry.__struct_fields__
     further = fields[fields.index("iscrowd") + 1 :]
     return Annotations(
         path=Path(path),
         image_ids=np.array(ids),
         names=[str(image.file_name) for image in images],
-        hw=np.array([(image.height, image.width) for image in images], np.float64),
+        hw=np.array([[i.height for i in images], [i.width for i in images]], np.float64).T.copy(),
         rows=rows,
         xywh=xywh,
         areas=areas,
-        crowds=np.array([bool(box.iscrowd) for box in boxes], dtype=bool),
+        crowds=crowds,
         columns={name: column_of(boxes, name, path) for name in further},
-        **labels_and_classes(content, path, classes, notes),
+        **what,
     )
 
 
@@ -446,7 +462,7 @@ def labels_and_classes(content, path, classes, notes):
     categories = in_order(content.categories, f"{path}: categories")
     boxes = content.annotations
     ids = [category.id for category in categories]
-    positions = look_up(ids, [box.category_id for box in boxes])
+    positions = look_up(ids, boxes, "category_id")
     unknown = np.flatnonzero(positions < 0)
     if len(unknown):
         first = unknown[0]
@@ -566,20 +582,21 @@ def same_content(paths, hashed=10_000):
 
     Of more than `hashed` paths the paths alone are compared, so that a large data set starts fast.
     """
+    keys = list(paths)
+    if len(paths) <= hashed:
+        sizes = [os.path.getsize(path) for path in paths]
+        counts = Counter(sizes)
+        counts[0] = 1  # an empty file, a pipe or a device
+        for position, path in enumerate(paths):
+            if counts[sizes[position]] > 1:
+                with open(path, "rb") as file:
+                    keys[position] = hashlib.file_digest(file, "sha256").digest()
+    counts = Counter(keys)
     groups = {}
-    for position, path in enumerate(paths):
-        key = os.path.getsize(path) if len(paths) <= hashed else path
-        groups.setdefault(key, []).append(position)
-    groups.pop(0, None)  # empty files, pipes and devices
-    groups = [group for group in groups.values() if len(group) > 1]
-    if len(paths) > hashed:
-        return groups
-    contents = {}
-    for position in itertools.chain.from_iterable(groups):
-        with open(paths[position], "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").digest()
-        contents.setdefault(digest, []).append(position)
-    return [group for group in contents.values() if len(group) > 1]
+    for position, key in enumerate(keys):
+        if counts[key] > 1:
+            groups.setdefault(key, []).append(position)
+    return list(groups.values())
 
 
 class CocoDataset:
@@ -637,12 +654,15 @@ class CocoDataset:
     def _set_boxes(self):
         truth = self.annotations
         check_pixels(truth)
+        sides = np.ascontiguousarray(truth.xywh.T)  # (4, M) is faster than (M, 4)
         with np.errstate(over="ignore", invalid="ignore"):  # infinity is outside every image
-            xyxy = np.concatenate([truth.xywh[:, :2], truth.xywh[:, :2] + truth.xywh[:, 2:]], 1)
-        inside = np.clip(xyxy, 0, np.tile(self.hw[truth.rows][:, ::-1], 2))
+            xyxy = np.concatenate([sides[:2], sides[:2] + sides[2:]])
+        height, width = self.hw[truth.rows].T.astype(np.float64)
+        inside = np.clip(xyxy, 0, np.stack([width, height, width, height]))
         known = truth.rows >= 0
-        full = (inside[:, 2:] > inside[:, :2]).all(1) & np.isfinite(xyxy).all(1)
-        clipped = (np.abs(inside - xyxy) > 1).any(1)  # up to a pixel is rounding in the JSON
+        full = (inside[2:] > inside[:2]).all(0) & np.isfinite(xyxy).all(0)
+        with np.errstate(invalid="ignore"):
+            clipped = (np.abs(inside - xyxy) > 1).any(0)  # up to a pixel is rounding in the JSON
         for what, which in (
             ("belong to no image of the file and are left out", ~known),
             ("have no area inside their image and are no targets", ~full & known),
@@ -655,11 +675,11 @@ class CocoDataset:
                     f"{which.sum()} of {len(which)} boxes {what}, as annotations[{first}], "
                     f"{truth.xywh[first].tolist()}"
                 )
-        visible = (truth.xywh[:, 2:] > 1).all(1) & known
+        visible = (sides[2:] > 1).all(0) & known
         self.trainable = np.bincount(truth.rows[visible], minlength=len(self)) > 0
         kept = np.flatnonzero(full & known & ~truth.crowds)
         kept = kept[np.argsort(truth.rows[kept], kind="stable")]
-        self.boxes = inside[kept].astype(np.float32)
+        self.boxes = np.ascontiguousarray(inside[:, kept].T, np.float32)
         self.labels = truth.labels[kept]
         self.columns = {name: values[kept] for name, values in truth.columns.items()}
         self.offsets = np.searchsorted(truth.rows[kept], np.arange(len(self) + 1))
@@ -700,6 +720,8 @@ class CocoDataset:
 
 def check_pixels(annotations):
     """Raise UserError if the boxes look normalized: all numbers are from 0 to 1."""
+    if annotations.xywh.max(initial=0) > 1:
+        return
     boxes = annotations.xywh[np.isfinite(annotations.xywh).all(1)]
     if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1 and (boxes % 1).any():
         raise UserError(
@@ -1015,8 +1037,8 @@ def read_results(results, annotations):
             entries = decode(data, list[ResultEntry], where)
     images = annotations.image_ids.tolist()
     categories = list(annotations.label_of)
-    rows = look_up(images, [entry.image_id for entry in entries])
-    positions = look_up(categories, [entry.category_id for entry in entries])
+    rows = look_up(images, entries, "image_id")
+    positions = look_up(categories, entries, "category_id")
     xywh = boxes_of(entries)
     scores = np.array([entry.score for entry in entries], np.float64)
     numbers = np.column_stack([xywh, scores])
@@ -1027,7 +1049,7 @@ def read_results(results, annotations):
     ):
         if wrong.any():
             first = wrong.argmax()
-            entry = msgspec.structs.asdict(entries[first])
+            entry = msgspec.to_builtins(entries[first])
             raise UserError(f"{where}: [{first}]: {problem}, in {entry!r:.300}")
     labels = np.array(list(annotations.label_of.values()))[positions]
     columns = {"rows": rows, "labels": labels, "xywh": xywh, "scores": scores}
@@ -1448,7 +1470,7 @@ def rank_and_world_size():
 def run(main, args):
     """Call a script's main; a user's mistake becomes one line on stderr and exit code 2. A process
     that fails ends at once: destroy_process_group would wait for the others."""
-    gc.set_threshold(100_000)  # a million annotations and no garbage: a fourth of reading them
+    gc.set_threshold(100_000)  # of the many dicts of results none is garbage
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

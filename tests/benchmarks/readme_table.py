@@ -42,7 +42,11 @@ KERNEL_GOALS = {  # of a peer's time; NMS and assignment at the largest of the u
     ("focal", "torch.compile of torchvision"): "≤ 0.83",
     ("focal", "torch.compile"): "≤ 0.83",
 }
-SCORING_GOALS = {"5000 images x 100": "≤ 1/40"}
+DATA_GOALS = {
+    ("118,287 images", "2026-11-27"): "≤ 1/6, ≤ 1/3",
+    ("5,000 images x 100", "pycocotools"): "≤ 1/40",
+}
+OBJECTS365_BOXES = 25_000_000
 
 RECIPE_STEPS, RECIPE_BATCH = 90_000, 16  # fcos_imprv_R_50_FPN_1x
 MEASURED_PIXELS = 800 * 1344  # of an image of 800x1333, padded
@@ -169,7 +173,7 @@ def kernels():
 
 
 def data():
-    """Compare the loader and the scorer with their peers."""
+    """Compare the loader, reading annotations and scoring with their peers."""
     record = read("loader")
     sides = {row["side"]: row for row in good(record["results"])}
     ours, theirs = sides["ours"], sides["torchvision"]
@@ -183,24 +187,51 @@ def data():
             "≥ 2",
         )
     ]
-    record = read("scoring")
+    record = read("data")
     rows = good(record["results"])
     for row in rows:
-        if "of_pycocotools" not in row:
+        for peer in (r for r in rows if r["what"] == row["what"] and f"of_{r['side']}" in row):
+            side = peer["side"]
+            same = "same bits" if row[f"same_as_{side}"] else "OTHER NUMBERS"
+            goals = [
+                goal
+                for (what, other), goal in DATA_GOALS.items()
+                if what in row["what"] and other == side
+            ]
+            lines.append(
+                cells(
+                    f"{row['what']}, beside {'version ' if side[0] == '2' else ''}{side}, {same}",
+                    device(record),
+                    f"{short(row['median'])} CPU s, {short(row['peak_mib'])} MiB",
+                    f"{short(peer['median'])} CPU s, {short(peer['peak_mib'])} MiB",
+                    f"{short(row[f'of_{side}'])}, {short(row[f'peak_of_{side}'])}",
+                    *(goals or [""]),
+                )
+            )
+    return table(HEAD, lines)
+
+
+def objects365():
+    """Project reading to a data set of 25 million boxes, from COCO's size and the exponent."""
+    rows = [row for row in good(read("data")["results"]) if row["what"].startswith("reading")]
+    lines = []
+    for row in rows:
+        if "exponent" not in row:
             continue
-        peer = next(r for r in rows if r["what"] == row["what"] and r["side"] == "pycocotools")
-        goals = [goal for what, goal in SCORING_GOALS.items() if what in row["what"]]
+        scale = OBJECTS365_BOXES / row["size"]
         lines.append(
             cells(
-                row["what"] + (", same bits" if row["same_bits"] else ", OTHER NUMBERS"),
-                device(record),
-                f"{short(row['median'])} s, {short(row['peak_mib'])} MiB",
-                f"{short(peer['median'])} s, {short(peer['peak_mib'])} MiB",
-                short(row["of_pycocotools"]),
-                *(goals or [""]),
+                {"ours": "now, one process of a node"}.get(
+                    row["side"], "2026-11-27, every process"
+                ),
+                f"{row['exponent']:.2f}",
+                short(row["median"] * scale ** row["exponent"]),
+                short(row["peak_mib"] * scale / 1024),
+                short(row["kept_mib"] * scale / 1024),
             )
         )
-    return table(HEAD, lines)
+    head = ("version", "exponent", "CPU s", "private memory at most, GiB", "kept, GiB")
+    return table(head, lines)
 
 
 def growth():
@@ -275,7 +306,7 @@ def road():
 
 def sources():
     """Return when and on what each file was measured."""
-    names = ("model", "train", "kernels", "growth_cuda", "model_cpu", "loader", "scoring", "growth")
+    names = ("model", "train", "kernels", "growth_cuda", "model_cpu", "loader", "data", "growth")
     lines = []
     for name in names:
         record = read(name)
@@ -297,6 +328,7 @@ BLOCKS = {
         training,
         kernels,
         data,
+        objects365,
         growth,
         learned,
         padding,
