@@ -422,8 +422,12 @@ def read_annotations(path, classes=None, image_dir=None):
     else:
         content = read_json(path, Instances)
     images = in_order(content.images, f"{path}: images")
-    boxes = content.annotations
     ids = [image.id for image in images]
+    names = [str(image.file_name) for image in images]
+    hw = np.array([[image.height for image in images], [image.width for image in images]], float)
+    content.images.clear()  # before the arrays of the boxes need memory
+    del images
+    boxes = content.annotations
     rows = look_up(ids, boxes, "image_id")
     if boxes and (rows < 0).all():
         raise UserError(
@@ -442,8 +446,8 @@ def read_annotations(path, classes=None, image_dir=None):
     return Annotations(
         path=Path(path),
         image_ids=np.array(ids),
-        names=[str(image.file_name) for image in images],
-        hw=np.array([[i.height for i in images], [i.width for i in images]], np.float64).T.copy(),
+        names=names,
+        hw=hw.T,
         rows=rows,
         xywh=xywh,
         areas=areas,
@@ -678,8 +682,9 @@ class CocoDataset:
         visible = (sides[2:] > 1).all(0) & known
         self.trainable = np.bincount(truth.rows[visible], minlength=len(self)) > 0
         kept = np.flatnonzero(full & known & ~truth.crowds)
-        kept = kept[np.argsort(truth.rows[kept], kind="stable")]
-        self.boxes = np.ascontiguousarray(inside[:, kept].T, np.float32)
+        order = np.argsort(truth.rows[kept] * len(truth.rows) + kept)  # faster than kind="stable"
+        kept = kept[order]
+        self.boxes = np.ascontiguousarray(inside.T, np.float32)[kept]
         self.labels = truth.labels[kept]
         self.columns = {name: values[kept] for name, values in truth.columns.items()}
         self.offsets = np.searchsorted(truth.rows[kept], np.arange(len(self) + 1))

@@ -1,6 +1,6 @@
 """Reading annotations and scoring, beside the version of 2026-11-27 and pycocotools.
 
-    python tests/benchmarks/bench_data.py [FOLDER]
+    python tests/benchmarks/bench_data.py [FOLDER] [--only reading scoring]
 
 Writes FOLDER/data.json. Annotations and results are generated: COCO's numbers of images, boxes and
 polygons, and parts of them. Every measurement is a process of its own; the sides take turns.
@@ -29,6 +29,7 @@ import record
 OLD = "01bf83e"  # the version of 2026-11-27
 IMAGES, BOXES = 118_287, 860_001  # of COCO's train2017
 PARTS = 0.1, 0.25, 1
+SCENES = (1000, 80, False), (5000, 80, False), (1000, 1203, True)  # images, classes, per class
 
 # Each reads its arguments from sys.argv, and prints a line of JSON: CPU seconds, kept memory, and
 # what is compared between the sides.
@@ -64,7 +65,7 @@ SCORE = """
 sys.path.insert(0, root)
 import evaluate, hotcoco
 results = json.load(open(f"{folder}/found.json"))
-metrics, told = measured(lambda: evaluate.score(results, f"{folder}/truth.json", bool(per_class)))
+metrics, told = measured(lambda: evaluate.score(results, f"{folder}/truth.json", per_class))
 print(json.dumps(told | {"found": [metrics[name].hex() for name in evaluate.METRICS]}))
 """
 PEER = """
@@ -217,43 +218,53 @@ def add_exponents(log, tables):
             log.show(last)
 
 
+def reading(log, roots, small, rounds):
+    """Read annotations of several sizes: ours, and the old version."""
+    tables = []
+    for part in (0.001,) if small else PARTS:
+        images, boxes = round(IMAGES * part), round(BOXES * part)
+        with tempfile.TemporaryDirectory() as folder:
+            write_annotations(folder, images, boxes)
+            sides = {name: (READ, {"root": root, "folder": folder}) for name, root in roots.items()}
+            what = f"reading {images:,} images, {boxes:,} boxes with polygons"
+            tables.append(measure(log, what, boxes, rounds, sides))
+    add_exponents(log, tables)
+
+
+def scoring(log, roots, small, rounds):
+    """Score results: ours, the old version, and pycocotools, which has no figures of classes."""
+    tables = []
+    for images, classes, per_class in SCENES[:1] if small else SCENES:
+        images = 20 if small else images
+        with tempfile.TemporaryDirectory() as folder:
+            write_scene(folder, images, 100, classes)
+            names = {"folder": folder, "per_class": per_class}
+            sides = {name: (SCORE, names | {"root": root}) for name, root in roots.items()}
+            what = f"scoring {images:,} images x 100 detections, {classes:,} classes"
+            if per_class:
+                what += ", per class"
+            else:
+                sides["pycocotools"] = (PEER, names)
+            rows = measure(log, what, images, rounds, sides)
+            tables += [] if per_class else [rows]
+    add_exponents(log, tables)
+
+
 def main():
+    parts = {"reading": reading, "scoring": scoring}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=list(parts), choices=parts)
     args = record.arguments(parser)
-    rounds = 1 if args.small else args.rounds
-    log = record.Record(args.folder and f"{args.folder}/data.json")
+    log = record.Record(args.folder and f"{args.folder}/data.json", parts=args.only)
     with tempfile.TemporaryDirectory() as old:
         command = ["git", "-C", str(record.ROOT), "archive", "--format=tar", OLD]
         archive = subprocess.run(command, capture_output=True, check=True).stdout
         tarfile.open(fileobj=io.BytesIO(archive)).extractall(old, filter="data")
         roots = {"ours": str(record.ROOT), "2026-11-27": old}
-        tables = []
-        for part in (0.001,) if args.small else PARTS:
-            images, boxes = round(IMAGES * part), round(BOXES * part)
-            with tempfile.TemporaryDirectory() as folder:
-                write_annotations(folder, images, boxes)
-                sides = {
-                    name: (READ, {"root": root, "folder": folder}) for name, root in roots.items()
-                }
-                what = f"reading {images:,} images, {boxes:,} boxes with polygons"
-                tables.append(measure(log, what, boxes, rounds, sides))
-        add_exponents(log, tables)
-        tables = []
-        scenes = [(1000, 80, 0), (5000, 80, 0), (1000, 1203, 1)]
-        for images, classes, per_class in [(20, 80, 0)] if args.small else scenes:
-            with tempfile.TemporaryDirectory() as folder:
-                write_scene(folder, images, 100, classes)
-                names = {"folder": folder, "per_class": per_class}
-                sides = {name: (SCORE, names | {"root": root}) for name, root in roots.items()}
-                what = f"scoring {images:,} images x 100 detections, {classes:,} classes"
-                if per_class:
-                    what += ", per class"
-                else:
-                    sides["pycocotools"] = (PEER, names)
-                rows = measure(log, what, images, rounds, sides)
-                tables += [] if per_class else [rows]
-        add_exponents(log, tables)
+        for part in args.only:
+            log.common = {"part": part}
+            parts[part](log, roots, args.small, 1 if args.small else args.rounds)
     return log.failed
 
 
