@@ -1045,12 +1045,12 @@ def read_results(results, annotations):
     rows = look_up(images, entries, "image_id")
     positions = look_up(categories, entries, "category_id")
     xywh = boxes_of(entries)
-    scores = np.array([entry.score for entry in entries], np.float64)
-    numbers = np.column_stack([xywh, scores])
+    scores = np.fromiter(map(operator.attrgetter("score"), entries), np.float64, len(entries))
+    finite = (np.abs(xywh) < 1e300).all(1) & (np.abs(scores) < 1e300)
     for problem, wrong in (
         (f"image_id is not in the annotations, whose first is {images[0]!r:.100}", rows < 0),
         (f"category_id is not in the categories {categories!r:.200}", positions < 0),
-        ("bbox and score must be finite numbers", ~(np.abs(numbers) < 1e300).all(1)),
+        ("bbox and score must be finite numbers", ~finite),
     ):
         if wrong.any():
             first = wrong.argmax()
