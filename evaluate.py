@@ -1156,10 +1156,11 @@ def best_f1(scores, right, objects):
 
 
 def table(metrics):
-    """The metrics as people expect to read them."""
-    width = max(map(len, metrics))
-    rows = ((name, f"{x:6.3f}" if x >= 0 else "     -") for name, x in metrics.items())
-    return "\n".join(f"{name:{width}s} {number}" for name, number in rows)
+    """Return the metrics as text, a line for each; "-" means that there is nothing to find."""
+    names = [printable(name, 80) for name in metrics]
+    width = max(map(len, names))
+    numbers = [f"{value:6.3f}" if value >= 0 else "     -" for value in metrics.values()]
+    return "\n".join(f"{name:{width}s} {number}" for name, number in zip(names, numbers))
 
 
 # ---- drawing -----------------------------------------------------------------------------------

@@ -603,7 +603,7 @@ def load_split(annotations, image_dir, classes, say):
     names = ", ".join(map(str, dataset.classes))
     say(
         f"{annotations}: {len(dataset)} images, {len(dataset.boxes)} boxes of "
-        f"{len(dataset.classes)} classes: {names:.100}"
+        f"{len(dataset.classes)} classes: {evaluate.printable(names, 100)}"
     )
     for note in dataset.notes:
         say(f"{annotations}: {note}")

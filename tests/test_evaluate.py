@@ -819,6 +819,34 @@ def test_the_mean_over_classes_is_the_ap(synthetic, scorer):
     assert len(lines) == 12 + 2 + 3 * 3 and "-" in lines[-1]
 
 
+def test_a_class_cannot_forge_lines_of_the_table(synthetic, tmp_path):
+    path = shutil.copy(synthetic, tmp_path)
+    edit(Path(path), categories=first_row(name="a\nAP 0.999\x1b[2J"))
+    lines = evaluate.table(evaluate.score([], path, per_class=True)).splitlines()
+    assert len(lines) == 12 + 2 + 3 * 3 and all(line.isprintable() for line in lines)
+
+
+def test_the_annotations_that_were_read_are_scored_whatever_the_file_holds_now(synthetic, tmp_path):
+    path = Path(shutil.copy(synthetic, tmp_path))
+    results = noisy_results(json.loads(path.read_text()))
+    annotations = evaluate.read_annotations(path)
+    before = evaluate.score(results, path)
+    edit(path, annotations=lambda rows: rows[:3])
+    assert evaluate.score(results, annotations) == before != evaluate.score(results, path)
+
+
+def test_results_may_hold_numbers_of_numpy(synthetic):
+    results = noisy_results(json.loads(synthetic.read_text()))
+    arrays = [
+        {
+            name: np.array(value) if name == "bbox" else np.array(value)[()]
+            for name, value in r.items()
+        }
+        for r in results
+    ]
+    assert evaluate.score(arrays, synthetic) == evaluate.score(results, synthetic)
+
+
 def test_scoring_changes_neither_the_results_nor_the_file(synthetic):
     before = synthetic.read_bytes()
     results = perfect(json.loads(before)["annotations"])
@@ -1288,7 +1316,8 @@ def slow_f1(results, truth, threshold, label=None):
     return 2 * right / (found + total)
 
 
-def test_the_best_f1_and_its_threshold_are_those_of_a_slow_count(tmp_path, scorer):
+@pytest.mark.parametrize("digits", [17, 1])  # with one digit many scores tie
+def test_the_best_f1_and_its_threshold_are_those_of_a_slow_count(tmp_path, scorer, digits):
     rng, annotations = np.random.default_rng(0), []
     for image in (1, 2, 3, 4):
         for _ in range(6):
@@ -1305,7 +1334,7 @@ def test_the_best_f1_and_its_threshold_are_those_of_a_slow_count(tmp_path, score
             dict(
                 image_id=row["image_id"],
                 category_id=label,
-                score=rng.uniform(0, 1),
+                score=round(rng.uniform(0, 1), digits),
                 bbox=[x + dx, y + dy, w, h],
             )
         )
