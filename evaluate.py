@@ -103,7 +103,7 @@ def has_annotations(path):
 
 
 def read_labels(path, image_dir):
-    """Read labels of CVAT, YOLO or Pascal VOC -> Instances, and a note that says what was read.
+    """Return labels of CVAT, YOLO or Pascal VOC as Instances, and notes about what was read.
 
     CVAT: its XML file. YOLO: a folder of text files, with data.yaml in it or above it. Pascal VOC:
     a folder of XML files, or a list of their names in ImageSets/Main. hotcoco converts them.
@@ -229,7 +229,7 @@ class CategoryEntry(msgspec.Struct, gc=False):
 
 
 class Bbox(msgspec.Struct, gc=False, array_like=True, forbid_unknown_fields=True):
-    """The four numbers of a box. Unlike those of a tuple, millions do not start the collector."""
+    """A box in pixels. The garbage collector does not track it, as it would millions of tuples."""
 
     x: float
     y: float
@@ -272,7 +272,7 @@ class Instances(msgspec.Struct):
 def read_json(path, kind=Any):
     """Read a JSON file as the msgspec type `kind`. See decode.
 
-    The file is mapped, not copied. Raises UserError if it is missing or has not the type.
+    The file is mapped, not copied. Raises UserError if it is missing or does not have the type.
     """
     try:
         with open(fcos.regular_file(path), "rb") as file:
@@ -291,10 +291,11 @@ def file_content(file):
 
 
 def decode(data, kind, path):
-    """Decode JSON as the msgspec type `kind`. Fields that it does not name are skipped: polygons.
+    """Decode JSON as the msgspec type `kind`, skipping fields that it does not name.
 
-    `json` decodes what msgspec refuses: a byte order mark, NaN, and numbers written as text.
-    Raises UserError, which names the list, the row and the field and shows the entry.
+    COCO's polygons are therefore never built. `json` decodes what msgspec refuses: a byte order
+    mark, NaN, and numbers written as text.
+    Raises UserError, which names the list, the row and the field, and shows the entry.
     """
     with contextlib.suppress(ValueError, RecursionError):
         return msgspec.json.decode(data, type=kind)
@@ -317,7 +318,7 @@ def decode(data, kind, path):
 
 
 def without_polygons(entry):
-    """Drop what is most of an annotation, and of no use here."""
+    """Remove the polygons of an annotation: they take most of the memory and are not used."""
     entry.pop("segmentation", None)
     return entry
 
@@ -347,18 +348,22 @@ def in_order(entries, where):
     return sorted(entries, key=operator.attrgetter("id"))
 
 
-def look_up(ids, entries, field):
-    """Return the positions in `ids` of the ids in a field of M entries: int64 (M,), -1 if unknown.
+def numbered(ids):
+    """Return {id: position}."""
+    return {id: position for position, id in enumerate(ids)}
+
+
+def look_up(positions, entries, field):
+    """Return the positions of the ids in a field of M entries: int64 (M,), -1 for an unknown id.
 
     7 and "7" are the same id, since some tools write the ids of results as text.
     """
     get_id = operator.attrgetter(field)
-    positions = {id: position for position, id in enumerate(ids)}
     found = map(positions.get, map(get_id, entries), itertools.repeat(-1))
     found = np.fromiter(found, np.int64, len(entries))
     if (found < 0).any():
-        positions = {str(id): position for position, id in enumerate(ids)}
-        found = np.array([positions.get(str(get_id(entry)), -1) for entry in entries], np.int64)
+        texts = {str(id): position for id, position in positions.items()}
+        found = np.array([texts.get(str(get_id(entry)), -1) for entry in entries], np.int64)
     return found
 
 
@@ -393,7 +398,7 @@ class Annotations:
     path: Path
     image_ids: np.ndarray  # (N,) int64 or text
     names: list  # N file names as the JSON has them
-    hw: np.ndarray  # (N, 2) float64 pixels, NaN where the file does not tell
+    hw: np.ndarray  # (N, 2) float64 pixels, NaN where the file does not say
     classes: list  # K names
     category_ids: list  # K ids, None where the file lacks a class that was asked for
     label_of: dict  # {category id: label, -1 if it is no class}
@@ -414,7 +419,7 @@ def read_annotations(path, classes=None, image_dir=None):
     """Read a COCO instances JSON, or the labels that read_labels takes -> Annotations.
 
     classes: names in the order of their labels, if a model or another file decides the classes.
-    Raises UserError, which names the file, the list and the row, for content that is of no use.
+    Raises UserError, which names the file, the list and the row, for content that cannot be used.
     """
     content, notes = None, []
     if Path(path).is_dir() or Path(path).suffix in (".xml", ".txt"):
@@ -422,59 +427,82 @@ def read_annotations(path, classes=None, image_dir=None):
     else:
         content = read_json(path, Instances)
     images = in_order(content.images, f"{path}: images")
+    categories = in_order(content.categories, f"{path}: categories")
     ids = [image.id for image in images]
-    names = [str(image.file_name) for image in images]
-    hw = np.array([[image.height for image in images], [image.width for image in images]], float)
-    content.images.clear()  # before the arrays of the boxes need memory
-    del images
     boxes = content.annotations
-    rows = look_up(ids, boxes, "image_id")
-    if boxes and (rows < 0).all():
+    first_id = boxes[0].image_id if boxes else None
+    columns = take_columns(boxes, numbered(ids), numbered([c.id for c in categories]), path)
+    rows = columns.pop("rows")
+    if len(rows) and (rows < 0).all():
         raise UserError(
             f"{path}: no annotation belongs to an image of the file; annotations[0] has image_id "
-            f"{boxes[0].image_id!r:.100}, an image has id {ids[0]!r:.100}"
+            f"{first_id!r:.100}, an image has id {ids[0]!r:.100}"
         )
-    what = labels_and_classes(content, path, classes, notes)
-    crowds = np.fromiter(map(bool, map(operator.attrgetter("iscrowd"), boxes)), bool, len(boxes))
-    areas = np.array(list(map(operator.attrgetter("area"), boxes)), np.float64)  # NaN for None
-    xywh = boxes_of(boxes)
-    missing = ~(areas >= 0)
-    with np.errstate(over="ignore", invalid="ignore"):
-        areas[missing] = xywh[missing, 2] * xywh[missing, 3]
-    fields = BoxEntry.__struct_fields__
-    further = fields[fields.index("iscrowd") + 1 :]
+    positions = columns.pop("categories")
+    used = np.bincount(positions, minlength=len(categories)) > 0
+    found = choose_classes(categories, used, path, classes, notes)
+    label_of = np.array(list(found["label_of"].values()), np.int64)
     return Annotations(
         path=Path(path),
         image_ids=np.array(ids),
-        names=names,
-        hw=hw.T,
+        names=[str(image.file_name) for image in images],
+        hw=np.array([[i.height for i in images], [i.width for i in images]], np.float64).T,
         rows=rows,
-        xywh=xywh,
-        areas=areas,
-        crowds=crowds,
-        columns={name: column_of(boxes, name, path) for name in further},
-        **what,
+        labels=label_of[positions],
+        xywh=columns.pop("xywh"),
+        areas=columns.pop("areas"),
+        crowds=columns.pop("crowds"),
+        columns=columns,
+        sorted=categories == content.categories,
+        notes=notes,
+        **found,
     )
 
 
-def labels_and_classes(content, path, classes, notes):
-    """Return the fields of Annotations that say what the boxes are, and add to the notes.
+def take_columns(boxes, images, categories, path, size=20_000):
+    """Return the columns of annotations as a dict of arrays, and empty their list.
+
+    Blocks of `size` boxes stay in the cache of the processor while they are converted, and are
+    freed before the next block. images, categories: {id: position}. rows and categories of the
+    result are such positions; a row is -1 if the image is unknown.
+    """
+    blocks = []
+    while boxes or not blocks:
+        block = boxes[-size:]
+        del boxes[-size:]
+        columns = {
+            "rows": look_up(images, block, "image_id"),
+            "categories": look_up(categories, block, "category_id"),
+            "xywh": boxes_of(block),
+            "areas": np.array([box.area for box in block], np.float64),  # NaN for None
+            "crowds": np.array([bool(box.iscrowd) for box in block], bool),
+        }
+        unknown = np.flatnonzero(columns["categories"] < 0)
+        if len(unknown):
+            raise UserError(
+                f"{path}: annotations[{len(boxes) + unknown[0]}]: category_id "
+                f"{block[unknown[0]].category_id!r:.100} is not in the categories "
+                f"{list(categories)!r:.200}"
+            )
+        fields = BoxEntry.__struct_fields__
+        for name in fields[fields.index("iscrowd") + 1 :]:
+            columns[name] = column_of(block, name, path)
+        blocks.insert(0, columns)
+    columns = {name: np.concatenate([block[name] for block in blocks]) for name in columns}
+    missing = ~(columns["areas"] >= 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        columns["areas"][missing] = columns["xywh"][missing, 2:].prod(axis=1)
+    return columns
+
+
+def choose_classes(categories, used, path, classes, notes):
+    """Return the fields of Annotations about classes, and add what is odd to the notes.
 
     By default every category is a class, except the first that Roboflow exports: no box has it, and
     the others name it as their supercategory. Categories that share a name get their id added.
+    used (K,): whether a box has the category.
     """
-    categories = in_order(content.categories, f"{path}: categories")
-    boxes = content.annotations
     ids = [category.id for category in categories]
-    positions = look_up(ids, boxes, "category_id")
-    unknown = np.flatnonzero(positions < 0)
-    if len(unknown):
-        first = unknown[0]
-        raise UserError(
-            f"{path}: annotations[{first}]: category_id {boxes[first].category_id!r:.100} is not "
-            f"in the categories {ids!r:.200}"
-        )
-    used = np.bincount(positions, minlength=len(ids)) > 0
     names = [str(category.name) for category in categories]
     shared = [name for name, count in Counter(names).items() if count > 1]
     if shared:
@@ -483,8 +511,7 @@ def labels_and_classes(content, path, classes, notes):
     parents = {c.supercategory for c in categories if c.supercategory != c.name}
     own = [name for name, has_box in zip(names, used) if has_box or name not in parents]
     classes = own if classes is None else list(classes)
-    labels = {name: label for label, name in enumerate(classes)}
-    ignored = [name for name in names if name not in labels]
+    ignored = [name for name in names if name not in classes]
     missing = [name for name in classes if name not in names]
     for name, has_box in zip(names, used):
         if name in ignored and (has_box or (missing and name in own)):
@@ -496,15 +523,12 @@ def labels_and_classes(content, path, classes, notes):
         notes.append(f"categories that are no class and have no box: {ignored!r:.200}")
     if missing:
         notes.append(f"classes that are no category, so they are not scored: {missing!r:.200}")
-    label_of = {id: labels.get(name, -1) for id, name in zip(ids, names)}
+    labels = numbered(classes)
     id_of = dict(zip(names, ids))
     return {
         "classes": classes,
         "category_ids": [id_of.get(name) for name in classes],
-        "label_of": label_of,
-        "labels": np.array(list(label_of.values()), np.int64)[positions],
-        "sorted": categories == content.categories,
-        "notes": notes,
+        "label_of": {id: labels.get(name, -1) for id, name in zip(ids, names)},
     }
 
 
@@ -1042,8 +1066,8 @@ def read_results(results, annotations):
             entries = decode(data, list[ResultEntry], where)
     images = annotations.image_ids.tolist()
     categories = list(annotations.label_of)
-    rows = look_up(images, entries, "image_id")
-    positions = look_up(categories, entries, "category_id")
+    rows = look_up(numbered(images), entries, "image_id")
+    positions = look_up(numbered(categories), entries, "category_id")
     xywh = boxes_of(entries)
     scores = np.fromiter(map(operator.attrgetter("score"), entries), np.float64, len(entries))
     finite = (np.abs(xywh) < 1e300).all(1) & (np.abs(scores) < 1e300)
