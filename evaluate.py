@@ -1562,8 +1562,8 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(args):
-    # ---- everything that can be wrong, before anything is computed
+def check_flags(args):
+    """Raise UserError unless the flags name one thing to do and all that it needs."""
     for flag, *needs in (
         ("results", "annotations"),
         ("image_dir", "annotations"),
@@ -1578,66 +1578,87 @@ def main(args):
             raise UserError(f"--{flag} needs --{' or --'.join(needs)}".replace("_", "-"))
     given = [name for name in ("data", "annotations", "images", "export") if getattr(args, name)]
     if args.results and given == ["annotations"] and not (args.image_dir or args.model):
-        annotations = read_annotations(args.annotations)
-        print(table(score(args.results, annotations, args.per_class)))
-        unknown = int((annotations.rows < 0).sum())
-        if unknown:
-            annotations.notes.append(f"{unknown} boxes belong to no image in it")
-        for note in annotations.notes:
-            print(f"{args.annotations}: {note}", file=sys.stderr)
         return
     if args.model is None:
         raise UserError("name a model: a file such as runs/shapes/model.pt, or coco")
     if len(given) != 1 or args.results or (args.annotations and not args.image_dir):
         raise UserError(
-            "say one thing to do: --data, or --annotations with --image-dir or with "
-            "--results, --images with --out, or --export"
+            "choose one of --data, --annotations with --image-dir or with --results, --images with "
+            "--out, and --export"
         )
+
+
+def score_results(args):
+    """Print the metrics of a results file."""
+    annotations = read_annotations(args.annotations)
+    print(table(score(args.results, annotations, args.per_class)))
+    unknown = int((annotations.rows < 0).sum())
+    if unknown:
+        annotations.notes.append(f"{unknown} boxes belong to no image in it")
+    for note in annotations.notes:
+        print(f"{args.annotations}: {note}", file=sys.stderr)
+
+
+def export_model(args, model):
+    """Write the model as ONNX."""
+    check_target(args.export, [args.model])
+    height, width = fcos.padded_hw([model.test_size])
+    fcos.export_onnx(model, args.export, height, width)
+    print(f"{args.export}: for images padded to multiples of 32 pixels, in fp32")
+
+
+def draw_images(args, model):
+    """Draw what the model finds. Raises UserError at the end if files could not be read."""
+    views = dict(tile=args.tile, overlap=args.overlap)
+    bad = draw_folder(model, args.images, args.out, args.score_threshold, args.workers, **views)
+    if bad:
+        raise UserError(f"files that could not be read: {len(bad)}")
+
+
+def score_model(args, model):
+    """Print the metrics of the model on a data set; every process takes a share of the images."""
+    rank, _ = rank_and_world_size()
+    annotations, image_dir = args.annotations, args.image_dir
+    if args.data:
+        annotations, image_dir = coco_paths(args.data, args.split)
+    dataset = load_dataset(annotations, image_dir, model.classes)
+    check_classes(model, dataset)
+    if args.save_json:
+        images = map(dataset.path, range(len(dataset)))
+        check_target(args.save_json, [args.model, dataset.annotations.path, *images])
+    for note in dataset.notes if rank == 0 else ():
+        print(f"{dataset.annotations}: {note}", file=sys.stderr)
+    batch_size = args.batch_size or (1 if model.pixel_mean.device.type == "cpu" else 8)
+    views = dict(tile=args.tile, overlap=args.overlap, tta=args.tta)
+    results = predict(model, dataset, batch_size, args.workers, **views)
+    if rank != 0:
+        return
+    if args.save_json:
+        with fcos.atomic_write(args.save_json, "w") as file:
+            file.write(json.dumps(results))
+    print(table(score(results, dataset.annotations, args.per_class)))
+
+
+def main(args):
+    """Score, draw or export, as the command line says."""
+    check_flags(args)
+    if args.results:
+        score_results(args)
+        return
     rank, _, device = start_process(args.device)
     model = fcos.load(args.model, args.row).to(device)
     set_decoding(model, args.set)
     if args.row and rank == 0:
         print(f"{args.model}: {model.name} with {model.convention}", file=sys.stderr)
-    min_size, max_size = args.min_size or model.test_size[0], args.max_size or model.test_size[1]
+    model.test_size = args.min_size or model.test_size[0], args.max_size or model.test_size[1]
     if args.export:
-        check_target(args.export, [args.model])
-        height, width = fcos.padded_hw([(min_size, max_size)])
-        fcos.export_onnx(model, args.export, height, width)
-        print(f"{args.export}: for images padded to multiples of 32 pixels, in fp32")
+        export_model(args, model)
         return
-    model.test_size = min_size, max_size
     with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
         if args.images:
-            bad = draw_folder(
-                model,
-                args.images,
-                args.out,
-                args.score_threshold,
-                args.workers,
-                tile=args.tile,
-                overlap=args.overlap,
-            )
-            if bad:
-                raise UserError(f"files that could not be read: {len(bad)}")
-            return
-        annotations, image_dir = args.annotations, args.image_dir
-        if args.data:
-            annotations, image_dir = coco_paths(args.data, args.split)
-        dataset = load_dataset(annotations, image_dir, model.classes)
-        check_classes(model, dataset)
-        if args.save_json:
-            images = map(dataset.path, range(len(dataset)))
-            check_target(args.save_json, [args.model, dataset.annotations.path, *images])
-        for note in dataset.notes if rank == 0 else ():
-            print(f"{dataset.annotations}: {note}", file=sys.stderr)
-        batch_size = args.batch_size or (1 if device.type == "cpu" else 8)
-        views = dict(tile=args.tile, overlap=args.overlap, tta=args.tta)
-        results = predict(model, dataset, batch_size, args.workers, **views)
-    if rank == 0:
-        if args.save_json:
-            with fcos.atomic_write(args.save_json, "w") as file:
-                file.write(json.dumps(results))
-        print(table(score(results, dataset.annotations, args.per_class)))
+            draw_images(args, model)
+        else:
+            score_model(args, model)
 
 
 if __name__ == "__main__":

@@ -1593,7 +1593,7 @@ MISTAKES = {
         "needs --data",
     ),
     "out without pictures": ("{here} --out {tmp}/o", "--images"),
-    "two things to do": ("{here} --images {dir} --out {tmp}/o", "one thing"),
+    "two things to do": ("{here} --images {dir} --out {tmp}/o", "choose one of"),
     "a threshold of NaN": ("{model} --images {dir} --out {tmp}/o --score-threshold nan", "nan"),
     "a pipe as model": ("{tmp}/pipe --data {tmp}", "pipe"),
     "a pipe as results": ("--results {tmp}/pipe --annotations {json}", "pipe"),

@@ -348,7 +348,9 @@ TABLE = {  # by number of the point of the list that this test began with
         kept={LAST: "run/damaged.pt"},
     ),
     "14 fresh log": row(FRESH + " --lr 1e30", "not finite", changes="run/log.new.jsonl"),
-    "14 model and results": row(SCORE.replace("evaluate.py", "evaluate.py gone.pt"), "one thing"),
+    "14 model and results": row(
+        SCORE.replace("evaluate.py", "evaluate.py gone.pt"), "choose one of"
+    ),
     "14 group": row(TRAIN, LAST + "|dampening", last("optimizer param_groups 1 dampening", ...)),
     "14 best": row(TRAIN, LAST + "|float", last("best", np.inf)),
     "14 no best": row(TRAIN, LAST + "|int", last("best", 0)),
