@@ -1,13 +1,13 @@
-"""Target assignment of FCOS: the box that each location learns, in O(locations) memory.
+"""Target assignment of FCOS: the box that each location has to predict, in O(P) memory.
 
     index = assign(points, boxes, center_radius=1.5)      # (B, P), -1 for background
 
-`assign_ref` is the same in plain PyTorch. The file needs nothing but PyTorch, and CuPy for the
-kernel: copy it. `python kernels/assign.py` compares the two, then times them.
+`assign_ref` is the same in plain PyTorch. To use the assignment elsewhere, copy this file: it needs
+PyTorch, and CuPy for the kernel. `python kernels/assign.py` compares the two and times them.
 
-Vectorised PyTorch builds locations x boxes matrices: with 1,000 boxes in an aerial image, users run
-out of memory. Here a thread owns a location and sees the boxes one by one; a block reads them from
-memory once, 256 at a time, into shared memory. One launch serves the whole batch.
+The usual vectorized code builds matrices of locations x boxes, which fill the memory for an aerial
+image with 1,000 boxes. Here each thread owns a location and looks at the boxes one by one; a block
+reads them 256 at a time into shared memory. One launch serves the whole batch.
 """
 
 import functools
@@ -22,18 +22,19 @@ from torch import Tensor
 
 
 def assign_ref(points, boxes, center_radius):
-    """`assign` in plain PyTorch: what the kernel must reproduce, and what runs on the CPU."""
+    """Compute `assign` in plain PyTorch: the reference for the kernel, used on the CPU."""
     x, y, stride, lo, hi = points.T
     reach = center_radius * stride
     results = []
     for image_boxes in boxes:
         smallest = torch.full_like(x, torch.inf)
         index = torch.full_like(x, -1, dtype=torch.int64)
-        for start in range(0, len(image_boxes), 32):  # 32 boxes at a time bound the memory
+        for start in range(0, len(image_boxes), 32):  # 32 boxes at a time, to bound the memory
             x1, y1, x2, y2 = image_boxes[start : start + 32].T[:, :, None]  # (G, 1) against (P,)
             matches = (x > x1) & (y > y1) & (x < x2) & (y < y2)
             if center_radius > 0:
-                cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
+                cx = (x1 + x2) / 2
+                cy = (y1 + y2) / 2
                 matches &= (x > cx - reach) & (x < cx + reach) & (y > cy - reach) & (y < cy + reach)
             furthest = torch.maximum(torch.maximum(x - x1, x2 - x), torch.maximum(y - y1, y2 - y))
             matches &= (furthest >= lo) & (furthest <= hi)
@@ -49,8 +50,8 @@ def assign_ref(points, boxes, center_radius):
 CUDA_SOURCE = r"""
 const int THREADS = 256, MAX_IMAGES = 256;
 
-// Boxes of all images stand one after the other; those of image b are [at[b], at[b + 1]). Passed by
-// value: an array on the device would cost a copy from the host, and a wait, in every step.
+// The boxes of all images are concatenated; those of image b are [at[b], at[b + 1]). The struct is
+// passed by value, because an array on the device would cost a copy from the host in every step.
 struct Offsets { int at[MAX_IMAGES + 1]; };
 
 extern "C" __global__ void assign(
@@ -61,7 +62,8 @@ extern "C" __global__ void assign(
     int n_points, float radius)
 {
     __shared__ float4 tile[THREADS];
-    const int first = offsets.at[blockIdx.y], last = offsets.at[blockIdx.y + 1];
+    const int first = offsets.at[blockIdx.y];
+    const int last = offsets.at[blockIdx.y + 1];
     const long long p = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     // Threads past the end stay for the barriers; hi = -1 lets nothing match.
     float x = 0.0f, y = 0.0f, reach = 0.0f, lo = 0.0f, hi = -1.0f;
@@ -76,12 +78,12 @@ extern "C" __global__ void assign(
     float smallest = __uint_as_float(0x7f800000u);
     int match = -1;
     for (int start = first; start < last; start += blockDim.x) {
-        __syncthreads();  // nobody still reads the previous tile
+        __syncthreads();  // no thread still reads the previous tile
         if (start + (int)threadIdx.x < last) tile[threadIdx.x] = boxes[start + threadIdx.x];
         __syncthreads();
         const int count = min((int)blockDim.x, last - start);
         for (int j = 0; j < count; ++j) {
-            const float4 box = tile[j];  // all threads read one address: a broadcast
+            const float4 box = tile[j];
             const float l = x - box.x, t = y - box.y, r = box.z - x, b = box.w - y;
             if (!(l > 0.0f && t > 0.0f && r > 0.0f && b > 0.0f)) continue;
             const float furthest = fmaxf(fmaxf(l, t), fmaxf(r, b));
@@ -101,47 +103,61 @@ extern "C" __global__ void assign(
     if (p < n_points) index[(long long)blockIdx.y * n_points + p] = match;
 }
 """
-KERNELS, OPTIONS = ("assign",), ("--fmad=false",)  # no fused rounding: bit for bit PyTorch
-THREADS, MAX_IMAGES = 256, 256  # as in the CUDA text
+KERNELS = ("assign",)
+OPTIONS = ("--fmad=false",)  # without fused rounding the result equals PyTorch's bit for bit
+THREADS = 256  # as in the CUDA text
+MAX_IMAGES = 256  # as in the CUDA text
 
 
-# ---- launcher: the same lines in every kernel file, because a file is copied whole
+# ---- launcher: the same lines in every kernel file, so that each file can be copied alone
 
 
 @torch.compiler.disable
 @functools.cache
 def _load(device, choice):
-    """The kernels compiled for GPU number `device`; if that fails, None after a warning, or with
-    FCOS_KERNELS=cupy, or while a CUDA graph is captured, an ImportError."""
+    """Compile the kernels for GPU number `device` and return them by name.
+
+    If that fails, warn and return None: PyTorch runs instead. Raises ImportError in place of the
+    warning if FCOS_KERNELS is "cupy", and while a CUDA graph is captured.
+    """
     try:
-        import cupy  # only here: importing this file needs neither CuPy nor a GPU
+        import cupy  # imported here, so that this file needs neither CuPy nor a GPU until now
 
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
-    except Exception as error:  # what is raised is not cached
-        if choice == "cupy" or torch.cuda.is_current_stream_capturing():
-            raise ImportError(f"{error!r}: pip install cupy-cuda13x, or run it earlier") from error
-        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
+    except Exception as error:
+        cuda = (torch.version.cuda or "13").partition(".")[0]
+        problem = f"{error!r}; to install CuPy: pip install cupy-cuda{cuda}x"
+        if torch.cuda.is_current_stream_capturing():
+            raise ImportError(f"{problem}; call the kernel once before the capture") from error
+        if choice == "cupy":
+            raise ImportError(problem) from error
+        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {problem}", stacklevel=5)
+        return None
 
 
-def _use_kernel(like):
-    """Whether the kernel serves this tensor. FCOS_KERNELS=cupy or torch forces the answer."""
+def _use_kernel(tensor):
+    """Return whether the kernel runs for this tensor. FCOS_KERNELS=cupy or torch forces one."""
     choice = os.environ.get("FCOS_KERNELS", "")
     if choice not in ("", "cupy", "torch"):
         raise ValueError(f"FCOS_KERNELS is {choice!r}; choose cupy or torch, or unset it")
-    return like.is_cuda and choice != "torch" and _load(like.device.index, choice) is not None
+    return tensor.is_cuda and choice != "torch" and _load(tensor.device.index, choice) is not None
 
 
 def _launch(name, grid, threads, *args):
-    """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
-    must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
+    """Launch a kernel on PyTorch's current stream.
+
+    args: contiguous tensors, and NumPy scalars of the width that the CUDA text declares: CuPy
+    checks neither.
+    """
     import cupy
 
     device = args[0].device
-    values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
+    kernel = _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name]
+    values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
     with torch.cuda.device(device), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
-        _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name](grid, (threads,), values)
+        kernel(grid, (threads,), values)
 
 
 # ---- operator
@@ -149,13 +165,14 @@ def _launch(name, grid, threads, *args):
 
 @torch.compiler.disable
 def _assign_kernel(points, boxes, center_radius):
-    points, P = points.contiguous(), len(points)
+    P = len(points)
+    points = points.contiguous()
     index = torch.empty((len(boxes), P), dtype=torch.int64, device=points.device)
     for first in range(0, len(boxes), MAX_IMAGES):
         images = boxes[first : first + MAX_IMAGES]
         offsets = np.zeros(1, dtype=[("at", np.int32, MAX_IMAGES + 1)])  # CuPy passes it by value
         offsets["at"][0, 1 : len(images) + 1] = np.cumsum([len(b) for b in images])
-        args = points, torch.cat(images), offsets, index[first:]  # cat copies, which aligns
+        args = points, torch.cat(images), offsets, index[first:]  # cat aligns its copy
         numbers = np.int32(P), np.float32(center_radius)
         _launch("assign", (-(-P // THREADS), len(images)), THREADS, *args, *numbers)
     return index
@@ -163,33 +180,34 @@ def _assign_kernel(points, boxes, center_radius):
 
 @torch.no_grad()
 def assign(points: Tensor, boxes: list[Tensor], center_radius: float) -> Tensor:
-    """Which box, if any, each location of each image has to predict (arXiv 1904.01355, section 3).
+    """Return the box, if any, that each location has to predict (arXiv 1904.01355, section 3).
 
     points: (P, 5) fp32, a row per location: x, y, the stride of its level, and the range lo, hi of
     its level, all in pixels. boxes: for each of B images (G, 4) x1, y1, x2, y2 in pixels, on the
     device of points; G may be 0 and differ between images.
 
-    A box is a candidate for a location strictly inside it whose largest distance to a side lies in
-    [lo, hi], both ends included. With center_radius > 0 the location must also be less than
-    center_radius * stride from the centre of the box in x and in y. Of several candidates the one
-    of smallest area wins, of equal areas the first.
+    A box is a candidate for a location that lies strictly inside it, if the largest of the four
+    distances to its sides is in [lo, hi]. With center_radius > 0 the location must also be less
+    than center_radius * stride away from the center of the box, in x and in y. Of several
+    candidates the one with the smallest area wins; of equal areas, the first.
 
-    Returns (B, P) int64, the position of the box in its image's list, -1 for background.
+    Returns int64 (B, P): the row of the box in its image's tensor, -1 for background.
 
     Raises ValueError for another shape or device, no image, or a negative radius.
     """
     if points.ndim != 2 or points.shape[1] != 5:
-        raise ValueError(f"points is {tuple(points.shape)}; it must be (P, 5), see assign")
+        raise ValueError(f"points: expected (P, 5), found {tuple(points.shape)}")
     if len(boxes) == 0:
-        raise ValueError("boxes is empty; give a tensor of boxes per image, at least one")
+        raise ValueError("boxes: expected a tensor for each image, found none")
     for image, b in enumerate(boxes):
         if b.ndim != 2 or b.shape[1] != 4:
-            raise ValueError(f"image {image} has boxes {tuple(b.shape)}; must be (G, 4), or (0, 4)")
+            raise ValueError(f"boxes of image {image}: expected (G, 4), found {tuple(b.shape)}")
         if b.device != points.device:
             raise ValueError(f"points is on {points.device}; move boxes there as well")
     if not center_radius >= 0:
-        raise ValueError(f"center_radius is {center_radius}; give 0 (the whole box) or more")
-    points, boxes = points.float(), [b.float() for b in boxes]
+        raise ValueError(f"center_radius {center_radius}: expected 0 (the whole box) or more")
+    points = points.float()
+    boxes = [b.float() for b in boxes]
     run = _assign_kernel if len(points) and _use_kernel(points) else assign_ref
     return run(points, boxes, center_radius)
 
@@ -199,7 +217,7 @@ def assign(points: Tensor, boxes: list[Tensor], center_radius: float) -> Tensor:
 if __name__ == "__main__":
     from torch.utils.benchmark import Timer
 
-    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU no fallback may pass for the kernel
+    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU, PyTorch must not run in place of the kernel
     device = "cuda" if torch.cuda.is_available() else "cpu"
     grid = torch.arange(4.0, 1200, 8, device=device)  # one level of stride 8, 22,500 locations
     level = torch.tensor([8.0, -1, 64], device=device).expand(len(grid) ** 2, 3)

@@ -2,12 +2,12 @@
 
     loss = sigmoid_focal_loss(logits, labels, alpha=0.25, gamma=2.0)   # the sum, differentiable
 
-`sigmoid_focal_loss_ref` is the same in plain PyTorch. The file needs nothing but PyTorch, and CuPy
-for the kernels: copy it. `python kernels/focal_loss.py` compares the two, then times them.
+`sigmoid_focal_loss_ref` is the same in plain PyTorch. To use the loss elsewhere, copy this file: it
+needs PyTorch, and CuPy for the kernels. `python kernels/focal_loss.py` compares and times the two.
 
 The classification loss is the largest elementwise operation of a detector: 22,400 locations x 80
-classes an image. Forward reads the logits and stores only the sum; backward reads them again and
-writes the gradient, instead of keeping N x K numbers in between.
+classes for each image. The forward pass reads the logits and stores only the sum. The backward pass
+reads them again and writes the gradient, so that nothing of size N x K is kept in between.
 """
 
 import functools
@@ -24,20 +24,24 @@ from torch.autograd.function import once_differentiable
 
 
 def sigmoid_focal_loss_ref(logits, labels, alpha=0.25, gamma=2.0):
-    """The loss in plain PyTorch: what the kernels must reproduce, and what runs on the CPU."""
+    """Compute the loss in plain PyTorch: the reference for the kernels, used on the CPU."""
     x = logits if logits.dtype == torch.float64 else logits.float()
     has_class = ((labels >= 0) & (labels < x.shape[1]))[:, None]
     positive = x.gather(1, torch.where(has_class, labels[:, None], 0))  # (N, 1)
-    # Every class as a negative, then one class a row corrected: that needs few (N, K) tensors.
+    # Treat every class as a negative, then correct the positive class of each row: this needs
+    # fewer (N, K) tensors than a one-hot encoding.
     loss = alpha * _wrong_answer(-positive, gamma) - (1 - alpha) * _wrong_answer(positive, gamma)
     correction = torch.where(has_class, loss, 0).sum()
     return (1 - alpha) * _wrong_answer(x, gamma).sum() + correction
 
 
 def _wrong_answer(z, gamma):
-    """The loss without alpha. z is the logit of the wrong answer: x of a negative class, -x of the
-    positive one. sigmoid(z)^gamma is computed as exp(gamma log sigmoid(z)): where sigmoid(z) rounds
-    to 0, the gradient of a power below 1 would be infinite."""
+    """Return the loss without alpha.
+
+    z is the logit of the wrong answer: x for a negative class, -x for the positive one.
+    sigmoid(z)^gamma is computed as exp(gamma log sigmoid(z)), because the gradient of a power below
+    1 is infinite where sigmoid(z) rounds to 0.
+    """
     cross_entropy = F.softplus(z)  # -log p_t; and log sigmoid(z) = z - softplus(z)
     return (gamma * (z - cross_entropy)).exp() * cross_entropy
 
@@ -46,7 +50,7 @@ def _wrong_answer(z, gamma):
 
 CUDA_SOURCE = r"""
 typedef float fp32;
-typedef unsigned short bf16;  // its bits: CUDA's own type needs a header, which may be missing
+typedef unsigned short bf16;  // its bits, because CUDA's own type needs a header
 
 __device__ float to_float(fp32 x) { return x; }
 __device__ float to_float(bf16 bits) { return __uint_as_float((unsigned)bits << 16); }
@@ -62,13 +66,15 @@ __device__ void store(bf16& out, float x)  // rounds to nearest, ties to even, a
 template <typename T> struct alignas(16) Vector { T at[16 / sizeof(T)]; };
 
 // The loss without alpha, or with GRAD its derivative by z. z is the logit of the wrong answer: x
-// of a negative class, -x of the positive one. Arithmetic is what the kernels wait for: expf and
-// log1pf would be twice the instructions, for a last digit.
+// for a negative class, -x for the positive one. The kernels are limited by arithmetic: expf and
+// log1pf would double the instructions for one more digit.
 template <bool GRAD> __device__ float wrong_answer(float z, float gamma)
 {
-    // tail = log(1 + e) = 2 artanh(s) = 2 (s + s^3/3 + s^5/5 + ...), where s is 1/3 at most; 0.1
-    // stands for 1/11 and all that follows. The relative error is 1e-8.
-    const float e = __expf(-fabsf(z)), s = __fdividef(e, 2.0f + e), t = s * s;
+    // tail = log(1 + e) = 2 artanh(s) = 2 (s + s^3/3 + s^5/5 + ...), where s is at most 1/3; 0.1
+    // replaces 1/11 and all later terms. The relative error is 1e-8.
+    const float e = __expf(-fabsf(z));
+    const float s = __fdividef(e, 2.0f + e);
+    const float t = s * s;
     const float series = 1/3.0f + t * (1/5.0f + t * (1/7.0f + t * (1/9.0f + t * 0.1f)));
     const float tail = 2.0f * (s + s * t * series);
     const float cross_entropy = fmaxf(z, 0.0f) + tail;  // -log p_t
@@ -81,10 +87,10 @@ template <bool GRAD> __device__ float wrong_answer(float z, float gamma)
 
 template <typename T, bool GRAD> __device__ void focal_loss(
     const T* logits,          // (total / classes, classes)
-    const long long* labels,  // (total / classes); a label that no class has is background
-    const float* upstream,    // () gradient of the sum, with GRAD
-    T* grad,                  // (total / classes, classes) out, with GRAD
-    float* partial,           // (gridDim.x) out, without: this block's share of the sum
+    const long long* labels,  // (total / classes); outside 0..classes-1 is background
+    const float* upstream,    // () gradient of the sum; with GRAD
+    T* grad,                  // (total / classes, classes) out; with GRAD
+    float* partial,           // (gridDim.x) out, the sum of each block; without GRAD
     long long total, int classes, float alpha, float gamma)
 {
     const int SIZE = 16 / sizeof(T);
@@ -93,15 +99,15 @@ template <typename T, bool GRAD> __device__ void focal_loss(
     const float negative_weight = GRAD ? (1.0f - alpha) * *upstream : 1.0f - alpha;
     float sum = 0.0f;
     if (i < total) {
-        const int count = total - i < SIZE ? total - i : SIZE;  // less at the very end
+        const int count = total - i < SIZE ? total - i : SIZE;  // fewer at the very end
         Vector<T> in = {}, out;
         if (count == SIZE) in = *(const Vector<T>*)(logits + i);
         else for (int j = 0; j < SIZE; ++j) if (j < count) in.at[j] = logits[i + j];
 
-        // A division of 64 bits takes as long as a logit: only where 32 do not suffice.
+        // A 64-bit division takes as long as one logit: use it only where 32 bits do not suffice.
         long long row = total >> 31 ? i / classes : (unsigned)i / (unsigned)classes;
-        unsigned positives = 0;  // bit j: number j stands in the positive class of its row
-        #pragma unroll 1  // few rows, most often one: unrolled, it would divide for their number
+        unsigned positives = 0;  // bit j: number j belongs to the positive class of its row
+        #pragma unroll 1  // the numbers span few rows, mostly one; unrolling would need a division
         for (int start = row * classes - i; start < count; start += classes) {
             const long long label = labels[row++];
             const int j = label >= 0 && label < classes ? start + (int)label : -1;
@@ -110,9 +116,11 @@ template <typename T, bool GRAD> __device__ void focal_loss(
         #pragma unroll
         for (int j = 0; j < SIZE; ++j) {
             const bool positive = positives >> j & 1;
-            const float x = to_float(in.at[j]), y = wrong_answer<GRAD>(positive ? -x : x, gamma);
+            const float x = to_float(in.at[j]);
+            const float y = wrong_answer<GRAD>(positive ? -x : x, gamma);
             const float weighted = (positive ? positive_weight : negative_weight) * y;
-            if (GRAD) store(out.at[j], weighted); else if (j < count) sum += weighted;
+            if (GRAD) store(out.at[j], weighted);
+            else if (j < count) sum += weighted;
         }
         if (GRAD && count == SIZE) *(Vector<T>*)(grad + i) = out;
         else if (GRAD) for (int j = 0; j < SIZE; ++j) if (j < count) grad[i + j] = out.at[j];
@@ -143,46 +151,59 @@ KERNELS(bf16)
 """
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 KERNELS = [f"{step}_{dtype}" for step in ("forward", "backward") for dtype in DTYPES.values()]
-OPTIONS, THREADS = (), 256
+OPTIONS = ()
+THREADS = 256
 
 
-# ---- launcher: the same lines in every kernel file, because a file is copied whole
+# ---- launcher: the same lines in every kernel file, so that each file can be copied alone
 
 
 @torch.compiler.disable
 @functools.cache
 def _load(device, choice):
-    """The kernels compiled for GPU number `device`; if that fails, None after a warning, or with
-    FCOS_KERNELS=cupy, or while a CUDA graph is captured, an ImportError."""
+    """Compile the kernels for GPU number `device` and return them by name.
+
+    If that fails, warn and return None: PyTorch runs instead. Raises ImportError in place of the
+    warning if FCOS_KERNELS is "cupy", and while a CUDA graph is captured.
+    """
     try:
-        import cupy  # only here: importing this file needs neither CuPy nor a GPU
+        import cupy  # imported here, so that this file needs neither CuPy nor a GPU until now
 
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
-    except Exception as error:  # what is raised is not cached
-        if choice == "cupy" or torch.cuda.is_current_stream_capturing():
-            raise ImportError(f"{error!r}: pip install cupy-cuda13x, or run it earlier") from error
-        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
+    except Exception as error:
+        cuda = (torch.version.cuda or "13").partition(".")[0]
+        problem = f"{error!r}; to install CuPy: pip install cupy-cuda{cuda}x"
+        if torch.cuda.is_current_stream_capturing():
+            raise ImportError(f"{problem}; call the kernel once before the capture") from error
+        if choice == "cupy":
+            raise ImportError(problem) from error
+        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {problem}", stacklevel=5)
+        return None
 
 
-def _use_kernel(like):
-    """Whether the kernel serves this tensor. FCOS_KERNELS=cupy or torch forces the answer."""
+def _use_kernel(tensor):
+    """Return whether the kernel runs for this tensor. FCOS_KERNELS=cupy or torch forces one."""
     choice = os.environ.get("FCOS_KERNELS", "")
     if choice not in ("", "cupy", "torch"):
         raise ValueError(f"FCOS_KERNELS is {choice!r}; choose cupy or torch, or unset it")
-    return like.is_cuda and choice != "torch" and _load(like.device.index, choice) is not None
+    return tensor.is_cuda and choice != "torch" and _load(tensor.device.index, choice) is not None
 
 
 def _launch(name, grid, threads, *args):
-    """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
-    must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
+    """Launch a kernel on PyTorch's current stream.
+
+    args: contiguous tensors, and NumPy scalars of the width that the CUDA text declares: CuPy
+    checks neither.
+    """
     import cupy
 
     device = args[0].device
-    values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
+    kernel = _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name]
+    values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
     with torch.cuda.device(device), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
-        _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name](grid, (threads,), values)
+        kernel(grid, (threads,), values)
 
 
 # ---- operator
@@ -191,8 +212,9 @@ def _launch(name, grid, threads, *args):
 class _SigmoidFocalLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, alpha, gamma):
-        logits, labels = logits.contiguous(), labels.contiguous()
-        if logits.data_ptr() % 16:  # a view that 16-byte loads cannot read
+        logits = logits.contiguous()
+        labels = labels.contiguous()
+        if logits.data_ptr() % 16:  # the kernel loads 16 bytes at once
             logits = logits.clone()
         rows, classes = logits.shape
         ctx.numbers = np.int64(rows * classes), np.int32(classes), *np.float32([alpha, gamma])
@@ -219,28 +241,28 @@ _focal_loss_kernel = torch.compiler.disable(_SigmoidFocalLoss.apply)
 def sigmoid_focal_loss(
     logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
-    """Sum over locations and classes of the focal loss (arXiv 1708.02002, equation 5).
+    """Return the focal loss summed over locations and classes (arXiv 1708.02002, equation 5).
 
-    logits: (N, K) fp32, bf16 or fp16; the arithmetic is fp32. The kernels read fp32 and bf16 as
-    they are and take fp16 as a copy in fp32. float64 is computed in float64, always by PyTorch.
-    labels: (N,) int64, the positive class of each location, 0..K-1. Any other number, usually -1,
-    is background: every class is negative. With p = sigmoid(logit), a positive class costs
-    -alpha (1 - p)^gamma log p and a negative one -(1 - alpha) p^gamma log(1 - p).
+    logits: (N, K). The kernels read fp32 and bf16, copy fp16 to fp32, and compute in fp32; float64
+    is computed in float64, always by PyTorch. labels: (N,) int64, the positive class of each
+    location, 0..K-1. Any other number, usually -1, is background: every class is negative. With
+    p = sigmoid(logit), a positive class contributes -alpha (1 - p)^gamma log p and a negative one
+    -(1 - alpha) p^gamma log(1 - p).
 
-    Returns a scalar, fp32 (float64 for float64), differentiable in logits; by the kernels only
-    once. Value and gradient are finite for logits up to 1e4 in size.
+    Returns a scalar that is differentiable in logits, by the kernels only once: float64 for
+    float64, else fp32. Value and gradient are finite for |logit| up to 1e4.
 
     Raises ValueError for another shape, type or device.
     """
     if logits.ndim != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
         raise ValueError(
-            f"logits is {tuple(logits.shape)} {logits.dtype}; it must be (N, K) "
-            "floating point with K > 0: flatten the leading dimensions"
+            "logits: expected floating point (N, K) with K > 0, found "
+            f"{tuple(logits.shape)} {logits.dtype}; flatten the leading dimensions"
         )
     if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
-            f"labels is {tuple(labels.shape)} {labels.dtype}; it must be "
-            f"{(len(logits),)} int64, a class of each row, -1 for background"
+            f"labels: expected int64 {(len(logits),)}, the class of each row or -1, found "
+            f"{tuple(labels.shape)} {labels.dtype}"
         )
     if labels.device != logits.device:
         raise ValueError(f"logits is on {logits.device}; move labels there as well")
@@ -255,7 +277,7 @@ def sigmoid_focal_loss(
 if __name__ == "__main__":
     from torch.utils.benchmark import Timer
 
-    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU no fallback may pass for the kernels
+    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU, PyTorch must not run in place of the kernel
     device = "cuda" if torch.cuda.is_available() else "cpu"
     calls = sigmoid_focal_loss, sigmoid_focal_loss_ref
     for dtype, rtol in (torch.float32, 2e-5), (torch.bfloat16, 1e-2):

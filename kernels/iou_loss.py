@@ -2,11 +2,12 @@
 
     loss = iou_loss(pred, target, weight, kind="giou")    # the weighted sum, differentiable
 
-`iou_loss_ref` is the same in plain PyTorch. The file needs nothing but PyTorch, and CuPy for the
-kernel: copy it. `python kernels/iou_loss.py` compares the two, then times them.
+`iou_loss_ref` is the same in plain PyTorch. To use the loss elsewhere, copy this file: it needs
+PyTorch, and CuPy for the kernel. `python kernels/iou_loss.py` compares the two and times them.
 
-As PyTorch operators the loss is some forty launches over (N, 4) tensors; here forward is two and
-backward one. Forward moves 52 bytes a location (20 where weight is 0), backward 32.
+Written as PyTorch operators, the loss takes about forty launches over (N, 4) tensors. Here the
+forward pass takes two and the backward pass one. They move 52 bytes per location (20 where the
+weight is 0) and 32 bytes.
 """
 
 import functools
@@ -22,14 +23,17 @@ from torch.autograd.function import once_differentiable
 
 
 def iou(pred: Tensor, target: Tensor) -> Tensor:
-    """(I + 1) / (U + 1), the official code's IoU, of two boxes around the same location.
+    """Return the official code's IoU, (I + 1) / (U + 1), of two boxes around the same location.
 
-    pred, target: (..., 4) distances left, top, right, bottom to the sides, in pixels or strides
-    (the 1 makes the unit matter). Returns (...), fp32 or, of float64, float64; differentiable.
+    pred, target: (..., 4) distances left, top, right, bottom to the sides, in pixels or strides;
+    because of the 1, the unit changes the result. Returns (...), float64 for float64 and fp32 for
+    everything else, differentiable.
+
     Raises ValueError for another shape.
     """
     if pred.shape != target.shape or pred.shape[-1:] != (4,):
-        raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)}: not (..., 4)")
+        shapes = f"pred {tuple(pred.shape)} and target {tuple(target.shape)}"
+        raise ValueError(f"{shapes}: expected the same shape (..., 4)")
     inter, union, _ = _areas(pred, target)
     return (inter + 1) / (union + 1)
 
@@ -41,7 +45,8 @@ def _areas(pred, target):
     """
     if pred.dtype != torch.float64:
         pred, target = pred.float(), target.float()
-    inter, hull = _area(torch.minimum(pred, target)), _area(torch.maximum(pred, target))
+    inter = _area(torch.minimum(pred, target))
+    hull = _area(torch.maximum(pred, target))
     union = _area(pred) + _area(target) - inter
     return inter, union, hull + 1e-7
 
@@ -61,8 +66,8 @@ def _giou_exact(pred, target):
     return inter / (union + 1e-7) - (hull - union) / hull
 
 
-# The loss of each location by kind, (..., 4) and (..., 4) to (...). A new kind is one more entry:
-# what CUDA_KINDS below does not name runs as PyTorch, on a GPU too.
+# The loss of each location, from pred and target (..., 4) to (...). A new kind is one more entry
+# here; without an entry in CUDA_KINDS below, PyTorch computes it on a GPU, too.
 KINDS = {
     "iou": lambda pred, target: -iou(pred, target).log(),
     "linear_iou": lambda pred, target: 1 - iou(pred, target),
@@ -72,10 +77,11 @@ KINDS = {
 
 
 def iou_loss_ref(pred, target, weight, kind="giou"):
-    """`iou_loss` in plain PyTorch: what the kernel must reproduce, and what runs on the CPU."""
-    # torch.where on the inputs, not on the loss: the gradient would bring 0 * NaN back.
+    """Compute `iou_loss` in plain PyTorch: the reference for the kernel, used on the CPU."""
+    # Masking the loss instead of its inputs would not keep NaN out of the gradient: 0 * NaN.
     counts = (weight != 0)[:, None]
-    pred, target = torch.where(counts, pred, 1), torch.where(counts, target, 1)
+    pred = torch.where(counts, pred, 1)
+    target = torch.where(counts, target, 1)
     loss = KINDS[kind](pred, target)
     return (weight.to(loss.dtype) * loss).sum()
 
@@ -102,8 +108,8 @@ extern "C" __global__ void iou_loss(
     const float4* pred,      // (n) left, top, right, bottom
     const float4* target,    // (n)
     const float* weight,     // (n)
-    float4* grad,            // (n) out: d(weight * loss) / d pred; null when nobody asks for it
-    float* partial,          // (gridDim.x) out: this block's share of the sum
+    float4* grad,            // (n) out: d(weight * loss) / d pred; null if it is not needed
+    float* partial,          // (gridDim.x) out: the sum of each block
     long long n, int kind)   // kind as in CUDA_KINDS
 {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -117,11 +123,14 @@ extern "C" __global__ void iou_loss(
         const float i_height = fminf(p.y, t.y) + fminf(p.w, t.w);
         const float inter = i_width * i_height;
         const float uni = p_width * p_height + (t.x + t.z) * (t.y + t.w) - inter;
-        const float above = kind == 3 ? 0.0f : 1.0f, below = kind == 3 ? 1e-7f : 1.0f;
+        const float above = kind == 3 ? 0.0f : 1.0f;
+        const float below = kind == 3 ? 1e-7f : 1.0f;
         const float iou = (inter + above) / (uni + below);
 
         // The derivatives of the loss by the areas of the intersection, of pred and of the hull.
-        float d_inter = -(1.0f + iou) / (uni + below), d_area = iou / (uni + below), d_hull = 0.0f;
+        float d_inter = -(1.0f + iou) / (uni + below);
+        float d_area = iou / (uni + below);
+        float d_hull = 0.0f;
         const float h_width = fmaxf(p.x, t.x) + fmaxf(p.z, t.z);
         const float h_height = fmaxf(p.y, t.y) + fmaxf(p.w, t.w);
         if (kind == 0) {
@@ -139,10 +148,13 @@ extern "C" __global__ void iou_loss(
         } else {
             loss = d_inter = __uint_as_float(0x7fffffffu);  // NaN: no kind of CUDA_KINDS
         }
-        // And those of the areas: left and right change widths, top and bottom heights.
-        const float x = w * d_inter * i_height, x_area = w * d_area * p_height;
-        const float y = w * d_inter * i_width, y_area = w * d_area * p_width;
-        const float x_hull = w * d_hull * h_height, y_hull = w * d_hull * h_width;
+        // The chain rule: left and right change the widths, top and bottom the heights.
+        const float x = w * d_inter * i_height;
+        const float y = w * d_inter * i_width;
+        const float x_area = w * d_area * p_height;
+        const float y_area = w * d_area * p_width;
+        const float x_hull = w * d_hull * h_height;
+        const float y_hull = w * d_hull * h_width;
         float s;
         s = min_slope(p.x, t.x); g.x = x * s + x_area + x_hull * (1.0f - s);
         s = min_slope(p.y, t.y); g.y = y * s + y_area + y_hull * (1.0f - s);
@@ -156,46 +168,60 @@ extern "C" __global__ void iou_loss(
 }
 """
 CUDA_KINDS = {"iou": 0, "linear_iou": 1, "giou": 2, "giou_exact": 3}  # as in the CUDA text
-KERNELS, OPTIONS, THREADS = ("iou_loss",), (), 256
+KERNELS = ("iou_loss",)
+OPTIONS = ()
+THREADS = 256
 
 
-# ---- launcher: the same lines in every kernel file, because a file is copied whole
+# ---- launcher: the same lines in every kernel file, so that each file can be copied alone
 
 
 @torch.compiler.disable
 @functools.cache
 def _load(device, choice):
-    """The kernels compiled for GPU number `device`; if that fails, None after a warning, or with
-    FCOS_KERNELS=cupy, or while a CUDA graph is captured, an ImportError."""
+    """Compile the kernels for GPU number `device` and return them by name.
+
+    If that fails, warn and return None: PyTorch runs instead. Raises ImportError in place of the
+    warning if FCOS_KERNELS is "cupy", and while a CUDA graph is captured.
+    """
     try:
-        import cupy  # only here: importing this file needs neither CuPy nor a GPU
+        import cupy  # imported here, so that this file needs neither CuPy nor a GPU until now
 
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
             return {name: module.get_function(name) for name in KERNELS}
-    except Exception as error:  # what is raised is not cached
-        if choice == "cupy" or torch.cuda.is_current_stream_capturing():
-            raise ImportError(f"{error!r}: pip install cupy-cuda13x, or run it earlier") from error
-        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {error!r}", stacklevel=5)
+    except Exception as error:
+        cuda = (torch.version.cuda or "13").partition(".")[0]
+        problem = f"{error!r}; to install CuPy: pip install cupy-cuda{cuda}x"
+        if torch.cuda.is_current_stream_capturing():
+            raise ImportError(f"{problem}; call the kernel once before the capture") from error
+        if choice == "cupy":
+            raise ImportError(problem) from error
+        warnings.warn(f"{__name__}: PyTorch runs instead of the kernel: {problem}", stacklevel=5)
+        return None
 
 
-def _use_kernel(like):
-    """Whether the kernel serves this tensor. FCOS_KERNELS=cupy or torch forces the answer."""
+def _use_kernel(tensor):
+    """Return whether the kernel runs for this tensor. FCOS_KERNELS=cupy or torch forces one."""
     choice = os.environ.get("FCOS_KERNELS", "")
     if choice not in ("", "cupy", "torch"):
         raise ValueError(f"FCOS_KERNELS is {choice!r}; choose cupy or torch, or unset it")
-    return like.is_cuda and choice != "torch" and _load(like.device.index, choice) is not None
+    return tensor.is_cuda and choice != "torch" and _load(tensor.device.index, choice) is not None
 
 
 def _launch(name, grid, threads, *args):
-    """Run a kernel on the device and stream that PyTorch is using. CuPy checks no argument: tensors
-    must be contiguous, numbers are numpy scalars of the width in the CUDA text."""
+    """Launch a kernel on PyTorch's current stream.
+
+    args: contiguous tensors, and NumPy scalars of the width that the CUDA text declares: CuPy
+    checks neither.
+    """
     import cupy
 
     device = args[0].device
-    values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
+    kernel = _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name]
+    values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
     with torch.cuda.device(device), cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
-        _load(device.index, os.environ.get("FCOS_KERNELS", ""))[name](grid, (threads,), values)
+        kernel(grid, (threads,), values)
 
 
 # ---- operator
@@ -204,13 +230,14 @@ def _launch(name, grid, threads, *args):
 class _IoULoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pred, target, weight, kind):
-        n, blocks = len(pred), -(-len(pred) // THREADS)
+        blocks = -(-len(pred) // THREADS)
         partial = pred.new_empty(blocks)
         grad = pred.new_empty(pred.shape if ctx.needs_input_grad[0] else 0)  # empty: a null pointer
         boxes = [x.contiguous() for x in (pred, target)]
-        boxes = [x.clone() if x.data_ptr() % 16 else x for x in boxes]  # for 16-byte loads
+        boxes = [x.clone() if x.data_ptr() % 16 else x for x in boxes]  # the kernel loads 16 bytes
         tensors = *boxes, weight.contiguous(), grad, partial
-        _launch("iou_loss", (blocks,), THREADS, *tensors, np.int64(n), np.int32(CUDA_KINDS[kind]))
+        numbers = np.int64(len(pred)), np.int32(CUDA_KINDS[kind])
+        _launch("iou_loss", (blocks,), THREADS, *tensors, *numbers)
         ctx.save_for_backward(grad)
         return partial.sum()
 
@@ -225,28 +252,31 @@ _iou_loss_kernel = torch.compiler.disable(_IoULoss.apply)
 
 @torch.compiler.disable
 @functools.cache  # one warning for each kind
-def _in_cuda(kind):
+def _has_kernel(kind):
+    """Return whether the kernel computes this kind of loss; warn if not."""
     if kind not in CUDA_KINDS:
-        warnings.warn(f"{__name__}: no kernel computes {kind!r}, PyTorch runs it", stacklevel=4)
+        warnings.warn(f"{__name__}: no kernel computes {kind!r}; PyTorch does", stacklevel=4)
     return kind in CUDA_KINDS
 
 
 def iou_loss(pred: Tensor, target: Tensor, weight: Tensor, kind: str = "giou") -> Tensor:
-    """Sum over locations of weight * loss between two boxes around the same location.
+    """Return the sum over locations of weight * loss between two boxes around each location.
 
     pred, target: (N, 4) distances left, top, right, bottom from the location to the sides, in
-    pixels or strides (the unit matters, see `iou`); weight: (N,). fp32, bf16 or fp16, computed in
-    fp32; float64 is computed in float64, always by PyTorch. kind, one of KINDS: "iou" is -log IoU
-    (arXiv 1608.01471), "linear_iou" 1 - IoU, "giou" 1 - IoU + (H - U) / H, with the area U of the
-    union and H of the hull + 1e-7 (arXiv 1902.09630), each with the official IoU (I + 1) / (U + 1).
-    "giou_exact" is "giou" with I / (U + 1e-7), which does not depend on the unit. The official 1
-    hides the error of small boxes: for a box of half a stride the gradient of "giou" in strides is
-    a fifth of that of "giou_exact", for a box of eight strides both are equal. A kind that no
-    kernel computes runs as PyTorch on a GPU too, and one warning says so.
+    pixels or strides. weight: (N,). Tensors of 16 and 32 bits are computed in fp32; float64 is
+    computed in float64, always by PyTorch.
 
-    Returns a scalar, differentiable in pred alone, by the kernel only once. Where weight is 0,
-    value and gradient are exactly 0 whatever pred is, inf and NaN included: give background the
-    weight 0, select nothing. Where pred equals target, min and max have the derivative 0.5.
+    kind, with the areas I of the intersection, U of the union and H of the hull + 1e-7:
+      "iou"         -log IoU, with IoU = (I + 1) / (U + 1) as in the official code (1608.01471)
+      "linear_iou"  1 - IoU
+      "giou"        1 - IoU + (H - U) / H (arXiv 1902.09630)
+      "giou_exact"  the same with IoU = I / (U + 1e-7), which does not depend on the unit. The 1 of
+                    the others hides the error of small boxes: for a box of half a stride, the
+                    gradient of "giou" in strides is a fifth of this one; for eight strides, equal.
+
+    Returns a scalar that is differentiable in pred, by the kernel only once. Where weight is 0,
+    value and gradient are exactly 0, even if pred is infinite or NaN: to leave out background, give
+    it the weight 0. Where pred equals target, min and max have the derivative 0.5.
 
     Raises ValueError for another kind, shape or device.
     """
@@ -254,13 +284,14 @@ def iou_loss(pred: Tensor, target: Tensor, weight: Tensor, kind: str = "giou") -
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}")
     if weight.ndim != 1 or not pred.shape == target.shape == (len(weight), 4):
         raise ValueError(
-            f"pred is {tuple(pred.shape)}, target is {tuple(target.shape)}, weight is "
-            f"{tuple(weight.shape)}; they must be (N, 4), (N, 4) and (N,): flatten"
+            "expected pred (N, 4), target (N, 4) and weight (N,), found "
+            f"{tuple(pred.shape)}, {tuple(target.shape)} and {tuple(weight.shape)}"
         )
     if not pred.device == target.device == weight.device:
         raise ValueError(f"pred is on {pred.device}; move target and weight there as well")
-    target, weight = target.detach(), weight.detach()
-    if len(pred) and pred.dtype != torch.float64 and _use_kernel(pred) and _in_cuda(kind):
+    target = target.detach()
+    weight = weight.detach()
+    if len(pred) and pred.dtype != torch.float64 and _use_kernel(pred) and _has_kernel(kind):
         return _iou_loss_kernel(pred.float(), target.float(), weight.float(), kind)
     return iou_loss_ref(pred, target, weight, kind)
 
@@ -270,13 +301,15 @@ def iou_loss(pred: Tensor, target: Tensor, weight: Tensor, kind: str = "giou") -
 if __name__ == "__main__":
     from torch.utils.benchmark import Timer
 
-    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU no fallback may pass for the kernel
+    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU, PyTorch must not run in place of the kernel
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pred, target = 64 * torch.rand(2, 1_000_003, 4, device=device)
     weight = torch.rand(len(pred), device=device)
-    pred[::3], weight[::3] = torch.nan, 0
+    pred[::3] = torch.nan
+    weight[::3] = 0
+    calls = iou_loss, iou_loss_ref
     for kind in KINDS:
-        args, calls = (pred.requires_grad_(), target, weight, kind), (iou_loss, iou_loss_ref)
+        args = pred.requires_grad_(), target, weight, kind
         grads = [torch.autograd.grad(call(*args), pred) for call in calls]
         torch.testing.assert_close(*(call(*args) for call in calls), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
