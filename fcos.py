@@ -1310,7 +1310,7 @@ class Numbers(NamedTuple):
     kind: type  # int, or float for any number
     least: float
     most: float
-    count: int | str = 1  # of elements: 1 for a number, no tuple; "any"; "default": as the default
+    length: int | str = 1  # 1 for a number, no tuple; "any"; "default": as the default
 
 
 # Keep typing errors and damaged files from building a model that fails in the middle of a training,
@@ -1339,14 +1339,14 @@ LIMITS = dict(
 
 def check_numbers(keyword, value, default):
     """Raise UserError unless a value, or every element of it, is within LIMITS."""
-    kind, least, most, count = LIMITS[keyword]
-    elements = (value,) if count == 1 else value
+    kind, least, most, length = LIMITS[keyword]
+    elements = (value,) if length == 1 else value
     fits = isinstance(elements, tuple)
-    fits = fits and (count != "default" or len(elements) == len(default))
+    fits = fits and (length != "default" or len(elements) == len(default))
     kinds = (int, float) if kind is float else (int,)
     if not fits or any(type(x) not in kinds or not least <= x <= most for x in elements):
         what = "whole number" if kind is int else "number"
-        what = f"a {what}" if count == 1 else f"a tuple of {what}s"
+        what = f"a {what}" if length == 1 else f"a tuple of {what}s"
         example = f"a value like {default!r}, " if default else ""
         raise UserError(
             f"{keyword} {short_repr(value)}: expected {example}{what} from {least} to {most}"
@@ -1386,9 +1386,9 @@ def has_limits(keyword, default):
         return False
     if default is None:
         return True
-    kind, _, _, count = LIMITS[keyword]
+    kind, _, _, length = LIMITS[keyword]
     whole = not isinstance(default, float) or kind is float
-    return whole and isinstance(default, tuple) == (count != 1)
+    return whole and isinstance(default, tuple) == (length != 1)
 
 
 def checked_convention(convention):
