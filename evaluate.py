@@ -55,6 +55,11 @@ from tqdm import tqdm
 import fcos
 from fcos import UserError, printable
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # ---- data set ----------------------------------------------------------------------------------
 
 
@@ -1411,6 +1416,42 @@ def make_folder(path):
     except OSError as error:
         raise UserError(f"{path}: cannot be made a folder ({error.strerror})") from None
     return Path(path)
+
+
+@contextlib.contextmanager
+def one_writer(folder, wait=False):
+    """Hold the lock of a folder, made if it is missing, so that one process at a time writes there.
+
+    Only rank 0 takes it. The system releases the lock of a process that is killed, even if its
+    workers live on. wait: wait for the other process.
+    Raises UserError if another process has the lock, or if the folder cannot be written.
+    """
+    if rank_and_world_size()[0] > 0:
+        yield
+        return
+    made = not os.path.exists(folder)
+    path = make_folder(folder) / ".lock"
+    try:
+        file = open(path, "a")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process writes there; choose another --out"
+            ) from None
+        except OSError:
+            pass  # a network file system without locks
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                if made:
+                    os.rmdir(folder)  # fails unless it is empty
 
 
 def find_device(name=None):

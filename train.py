@@ -45,11 +45,6 @@ import evaluate
 import fcos
 from fcos import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 # ---- recipes -----------------------------------------------------------------------------------
 
 
@@ -627,8 +622,7 @@ def draw_shapes(folder, say):
     rank, world_size = evaluate.rank_and_world_size()
     if rank == 0 and not folder.exists():
         say(f"drawing {folder}")
-        evaluate.make_folder(folder.parent)
-        with locked(folder.parent / f".{folder.name}.lock", wait=True):
+        with evaluate.one_writer(folder.parent, wait=True):
             for left_over in folder.parent.glob(f".{folder.name}-*"):  # of a killed process
                 shutil.rmtree(left_over)
             if not folder.exists():  # no other run has drawn it meanwhile
@@ -1166,7 +1160,7 @@ def main(args):
     saved = {"optimizer": optimizer} | companions
     workers = (1 if device.type == "cpu" else 4) if args.workers is None else args.workers
     check_room(batches, workers)
-    with one_writer(out), evaluate.no_worker_left(), stop_signals() as signals:
+    with evaluate.one_writer(out), evaluate.no_worker_left(), stop_signals() as signals:
         files, start, best = open_run(out, args, settings, model, saved, inputs, say)
         loader = start_loader(batches, start, workers, device)
         meter = Meter(start, batches, device, graphs)
@@ -1470,57 +1464,6 @@ def agree(start, out):
         dist.all_gather_object(starts, start)
         if len(set(starts)) > 1:
             raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
-
-
-@contextlib.contextmanager
-def locked(path, wait=False):
-    """Hold the lock of a file that is made and deleted -> whether this process has got it.
-
-    The system gives it back if the process is killed. It is fcntl's, which the forked workers of a
-    killed process do not inherit. With `wait`, wait for it.
-    """
-    while True:
-        file = open(path, "a")  # noqa: SIM115  (closed below)
-        try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except (BlockingIOError, PermissionError):  # another process has it
-            file.close()
-            yield False
-            return
-        except OSError as error:  # a network file system without locks
-            tqdm.write(f"{path}: no locks here ({error.strerror})", file=sys.stderr)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
-        file.close()  # its last owner has deleted it meanwhile
-    try:
-        yield True
-    finally:
-        with contextlib.suppress(OSError):  # the folder may be gone
-            os.unlink(path)
-        file.close()
-
-
-@contextlib.contextmanager
-def one_writer(out):
-    """Let no second run write to a folder. Raises UserError if one does."""
-    if evaluate.rank_and_world_size()[0] > 0:
-        yield
-        return
-    made = not out.exists()
-    evaluate.make_folder(out)
-    if not os.access(out, os.W_OK):
-        raise UserError(f"{out}: cannot be written")
-    try:
-        with locked(out / ".lock") as mine:
-            if not mine:
-                raise UserError(f"{out}: another run writes there; choose another --out")
-            yield
-    finally:
-        if made:
-            with contextlib.suppress(OSError):  # it is no longer empty
-                out.rmdir()
 
 
 def resume(out, settings, model, saved, say, launch=None):

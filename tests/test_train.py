@@ -1038,7 +1038,7 @@ def test_a_second_run_in_one_folder_is_refused_while_the_first_lives(
         time.sleep(0.05)
     before = files(tmp_path / "run")
     code, (line,) = mistake(capsys, [*argv, "--fresh"])
-    assert code == 2 and line.endswith("run: another run writes there; choose another --out")
+    assert code == 2 and line.endswith("run: another process writes there; choose another --out")
     assert files(tmp_path / "run") == before
     first.kill()
     first.join()
