@@ -57,6 +57,12 @@ def repository_files():
     return [Path(name) for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
+def test_every_test_file_has_tests():
+    for path in repository_files():
+        if path.name.startswith("test_") and path.suffix == ".py":
+            assert "\ndef test_" in (ROOT / path).read_text(), path
+
+
 # ---- imports -----------------------------------------------------------------------------------
 
 
