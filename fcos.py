@@ -1780,6 +1780,8 @@ def merge(model, found, views, hw):
     if len(found) == 1:
         return found[0]
     merged = {name: torch.cat([one[name] for one in found]) for name in found[0]}
+    if not len(merged["scores"]):
+        return merged
     cut = torch.cat([is_cut(one["boxes"], view.crop, hw) for one, view in zip(found, views)])
     dropped = is_covered(merged["boxes"], merged["labels"], cut)
     scores = merged["scores"].masked_fill(dropped, -math.inf)

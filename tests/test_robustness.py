@@ -366,6 +366,10 @@ TABLE = {  # by number of the point of the list that this test began with
     "14 no classes": row(PLAIN, MODEL + "|classes", model("classes", [])),
     "14 convention": row(EVAL, MODEL + "|convention {1: 2}", model("convention", {1: 2})),
     "14 list as convention": row(FROM, MODEL + "|convention [[]]", model("convention", [[]])),
+    **{
+        f"14 nothing found {view}": fine(f"{line} {view}", says)
+        for line, view, says in ((EVAL, "--tta", "AP"), (DRAW, "--tile 40", "0 boxes drawn"))
+    },
     "14 1e308": fine(EVAL, "no targets", val(f"{BOX} bbox", [1e308] * 4)),
 }
 
