@@ -11,6 +11,7 @@ FOLDER/quantize.json. Needs onnxscript and onnxruntime, and openvino and nncf fo
 import argparse
 import contextlib
 import functools
+import pathlib
 import tempfile
 
 import record
@@ -162,7 +163,7 @@ def main():
     log = record.Record(args.folder and f"{args.folder}/quantize.json")
     h, w = examples[0]["images"].shape[2:]
     with tempfile.TemporaryDirectory() as folder, fcos.inference(model):
-        what = f"{model.name} on {args.data}, batch 1, {h}x{w}"
+        what = f"{model.name} on {pathlib.Path(args.data).name}, batch 1, {h}x{w}"
         log.compare(what, sides(model, validation, examples, folder), args.rounds, base="PyTorch")
         if args.out:
             path = f"{folder}/whole.onnx"

@@ -141,6 +141,21 @@ def inference():
     return table(HEAD, speed_rows("model", "model_cpu"))
 
 
+def quantized():
+    """Return AP and CPU time of a trained model in several engines and precisions."""
+    record = read("quantize")
+    lines = [
+        cells(
+            row["side"],
+            f"{100 * row['AP']:.1f}",
+            f"{row['cpu_ms']:.1f} ms",
+            short(row["cpu_of_PyTorch"]),
+        )
+        for row in good(record["results"])
+    ]
+    return table(("engine", "AP", "CPU time of an image", "of PyTorch's"), lines)
+
+
 def training():
     return table(HEAD, speed_rows("train"))
 
@@ -307,6 +322,7 @@ def road():
 def sources():
     """Return when and on what each file was measured."""
     names = ("model", "train", "kernels", "growth_cuda", "model_cpu", "loader", "data", "growth")
+    names += ("quantize",)
     lines = []
     for name in names:
         record = read(name)
@@ -325,6 +341,7 @@ BLOCKS = {
     function.__name__: function
     for function in (
         inference,
+        quantized,
         training,
         kernels,
         data,
