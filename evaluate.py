@@ -32,12 +32,8 @@ import mmap
 import multiprocessing
 import operator
 import os
-import pickle
 import re
-import socket
 import sys
-import tempfile
-import time
 import unicodedata
 import warnings
 from collections import Counter, deque
@@ -55,165 +51,136 @@ from tqdm import tqdm
 import fcos
 from fcos import UserError, printable
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+# ---- the files of a data set -------------------------------------------------------------------
 
-# ---- data set ----------------------------------------------------------------------------------
+LAYOUTS = [  # annotations and images: COCO, Roboflow, `coco split`, CVAT, YOLO, Pascal VOC
+    ("annotations/instances_{split}.json", "{split}"),
+    ("{part}/_annotations.coco.json", "{part}"),
+    ("annotations_{name}.json", "images"),
+    ("annotations.json", "images"),
+    ("annotations/instances_default.json", "images"),
+    ("annotations.xml", "images"),
+    ("labels/{split}", "images/{split}"),
+    ("labels/{name}", "images/{name}"),
+    ("labels/{part}", "images/{part}"),
+    ("{name}/labels", "{name}/images"),
+    ("{part}/labels", "{part}/images"),
+    ("labels", "images"),
+    ("ImageSets/Main/{name}.txt", "JPEGImages"),
+    ("Annotations", "JPEGImages"),
+    ("{part}", "{part}"),
+]
 
 
-def coco_paths(data, split):
+def coco_paths(data, split: str) -> tuple[Path, Path]:
     """Return the (annotations, image folder) of a split such as "val2017" below the folder `data`.
 
-    Annotations are a JSON as COCO, Roboflow, `coco split` or CVAT lay it out, or labels of CVAT,
-    YOLO or Pascal VOC: see read_labels. COCO's paths are returned for a folder that is not there.
+    The first of LAYOUTS that is there, or COCO's if the folder is missing.
     Raises UserError, which lists what was looked for, if the folder has none of them.
     """
     data = Path(data)
     name = split.removesuffix("2017")
-    part = {"val": "valid"}.get(name, name)
-    layouts = [
-        (f"annotations/instances_{split}.json", split),
-        (f"{part}/_annotations.coco.json", part),
-        (f"annotations_{name}.json", "images"),
-        ("annotations.json", "images"),
-        ("annotations/instances_default.json", "images"),
-        ("annotations.xml", "images"),
-        *((f"labels/{folder}", f"images/{folder}") for folder in (split, name, part)),
-        *((f"{folder}/labels", f"{folder}/images") for folder in (name, part)),
-        ("labels", "images"),
-        (f"ImageSets/Main/{name}.txt", "JPEGImages"),
-        ("Annotations", "JPEGImages"),
-        (part, part),
-    ]
+    words = {"split": split, "name": name, "part": "valid" if name == "val" else name}
+    layouts = [[path.format(**words) for path in layout] for layout in LAYOUTS]
     for annotations, images in layouts:
-        if has_annotations(data / annotations):
-            return data / annotations, data / images
-    if data.is_dir():
-        looked_for = ", ".join(annotations for annotations, _ in layouts)
-        raise UserError(
-            f"{data}: found no annotations of {split}; looked for {looked_for}; "
-            f"{what_is_there(data / split)}"
-        )
+        path = data / annotations
+        if path.is_file() or any(path.glob("*.txt")) or any(path.glob("*.xml")):
+            return path, data / images
     annotations, images = layouts[0]
+    if data.is_dir():
+        looked_for = ", ".join(layout[0] for layout in layouts)
+        there = what_is_there(data / split)
+        raise UserError(f"{data}: no annotations of {split}; looked for {looked_for}; {there}")
     return data / annotations, data / images
 
 
-def has_annotations(path):
-    """Return whether a path is a file, or a folder with labels of YOLO or Pascal VOC."""
-    if not path.is_dir():
-        return path.exists()
-    return any(entry.name.endswith((".txt", ".xml")) for entry in os.scandir(path))
+def what_is_there(path):
+    """List the nearest existing folder of a path that does not exist, for error messages."""
+    folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
+    names = sorted(name for name in os.listdir(folder) if name[0] != ".")[:5]
+    return f"{folder} holds {', '.join(map(printable, names)) or 'nothing'}"
 
 
-def read_labels(path, image_dir):
-    """Return labels of CVAT, YOLO or Pascal VOC as Instances, and notes about what was read.
+def is_image(name):
+    """Return whether Pillow reads files with the suffix of this name."""
+    suffix = os.path.splitext(name)[1].lower()
+    return Image.registered_extensions().get(suffix) in Image.OPEN
 
-    CVAT: its XML file. YOLO: a folder of text files, with data.yaml in it or above it. Pascal VOC:
-    a folder of XML files, or a list of their names in ImageSets/Main. hotcoco converts them.
-    Raises UserError if it cannot, or if it returns another number of images than there are files.
+
+def find_images(folder, names, path):
+    """Return the paths, relative to the folder, of the images that the annotations at `path` name.
+
+    A name means the file of that name, whatever its slashes and Unicode form, in the folder or
+    beside it. Otherwise it means the only image with that stem: YOLO's names have no suffix.
+    Raises UserError if a name means no file or several.
     """
-    try:
-        from hotcoco import COCO
-    except ImportError:
-        raise UserError(f"{path}: reading CVAT, YOLO and VOC needs hotcoco; install it") from None
-    path = Path(path)
-    count = None
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        try:
-            if path.suffix == ".xml":
-                kind = "CVAT's XML"
-                coco = COCO.from_cvat(str(path))
-            elif path.suffix == ".txt" or any(path.glob("*.xml")):
-                kind = "labels of Pascal VOC"
-                count = link_voc(path, folder)
-                coco = COCO.from_voc(folder)
-            else:
-                kind = "YOLO labels"
-                count = link_yolo(path, image_dir, folder)
-                coco = COCO.from_yolo(folder, str(image_dir))
-        except (OSError, ValueError) as error:
-            problem = printable(str(error).replace(folder, str(path)), 300)
-            raise UserError(f"{path}: cannot be read as {kind} ({problem})") from None
-    content = msgspec.convert(coco.dataset, Instances, strict=False)
-    if not content.images or count not in (None, len(content.images)):
-        raise UserError(f"{path}: {kind}: {len(content.images)} images of {count or 'no'} files")
-    if kind == "YOLO labels":
-        turn_yolo(content, image_dir)
-    for image in content.images:
-        image.height = image.height or None  # 0 where the XML has no size
-        image.width = image.width or None
-    notes = [f"read as {kind}", *(printable(warning.message, 200) for warning in told)]
-    return content, notes
-
-
-def link_voc(path, folder):
-    """Link the XML files of Pascal VOC into an empty folder; return their number."""
-    if path.is_dir():
-        files = list(path.glob("*.xml"))
-    else:
-        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-        files = [path.absolute().parents[2] / "Annotations" / f"{name}.xml" for name in names]
-    for file in files:
-        os.symlink(file.absolute(), Path(folder, file.name))
-    return len(files)
-
-
-def link_yolo(path, image_dir, folder):
-    """Link YOLO's labels into an empty folder, beside data.yaml; return the number of images.
-
-    An image without labels gets an empty file, since it is background. Labels without an image are
-    left out, as YOLO does.
-    """
-    if image_dir is None:
-        raise ValueError("the folder of their images is needed, too")
-    found = (parent / "data.yaml" for parent in (path, *path.absolute().parents[:3]))
-    yaml = next(filter(Path.is_file, found), None)
-    if yaml is None:
-        raise ValueError(
-            "there is no data.yaml, in this folder or above it, that names the classes"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such image folder; {what_is_there(folder)}")
+    present = set(os.listdir(folder))
+    index = functools.cache(index_folder)
+    places = [name if name in present else find_image(folder, name, index) for name in names]
+    if None in places:
+        missing = [name for name, place in zip(names, places) if place is None]
+        raise UserError(
+            f"{folder}: lacks {len(missing)} of {len(names)} images of {path}, the first being "
+            f"{printable(missing[0])}; {what_is_there(folder / missing[0])}"
         )
-    Path(folder, "data.yaml").write_text(plain_yaml(yaml.read_text()))
-    images = [os.path.splitext(name) for name in os.listdir(image_dir)]
-    stems = {stem for stem, suffix in images if suffix.lower() in image_suffixes()}
-    labels = {file.stem for file in path.glob("*.txt")}
-    if not labels & stems:
-        raise ValueError(f"no label file has the name of an image in {image_dir}")
-    for stem in stems:
-        target = Path(folder, f"{stem}.txt")
-        if stem in labels:
-            os.symlink(Path(path, f"{stem}.txt").absolute(), target)
-        else:
-            target.touch()
-    return len(stems)
+    return places
 
 
-def plain_yaml(text):
-    """Return the text of a data.yaml with its list of names in a form that hotcoco reads."""
-    names = re.search(r"^names:[^\S\n]*\n((?:[ \t]*- .*\n?)+)", text, re.MULTILINE)
-    if names is None:
-        return text
-    lines = [line.strip().removeprefix("- ") for line in names[1].splitlines()]
-    return "names:\n" + "".join(f"  {k}: {name}\n" for k, name in enumerate(lines))
+def find_image(folder, name, index):
+    """Return the path of one image, or None: see find_images. index: a cached `index_folder`."""
+    head, tail = os.path.split(unicodedata.normalize("NFC", name.replace("\\", "/")))
+    heads = [head, unicodedata.normalize("NFD", head)]
+    heads += [f"../{head}" for head in heads if head]  # CVAT names the folder of images, too
+    stem = os.path.splitext(tail)[0] if is_image(tail) else tail
+    for key in (("name", tail), ("stem", tail), ("stem", stem)):
+        for head in heads:
+            files = index(os.path.join(folder, head)).get(key, [])
+            if len(files) > 1:
+                several = " or ".join(map(printable, files[:3]))
+                raise UserError(f"{folder}: {name!r:.99} may be {several}; write the full name")
+            if files:
+                return os.path.join(head, files[0])
+    return None
 
 
-def turn_yolo(content, image_dir):
-    """Scale the boxes of photos that EXIF turns: YOLO's labels refer to the turned photo."""
-    scales = {}
-    names = find_images(Path(image_dir), [image.file_name for image in content.images], image_dir)
-    for image, name in zip(content.images, names):
-        with Image.open(Path(image_dir, name)) as photo:
-            turned = photo.getexif().get(0x0112, 1) >= 5
-        if turned:
-            scales[image.id] = (image.height / image.width, image.width / image.height) * 2
-            image.height, image.width = image.width, image.height
-    for box in content.annotations:
-        if box.image_id in scales:
-            scale = scales[box.image_id]
-            sides = msgspec.structs.astuple(box.bbox)
-            box.bbox = Bbox(*(side * factor for side, factor in zip(sides, scale)))
+def index_folder(folder):
+    """Return the files of a folder under ("name", name), and its images under ("stem", stem).
+
+    The keys have composed Unicode characters; files are spelt as the folder has them.
+    """
+    index = {}
+    with contextlib.suppress(OSError):  # no such folder
+        for file in sorted(os.listdir(folder)):
+            name = unicodedata.normalize("NFC", file)
+            index["name", name] = [file]
+            if is_image(name):
+                index.setdefault(("stem", os.path.splitext(name)[0]), []).append(file)
+    return index
+
+
+def same_content(paths, hashed=10_000):
+    """Return lists of the positions of images with the same content.
+
+    Of more than `hashed` paths the paths alone are compared, so that a large data set starts fast.
+    """
+    keys = [str(path) for path in paths]
+    if len(keys) <= hashed:
+        sizes = [os.path.getsize(path) for path in paths]
+        counts = Counter(sizes)
+        for position, path in enumerate(paths):
+            if sizes[position] and counts[sizes[position]] > 1:
+                with open(path, "rb") as file:
+                    keys[position] = hashlib.file_digest(file, "sha256").digest()
+    groups = {}
+    if len(set(keys)) < len(keys):
+        for position, key in enumerate(keys):
+            groups.setdefault(key, []).append(position)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+# ---- annotations -------------------------------------------------------------------------------
 
 
 class ImageEntry(msgspec.Struct, gc=False):
@@ -233,17 +200,8 @@ class CategoryEntry(msgspec.Struct, gc=False):
     supercategory: str | int | None = None
 
 
-class Bbox(msgspec.Struct, gc=False, array_like=True, forbid_unknown_fields=True):
-    """A box in pixels. The garbage collector does not track it, as it would millions of tuples."""
-
-    x: float
-    y: float
-    w: float
-    h: float
-
-
 class BoxEntry(msgspec.Struct, gc=False, kw_only=True):
-    """An entry of "annotations" in a COCO JSON.
+    """An entry of "annotations" in a COCO JSON. bbox: x, y, width and height in pixels.
 
     Any field after `iscrowd` becomes a column of the samples, under its name. It holds one number
     or a fixed count of numbers of each box: `angle: float = 0.0` or `point: tuple[float, float]`.
@@ -252,7 +210,7 @@ class BoxEntry(msgspec.Struct, gc=False, kw_only=True):
 
     image_id: int | str
     category_id: int | str
-    bbox: Bbox
+    bbox: tuple[float, float, float, float]
     area: float | None = None
     iscrowd: bool | float | None = None
 
@@ -262,7 +220,7 @@ class ResultEntry(msgspec.Struct, gc=False):
 
     image_id: int | str
     category_id: int | str
-    bbox: Bbox
+    bbox: tuple[float, float, float, float]
     score: float
 
 
@@ -274,25 +232,28 @@ class Instances(msgspec.Struct):
     categories: list[CategoryEntry]
 
 
-def read_json(path, kind=Any):
-    """Read a JSON file as the msgspec type `kind`. See decode.
+class YoloClasses(msgspec.Struct):
+    """The part of YOLO's data.yaml that names the classes."""
 
-    The file is mapped, not copied. Raises UserError if it is missing or does not have the type.
+    names: list | dict
+
+
+def read_json(path, kind=Any):
+    """Read a JSON file as the msgspec type `kind`, see `decode`. The file is mapped, not copied.
+
+    Raises UserError if it is missing or does not have the type.
     """
     try:
         with open(fcos.regular_file(path), "rb") as file:
-            return decode(file_content(file), kind, path)
+            try:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError):  # a file system that cannot map files, or an empty file
+                data = file.read()
+            return decode(data, kind, path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {what_is_there(path)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-
-
-def file_content(file):
-    try:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError):  # a file system that cannot map files, or an empty file
-        return file.read()
 
 
 def decode(data, kind, path):
@@ -315,8 +276,9 @@ def decode(data, kind, path):
     place = place.strip(".`")
     row = re.match(r"(\w*)\[(\d+)\]", place)
     if row is None:
-        lists = "a COCO instances JSON, with the lists 'images', 'annotations' and 'categories'"
-        expected = lists if kind is Instances else "a list of detections"
+        expected = "COCO instances, with lists of images, annotations and categories"
+        if kind is not Instances:
+            expected = "a list of detections"
         raise UserError(f"{path}: expected {expected}; {place or 'JSON'}: {problem}")
     entries = content[row[1]] if row[1] else content
     raise UserError(f"{path}: {place}: {problem}, in {entries[int(row[2])]!r:.300}")
@@ -328,11 +290,84 @@ def without_polygons(entry):
     return entry
 
 
-def what_is_there(path):
-    """List the nearest existing folder of a path that does not exist, for error messages."""
-    folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
-    names = sorted(name for name in os.listdir(folder) if name[0] != ".")[:5]
-    return f"{folder} holds {', '.join(map(printable, names)) or 'nothing'}"
+def read_labels(path, image_dir):
+    """Read labels of CVAT, Pascal VOC or YOLO. Returns Instances, and notes about what was read.
+
+    CVAT: an XML file. Pascal VOC: a folder of XML files, or a list of their names in
+    ImageSets/Main. YOLO: a folder of text files, with data.yaml in it or above it.
+    Raises UserError if they cannot be read.
+    """
+    kind = "YOLO labels"
+    if path.suffix == ".xml":
+        kind = "CVAT's XML"
+    elif path.suffix == ".txt" or any(path.glob("*.xml")):
+        kind = "labels of Pascal VOC"
+    with warnings.catch_warnings(record=True) as skipped:
+        warnings.simplefilter("always")
+        try:
+            content = read_yolo(path, image_dir) if kind == "YOLO labels" else read_xml(path)
+        except ImportError as error:
+            raise UserError(f"{path}: {kind}: install requirements.txt ({error})") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as {kind} ({printable(error)})") from None
+    return content, [f"read as {kind}", *(printable(warning.message) for warning in skipped)]
+
+
+def read_xml(path):
+    """Read CVAT's XML or Pascal VOC's with hotcoco -> Instances."""
+    from hotcoco import COCO
+
+    if path.suffix == ".xml":
+        coco = COCO.from_cvat(str(path))
+    else:
+        coco = COCO.from_voc(str(path if path.is_dir() else path.absolute().parents[2]))
+    content = msgspec.convert(coco.dataset, Instances, strict=False)
+    if path.suffix == ".txt":
+        names = {line.split()[0] for line in path.read_text().splitlines() if line.strip()}
+        content.images = [image for image in content.images if Path(image.file_name).stem in names]
+        if len(content.images) != len(names):
+            raise ValueError(f"{len(content.images)} of its {len(names)} images are in Annotations")
+        ids = {image.id for image in content.images}
+        content.annotations = [box for box in content.annotations if box.image_id in ids]
+    for image in content.images:
+        image.height = image.height or None  # 0 where the XML has no size
+        image.width = image.width or None
+    return content
+
+
+def read_yolo(path, image_dir):
+    """Read the text files of YOLO -> Instances.
+
+    Their numbers are fractions of the image as a viewer shows it. An image without a file is
+    background, and a file without an image is left out, as in YOLO.
+    """
+    places = [folder / "data.yaml" for folder in (path, *path.absolute().parents[:3])]
+    yaml = next(filter(Path.is_file, places), places[0])
+    names = msgspec.yaml.decode(yaml.read_bytes(), type=YoloClasses).names
+    if isinstance(names, dict):
+        names = list(names.values())
+    categories = [CategoryEntry(label, str(name)) for label, name in enumerate(names)]
+    content = Instances([], [], categories)
+    files = {file.stem: file for file in path.glob("*.txt")}
+    for image in filter(is_image, sorted(os.listdir(image_dir))):
+        with Image.open(Path(image_dir, image)) as photo:
+            width, height = photo.size
+            if photo.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF orientation: a viewer turns it
+                height, width = photo.size
+        id = len(content.images) + 1
+        content.images.append(ImageEntry(id, image, height, width))
+        file = files.get(os.path.splitext(image)[0])
+        lines = file.read_text().splitlines() if file else []
+        for line in filter(str.strip, lines):
+            try:
+                label, x, y, w, h = map(float, line.split())
+            except ValueError:
+                raise ValueError(f"{file}: expected a class and 4 numbers: {line!r:.99}") from None
+            box = ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height)
+            content.annotations.append(BoxEntry(image_id=id, category_id=int(label), bbox=box))
+    if not content.annotations:
+        raise ValueError(f"no box belongs to an image in {image_dir}")
+    return content
 
 
 def in_order(entries, where):
@@ -343,18 +378,15 @@ def in_order(entries, where):
     ids = [entry.id for entry in entries]
     kinds = {type(id) for id in ids}
     if kinds not in ({int}, {str}) or (kinds == {int} and max(map(abs, ids)) >= 2**63):
-        raise UserError(
-            f"{where}: expected one or more, whose ids are all whole numbers below 2**63 or all "
-            f"text; the first ids are {ids[:5]!r:.200}"
-        )
+        expected = "expected one or more, with ids that are all whole numbers or all text"
+        raise UserError(f"{where}: {expected}; found {ids[:5]!r:.200}")
     id, count = Counter(ids).most_common(1)[0]
     if count > 1:
         raise UserError(f"{where}: id {id!r:.100} is there {count} times")
     return sorted(entries, key=operator.attrgetter("id"))
 
 
-def numbered(ids):
-    """Return {id: position}."""
+def positions_of(ids):
     return {id: position for position, id in enumerate(ids)}
 
 
@@ -374,94 +406,8 @@ def look_up(positions, entries, field):
 
 def boxes_of(entries):
     """Return the boxes of annotations or results, float64 (M, 4) as [x, y, w, h] in pixels."""
-    boxes = map(msgspec.structs.astuple, map(operator.attrgetter("bbox"), entries))
-    sides = itertools.chain.from_iterable(boxes)
+    sides = itertools.chain.from_iterable(map(operator.attrgetter("bbox"), entries))
     return np.fromiter(sides, np.float64, 4 * len(entries)).reshape(-1, 4)
-
-
-def column_of(entries, name, where):
-    """Return a further field of the annotations: float32 or int64, (M,) or (M, count).
-
-    Raises UserError if the values are not numbers of one shape.
-    """
-    try:
-        values = np.array([getattr(entry, name) for entry in entries])
-    except ValueError:  # of several shapes
-        values = np.array(None)
-    if values.dtype.kind not in "fib":
-        raise UserError(f"{where}: field {name!r}: expected numbers, as many for every box")
-    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
-
-
-@dataclasses.dataclass
-class Annotations:
-    """The images, classes and boxes of a COCO instances JSON in flat arrays; str() is the path.
-
-    N images and K classes are in ascending order of their ids, M boxes in the order of the file.
-    """
-
-    path: Path
-    image_ids: np.ndarray  # (N,) int64 or text
-    names: list  # N file names as the JSON has them
-    hw: np.ndarray  # (N, 2) float64 pixels, NaN where the file does not say
-    classes: list  # K names
-    category_ids: list  # K ids, None where the file lacks a class that was asked for
-    label_of: dict  # {category id: label, -1 if it is no class}
-    rows: np.ndarray  # (M,) int64, the position of the image, -1 if it is unknown
-    labels: np.ndarray  # (M,) int64
-    xywh: np.ndarray  # (M, 4) float64 pixels
-    areas: np.ndarray  # (M,) float64, of the box where the file has no area
-    crowds: np.ndarray  # (M,) bool
-    columns: dict  # {name: float32 or int64 (M, ...)}, the further fields of BoxEntry
-    sorted: bool  # whether the file has its categories in the order of their ids
-    notes: list  # what is odd, one line each
-
-    def __str__(self):
-        return str(self.path)
-
-
-def read_annotations(path, classes=None, image_dir=None):
-    """Read a COCO instances JSON, or the labels that read_labels takes -> Annotations.
-
-    classes: names in the order of their labels, if a model or another file decides the classes.
-    Raises UserError, which names the file, the list and the row, for content that cannot be used.
-    """
-    content, notes = None, []
-    if Path(path).is_dir() or Path(path).suffix in (".xml", ".txt"):
-        content, notes = read_labels(path, image_dir)
-    else:
-        content = read_json(path, Instances)
-    images = in_order(content.images, f"{path}: images")
-    categories = in_order(content.categories, f"{path}: categories")
-    ids = [image.id for image in images]
-    boxes = content.annotations
-    first_id = boxes[0].image_id if boxes else None
-    columns = take_columns(boxes, numbered(ids), numbered([c.id for c in categories]), path)
-    rows = columns.pop("rows")
-    if len(rows) and (rows < 0).all():
-        raise UserError(
-            f"{path}: no annotation belongs to an image of the file; annotations[0] has image_id "
-            f"{first_id!r:.100}, an image has id {ids[0]!r:.100}"
-        )
-    positions = columns.pop("categories")
-    used = np.bincount(positions, minlength=len(categories)) > 0
-    found = choose_classes(categories, used, path, classes, notes)
-    label_of = np.array(list(found["label_of"].values()), np.int64)
-    return Annotations(
-        path=Path(path),
-        image_ids=np.array(ids),
-        names=[str(image.file_name) for image in images],
-        hw=np.array([[i.height for i in images], [i.width for i in images]], np.float64).T,
-        rows=rows,
-        labels=label_of[positions],
-        xywh=columns.pop("xywh"),
-        areas=columns.pop("areas"),
-        crowds=columns.pop("crowds"),
-        columns=columns,
-        sorted=categories == content.categories,
-        notes=notes,
-        **found,
-    )
 
 
 def take_columns(boxes, images, categories, path, size=20_000):
@@ -471,6 +417,8 @@ def take_columns(boxes, images, categories, path, size=20_000):
     freed before the next block. images, categories: {id: position}. rows and categories of the
     result are such positions; a row is -1 if the image is unknown.
     """
+    fields = BoxEntry.__struct_fields__
+    further = fields[fields.index("iscrowd") + 1 :]
     blocks = []
     while boxes or not blocks:
         block = boxes[-size:]
@@ -482,44 +430,122 @@ def take_columns(boxes, images, categories, path, size=20_000):
             "areas": np.array([box.area for box in block], np.float64),  # NaN for None
             "crowds": np.array([bool(box.iscrowd) for box in block], bool),
         }
-        unknown = np.flatnonzero(columns["categories"] < 0)
-        if len(unknown):
+        if (columns["categories"] < 0).any():
+            first = (columns["categories"] < 0).argmax()
             raise UserError(
-                f"{path}: annotations[{len(boxes) + unknown[0]}]: category_id "
-                f"{block[unknown[0]].category_id!r:.100} is not in the categories "
-                f"{list(categories)!r:.200}"
+                f"{path}: annotations[{len(boxes) + first}]: category_id "
+                f"{block[first].category_id!r:.100} is not in {list(categories)!r:.200}"
             )
-        fields = BoxEntry.__struct_fields__
-        for name in fields[fields.index("iscrowd") + 1 :]:
-            columns[name] = column_of(block, name, path)
-        blocks.insert(0, columns)
-    columns = {name: np.concatenate([block[name] for block in blocks]) for name in columns}
+        for name in further:
+            values = np.array([getattr(box, name) for box in block])
+            columns[name] = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+        blocks.append(columns)
+    columns = {name: np.concatenate([block[name] for block in blocks[::-1]]) for name in columns}
     missing = ~(columns["areas"] >= 0)
     with np.errstate(over="ignore", invalid="ignore"):
         columns["areas"][missing] = columns["xywh"][missing, 2:].prod(axis=1)
     return columns
 
 
-def choose_classes(categories, used, path, classes, notes):
-    """Return the fields of Annotations about classes, and add what is odd to the notes.
+@dataclasses.dataclass
+class Annotations:
+    """The images, classes and boxes of a COCO instances JSON in flat arrays; str() is the path.
 
-    By default every category is a class, except the first that Roboflow exports: no box has it, and
-    the others name it as their supercategory. Categories that share a name get their id added.
-    used (K,): whether a box has the category.
+    N images and K classes are in ascending order of their ids, M boxes in the order of the file.
     """
-    ids = [category.id for category in categories]
+
+    path: Path
+    image_ids: np.ndarray  # (N,) int64 or text
+    names: list | None  # N file names as the JSON has them
+    hw: np.ndarray  # (N, 2) float64 pixels, NaN where the file does not say
+    classes: list  # K names
+    category_ids: list  # K ids, None where the file lacks a class that was asked for
+    label_of: dict  # {category id: label, -1 if it is no class}
+    rows: np.ndarray  # (M,) int64, the position of the image, -1 if it is unknown
+    labels: np.ndarray  # (M,) int64
+    xywh: np.ndarray  # (M, 4) float64 pixels
+    areas: np.ndarray  # (M,) float64, of the box where the file has no area
+    crowds: np.ndarray  # (M,) bool
+    columns: dict  # {name: float32 or int64 (M, ...)}, the further fields of BoxEntry
+    notes: list  # what is odd, one line each
+
+    def __str__(self):
+        return str(self.path)
+
+
+def read_annotations(path, classes=None, image_dir=None) -> Annotations:
+    """Read a COCO instances JSON, or the labels that `read_labels` takes.
+
+    classes: names in the order of their labels, if a model or another file decides the classes.
+    Raises UserError, which names the file, the list and the row, for content that cannot be used.
+    """
+    path = Path(path)
+    notes: list[str] = []
+    if path.is_dir() or path.suffix in (".xml", ".txt"):
+        content, notes = read_labels(path, image_dir)
+    else:
+        content = read_json(path, Instances)
+    images = in_order(content.images, f"{path}: images")
+    categories = in_order(content.categories, f"{path}: categories")
+    category_ids = [category.id for category in categories]
+    ids = [image.id for image in images]
+    boxes = content.annotations
+    first_id = boxes[0].image_id if boxes else None
+    columns = take_columns(boxes, positions_of(ids), positions_of(category_ids), path)
+    rows = columns.pop("rows")
+    if len(rows) and (rows < 0).all():
+        raise UserError(
+            f"{path}: no annotation belongs to an image of the file; annotations[0] has image_id "
+            f"{first_id!r:.100}, an image has id {ids[0]!r:.100}"
+        )
+    positions = columns.pop("categories")
+    used = np.bincount(positions, minlength=len(categories)) > 0
+    names = name_categories(categories, notes)
+    classes = choose_classes(names, categories, used, path, classes, notes)
+    label_of_class = positions_of(classes)
+    labels = [label_of_class.get(name, -1) for name in names]
+    id_of = dict(zip(names, category_ids))
+    return Annotations(
+        path=path,
+        image_ids=np.array(ids),
+        names=[str(image.file_name) for image in images],
+        hw=np.array([[i.height for i in images], [i.width for i in images]], np.float64).T,
+        classes=classes,
+        category_ids=[id_of.get(name) for name in classes],
+        label_of=dict(zip(category_ids, labels)),
+        rows=rows,
+        labels=np.array(labels, np.int64)[positions],
+        xywh=columns.pop("xywh"),
+        areas=columns.pop("areas"),
+        crowds=columns.pop("crowds"),
+        columns=columns,
+        notes=notes,
+    )
+
+
+def name_categories(categories, notes):
+    """Return the names of categories; those that share one get their id added, and a note."""
     names = [str(category.name) for category in categories]
     shared = [name for name, count in Counter(names).items() if count > 1]
-    if shared:
-        notes.append(f"categories share the name {shared[0]!r:.100}; their ids are added to it")
-        names = [f"{name} ({id})" if name in shared else name for name, id in zip(names, ids)]
+    if not shared:
+        return names
+    notes.append(f"categories share the name {shared[0]!r:.100}; their ids are added to it")
+    return [f"{c.name} ({c.id})" if str(c.name) in shared else str(c.name) for c in categories]
+
+
+def choose_classes(names, categories, used, path, classes, notes):
+    """Return the names of the classes, and add what is odd to the notes.
+
+    By default every category is a class, except the first that Roboflow exports: no box has it, and
+    the others name it as their supercategory. used (K,): whether a box has the category.
+    """
     parents = {c.supercategory for c in categories if c.supercategory != c.name}
-    own = [name for name, has_box in zip(names, used) if has_box or name not in parents]
-    classes = own if classes is None else list(classes)
+    usual = [name for name, has_box in zip(names, used) if has_box or name not in parents]
+    classes = usual if classes is None else list(classes)
     ignored = [name for name in names if name not in classes]
     missing = [name for name in classes if name not in names]
     for name, has_box in zip(names, used):
-        if name in ignored and (has_box or (missing and name in own)):
+        if name in ignored and (has_box or (missing and name in usual)):
             raise UserError(
                 f"{path}: category {name!r:.100} is none of the {len(classes)} classes that were "
                 f"trained on, {classes!r:.200}"
@@ -528,108 +554,7 @@ def choose_classes(categories, used, path, classes, notes):
         notes.append(f"categories that are no class and have no box: {ignored!r:.200}")
     if missing:
         notes.append(f"classes that are no category, so they are not scored: {missing!r:.200}")
-    labels = numbered(classes)
-    id_of = dict(zip(names, ids))
-    return {
-        "classes": classes,
-        "category_ids": [id_of.get(name) for name in classes],
-        "label_of": {id: labels.get(name, -1) for id, name in zip(ids, names)},
-    }
-
-
-@functools.cache
-def image_suffixes():
-    """Return the suffixes, such as ".jpg", of all files that Pillow reads."""
-    suffixes = Image.registered_extensions().items()
-    return {suffix for suffix, kind in suffixes if kind in Image.OPEN}
-
-
-def index_folder(folder):
-    """Return {name: file} and {stem: images} of a folder; both are empty if there is none.
-
-    Names and stems have composed Unicode characters; files are spelt as the folder has them.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            files = sorted(entry.name for entry in entries if not entry.is_dir())
-    except OSError:
-        return {}, {}
-    names = {unicodedata.normalize("NFC", file): file for file in files}
-    stems = {}
-    for name, file in names.items():
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in image_suffixes():
-            stems.setdefault(stem, []).append(file)
-    return names, stems
-
-
-def find_image(folder, name, index):
-    """Return the path of an image, relative to the folder, or None. See find_images."""
-    head, tail = os.path.split(name.replace("\\", "/"))
-    tail = unicodedata.normalize("NFC", tail)
-    heads = [unicodedata.normalize(form, head) for form in ("NFC", "NFD")]
-    places = [*heads, *(f"../{head}" for head in heads if head)]  # CVAT names the image folder, too
-    for place in places:
-        names, _ = index(os.path.join(folder, place))
-        if tail in names:
-            return os.path.join(place, names[tail])
-    stem, suffix = os.path.splitext(tail)
-    for place in places:
-        _, stems = index(os.path.join(folder, place))
-        images = stems.get(tail, [])
-        if suffix.lower() in image_suffixes():
-            images = images + stems.get(stem, [])
-        if len(images) > 1:
-            raise UserError(
-                f"{folder}: {name!r:.100} may be {' or '.join(map(printable, images[:3]))}; give "
-                "the full name in the JSON"
-            )
-        if images:
-            return os.path.join(place, images[0])
-    return None
-
-
-def find_images(folder, names, path):
-    """Return the paths, relative to the folder, of the images that a JSON names.
-
-    A name means the file of that name, whatever its slashes and Unicode form, in the folder or
-    beside it. Otherwise it means the only image with that stem: YOLO's names have no suffix.
-    Raises UserError if a name means no file or several.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such image folder; {what_is_there(folder)}")
-    present = set(os.listdir(folder))
-    index = functools.cache(index_folder)
-    places = [name if name in present else find_image(folder, name, index) for name in names]
-    missing = [name for name, place in zip(names, places) if place is None]
-    if missing:
-        raise UserError(
-            f"{folder}: lacks {len(missing)} of {len(names)} images of {path}, the first being "
-            f"{printable(missing[0])}; {what_is_there(folder / missing[0])}"
-        )
-    return places
-
-
-def same_content(paths, hashed=10_000):
-    """Return lists of the positions of images with the same content.
-
-    Of more than `hashed` paths the paths alone are compared, so that a large data set starts fast.
-    """
-    keys = list(paths)
-    if len(paths) <= hashed:
-        sizes = [os.path.getsize(path) for path in paths]
-        counts = Counter(sizes)
-        counts[0] = 1  # an empty file, a pipe or a device
-        for position, path in enumerate(paths):
-            if counts[sizes[position]] > 1:
-                with open(path, "rb") as file:
-                    keys[position] = hashlib.file_digest(file, "sha256").digest()
-    counts = Counter(keys)
-    groups = {}
-    for position, key in enumerate(keys):
-        if counts[key] > 1:
-            groups.setdefault(key, []).append(position)
-    return list(groups.values())
+    return classes
 
 
 class CocoDataset:
@@ -654,7 +579,6 @@ class CocoDataset:
         self.image_ids = self.annotations.image_ids
         self.classes = self.annotations.classes
         self.category_ids = self.annotations.category_ids
-        self.sorted = self.annotations.sorted
         self.notes = list(self.annotations.notes)
         self._names = np.array(find_images(self.image_dir, self.annotations.names, annotations))
         self.annotations.names = None  # the spelling of the folder counts from here on
@@ -676,7 +600,8 @@ class CocoDataset:
         return sizes.astype(np.int64)
 
     def _note_copies(self):
-        groups = same_content([f"{self.image_dir}/{name}" for name in self._names.tolist()])
+        folder = f"{self.image_dir}/"
+        groups = same_content([folder + name for name in self._names.tolist()])
         if groups:
             names = [printable(self._names[i]) for i in groups[0][:2]]
             self.notes.append(
@@ -686,7 +611,12 @@ class CocoDataset:
 
     def _set_boxes(self):
         truth = self.annotations
-        check_pixels(truth)
+        if len(truth.xywh) and 0 <= truth.xywh.min() <= truth.xywh.max() <= 1:
+            if (truth.xywh % 1).any():
+                raise UserError(
+                    f"{truth}: expected boxes in pixels; these look normalized, as "
+                    f"{truth.xywh[0].tolist()}; multiply them by the size of their image"
+                )
         sides = np.ascontiguousarray(truth.xywh.T)  # (4, M) is faster than (M, 4)
         with np.errstate(over="ignore", invalid="ignore"):  # infinity is outside every image
             xyxy = np.concatenate([sides[:2], sides[:2] + sides[2:]])
@@ -721,20 +651,21 @@ class CocoDataset:
     def __len__(self):
         return len(self.image_ids)
 
-    def image(self, i):
-        """RGB uint8 (3, H, W), in the orientation that the annotations refer to."""
+    def path(self, i) -> Path:
+        """Return the path of image i."""
+        return self.image_dir / str(self._names[i])
+
+    def image(self, i) -> torch.Tensor:
+        """Return image i, uint8 RGB (3, H, W), in the orientation of its annotations."""
         self.files_read.append(self.path(i))
         return fcos.read_image(self.path(i), tuple(self.hw[i].tolist()))
 
-    def path(self, i):
-        return self.image_dir / str(self._names[i])
-
     def target(self, i):
-        """boxes float32 (G, 4) xyxy pixels, labels int64 (G,) of image i."""
+        """Return the boxes of image i, float32 (G, 4) xyxy pixels, and their labels, int64 (G,)."""
         rows = slice(self.offsets[i], self.offsets[i + 1])
         return torch.from_numpy(self.boxes[rows]), torch.from_numpy(self.labels[rows])
 
-    def truth(self, i, hw):
+    def truth(self, i, hw) -> dict[str, torch.Tensor]:
         """Return the boxes of image i, scaled as the image is when it gets (height, width).
 
         {"boxes": float32 (G, 4) xyxy pixels, "labels": int64 (G,)} and every further column, as the
@@ -747,157 +678,58 @@ class CocoDataset:
         columns = {name: torch.from_numpy(values[rows]) for name, values in self.columns.items()}
         return {"boxes": boxes * scale, "labels": labels} | columns
 
-    def sample(self, i, hw):
+    def sample(self, i, hw) -> dict[str, torch.Tensor]:
         """Return {"image": uint8 (3, H, W) resized to (height, width)} and its `truth`."""
         return {"image": fcos.resize(self.image(i), hw)} | self.truth(i, hw)
 
 
-def check_pixels(annotations):
-    """Raise UserError if the boxes look normalized: all numbers are from 0 to 1."""
-    if annotations.xywh.max(initial=0) > 1:
-        return
-    boxes = annotations.xywh[np.isfinite(annotations.xywh).all(1)]
-    if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1 and (boxes % 1).any():
-        raise UserError(
-            f"{annotations}: expected boxes in pixels; these look normalized, as "
-            f"{boxes[0].tolist()}; multiply them by the width and height of their image"
-        )
+def load_dataset(annotations, image_dir, classes=None) -> CocoDataset:
+    """Return a CocoDataset that rank 0 reads and every other process receives.
 
-
-def load_dataset(annotations, image_dir, classes=None):
-    """Return a CocoDataset that one process of each node reads and the others receive.
-
-    Every process of torch.distributed calls it. If a reader fails, its error is raised in all.
+    Every process of torch.distributed calls it. An error of rank 0 is raised in all.
     """
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return CocoDataset(annotations, image_dir, classes)
-    hosts = [None] * world_size
-    dist.all_gather_object(hosts, socket.gethostname())
-    reader = hosts.index(hosts[rank])
-    dataset, error = None, None
-    if rank == reader:
+    shared: list[Any] = [None]
+    if rank == 0:
         try:
-            dataset = CocoDataset(annotations, image_dir, classes)
-        except (UserError, OSError, MemoryError) as caught:
-            error = UserError(str(caught))
-    errors = [None] * world_size
-    dist.all_gather_object(errors, error)
-    for error in filter(None, errors):
-        raise error
-    for host in dict.fromkeys(hosts):  # every process takes part in making every group
-        ranks = [other for other in range(world_size) if hosts[other] == host]
-        group = dist.new_group(ranks, backend="gloo")
-        if rank in ranks:
-            dataset = broadcast(dataset, reader, group)
-    return dataset
-
-
-def broadcast(value, source, group):
-    """Return the object of rank `source` in all processes of a group; its arrays are not copied."""
-    buffers = []
-    header = [None, None]
-    if dist.get_rank() == source:
-        header[0] = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-        buffers = [torch.from_numpy(np.frombuffer(buffer.raw(), np.uint8)) for buffer in buffers]
-        header[1] = [len(buffer) for buffer in buffers]
-    dist.broadcast_object_list(header, source, group)
-    if dist.get_rank() != source:
-        buffers = [torch.empty(size, dtype=torch.uint8) for size in header[1]]
-    for buffer in buffers:
-        dist.broadcast(buffer, source, group)
-    return pickle.loads(header[0], buffers=[buffer.numpy() for buffer in buffers])
+            shared[0] = CocoDataset(annotations, image_dir, classes)
+        except (UserError, OSError, MemoryError) as error:
+            shared[0] = UserError(str(error))
+    dist.broadcast_object_list(shared)
+    if isinstance(shared[0], UserError):
+        raise shared[0]
+    return shared[0]
 
 
 # ---- prediction --------------------------------------------------------------------------------
-
 
 STOP_SIGNALS = [
     getattr(signal, name)
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
     if hasattr(signal, name)  # Windows has not all of them
 ]
+FILES, FILES_PER_WORKER = 40, 16  # open files of a process, and those that each worker adds
+WORKER_ERRORS = (  # parts of PyTorch's errors about workers that died, hang, or lack open files
+    "DataLoader worker (pid",
+    "DataLoader timed out",
+    "ancillary data",
+    "Too many open files",
+)
+WORKER_HELP = (
+    "raise `ulimit -n`, make /dev/shm larger (docker run --shm-size=8g) or use --workers 0"
+)
 
 
 def start_worker(_):
-    """Loader workers ignore the signals that stop a run, which often reach all of its processes:
-    their parent needs them to finish its step. They end when it does."""
+    """Make a dataloader worker ignore the signals that stop a run.
+
+    They often reach all processes, and the parent needs its workers to finish a step. Workers end
+    when their parent does.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-WORKER_ERRORS = {  # part of an error's text: what helps
-    "DataLoader worker (pid": "; if /dev/shm is full, use --workers 0",
-    "DataLoader timed out": "; use --workers 0",
-    "ancillary data": ": too many open files; raise `ulimit -n` or use --workers 0",
-    "Too many open files": "; raise `ulimit -n` or use --workers 0",
-}
-
-
-@contextlib.contextmanager
-def no_worker_left():
-    """Kill all dataloader workers if an error occurs: they ignore signals, and would keep their
-    parent from ending. PyTorch's error about a worker that died or hangs becomes a UserError."""
-    try:
-        yield
-    except BaseException as error:
-        unix = hasattr(signal, "SIGCHLD")  # PyTorch's handler raises an error when a worker dies
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if unix else None
-        for worker in multiprocessing.active_children():
-            worker.kill()
-            worker.join()
-        if unix:
-            signal.signal(signal.SIGCHLD, handler)
-        hint = next((hint for text, hint in WORKER_ERRORS.items() if text in str(error)), None)
-        if hint is None or "Caught" in str(error):  # the latter: an error of the code in a worker
-            raise
-        raise UserError(f"{error}{hint}") from None
-
-
-def check_classes(model, dataset):
-    """UserError, naming the difference, unless the model was made for the data set's classes."""
-    path, names, ours = dataset.annotations, dataset.classes, model.classes
-    if ours is None:
-        if len(names) != model.num_classes:
-            raise UserError(f"{path}: has {len(names)} categories, the model {model.num_classes}")
-        if not dataset.sorted:
-            raise UserError(
-                f"{path}: its categories are not in the order of their ids, and the "
-                "model does not say in which order it was trained on them"
-            )
-    elif ours != names:
-        pairs = itertools.zip_longest(ours, names)
-        first = next(f"{a!r} against {b!r}" for a, b in pairs if a != b)
-        raise UserError(
-            f"{path}: its {len(names)} categories are not the {len(ours)} that the "
-            f"model was trained on; the first difference is {first}"
-        )
-
-
-def attempt(read, item):
-    """Return read(item), or its UserError: raised in a worker, it would be wrapped in a traceback.
-
-    A worker puts the tensors into shared memory here. PyTorch would do so in a thread, where an
-    error would lose the item, and the parent would wait for it.
-    """
-    try:
-        result = read(item)
-        if torch.utils.data.get_worker_info():
-            for value in torch.utils._pytree.tree_leaves(result):
-                if isinstance(value, torch.Tensor):
-                    value.share_memory_()
-        return result
-    except UserError as error:
-        return error
-    except RuntimeError as error:
-        if "shared memory" not in str(error):
-            raise
-        few = "Too many open files" in str(error)
-        remedy = "raise `ulimit -n`" if few else "make /dev/shm larger (docker run --shm-size=8g)"
-        return UserError(f"a dataloader worker: {error}; {remedy} or use --workers 0")
-
-
-FILES, FILES_PER_WORKER = 40, 16  # open files of a process, and those that each worker adds
 
 
 def check_open_files(workers):
@@ -911,12 +743,12 @@ def check_open_files(workers):
 
 
 def read_ahead(read, items, workers, pin_memory=False):
-    """Return read(item) of all items in turn, or its UserError; worker processes read ahead."""
+    """Return an iterable of read(item) for all items, or its UserError; workers read ahead."""
     check_open_files(workers)
     return DataLoader(
         items,
         batch_size=None,
-        collate_fn=functools.partial(attempt, read),
+        collate_fn=functools.partial(read_item, read),
         num_workers=workers,
         worker_init_fn=start_worker,
         pin_memory=pin_memory,
@@ -924,51 +756,103 @@ def read_ahead(read, items, workers, pin_memory=False):
     )
 
 
-def raised(items):
-    """The items of read_ahead, up to the first that is an error: it is raised."""
+def read_item(read, item):
+    """Return read(item), or its UserError, which PyTorch would wrap in a traceback.
+
+    A worker moves the tensors to shared memory here. PyTorch would do so in a thread, where an
+    error would lose the item, and the parent would wait for it.
+    """
+    try:
+        result = read(item)
+        if torch.utils.data.get_worker_info():
+            for value in torch.utils._pytree.tree_leaves(result):
+                if isinstance(value, torch.Tensor):
+                    value.share_memory_()
+        return result
+    except UserError as error:
+        return error
+    except RuntimeError as error:
+        if "shared memory" in str(error):
+            return UserError(f"a dataloader worker: {error}; {WORKER_HELP}")
+        raise
+
+
+def raise_errors(items):
+    """Yield the items of `read_ahead` up to the first that is an error, which is raised."""
     for item in items:
         if isinstance(item, UserError):
             raise item
         yield item
 
 
-def predict(model, dataset, batch_size=1, workers=2, **how):
-    """Detections on every image of a CocoDataset, in COCO's results format, in the order of the
-    images: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}, ...].
+@contextlib.contextmanager
+def no_worker_left():
+    """Kill the dataloader workers that were started here if an error occurs: they ignore signals.
 
-    Images of one padded size go together, so that the prediction for an image does not depend on
-    those beside it. Every process of torch.distributed takes its share of these batches; the list
-    is complete on rank 0 and None elsewhere. how: further keywords of FCOS.predict, such as tta.
+    PyTorch's error about a worker that died or hangs becomes a UserError.
+    """
+    others = set(multiprocessing.active_children())
+    try:
+        yield
+    except BaseException as error:
+        unix = hasattr(signal, "SIGCHLD")  # PyTorch's handler raises an error when a worker dies
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if unix else None
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+            worker.join()
+        if unix:
+            signal.signal(signal.SIGCHLD, handler)
+        message = str(error)
+        # "Caught" is in errors of the code that a worker runs
+        if "Caught" not in message and any(text in message for text in WORKER_ERRORS):
+            raise UserError(f"{error}; {WORKER_HELP}") from None
+        raise
+
+
+def check_classes(model, dataset):
+    """Raise UserError, which shows the difference, unless a model has the classes of a data set."""
+    path = dataset.annotations
+    found = dataset.classes
+    expected = model.classes
+    if expected is None and len(found) != model.num_classes:
+        raise UserError(f"{path}: has {len(found)} categories, the model {model.num_classes}")
+    if expected not in (None, found):
+        pairs = itertools.zip_longest(expected, found)
+        first, other = next(pair for pair in pairs if pair[0] != pair[1])
+        raise UserError(
+            f"{path}: its {len(found)} categories are not the {len(expected)} that the model was "
+            f"trained on; the first difference is {first!r:.100} against {other!r:.100}"
+        )
+
+
+def predict(model, dataset, batch_size=1, workers=2, **how) -> list[dict] | None:
+    """Return the detections on every image of a CocoDataset, in COCO's results format.
+
+    [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}, ...] in the order of the images,
+    and every further column of the detections. Every process of torch.distributed takes its share
+    of the batches; the list is complete on rank 0 and None elsewhere.
+    how: further keywords of FCOS.predict, such as tta.
     """
     rank, world_size = rank_and_world_size()
-    batches, alike = [], {}
+    images_of: dict[tuple, list] = {}  # a padded size: what stands beside an image cannot matter
     for i, hw in enumerate(dataset.hw.tolist()):
-        padded_hw = fcos.padded_hw([fcos.resized_hw(*hw, *model.test_size)])
-        alike.setdefault(padded_hw, []).append(i)
-    for images in alike.values():
+        size = fcos.padded_hw([fcos.resized_hw(*hw, *model.test_size)])
+        images_of.setdefault(size, []).append(i)
+    batches = []
+    for images in images_of.values():
         batches += [images[k : k + batch_size] for k in range(0, len(images), batch_size)]
     mine = [i for batch in batches[rank::world_size] for i in batch]
-    # in position 0 the bar replaces a bar of training; below it, Jupyter draws every update
-    bar = tqdm(
-        read_ahead(dataset.image, mine, workers),
-        "predict",
-        unit="image",
-        position=0,
-        leave=False,
-        dynamic_ncols=True,
-        disable=rank != 0,
-    )
-    results, images = {}, raised(bar)
+    bar = progress_bar(read_ahead(dataset.image, mine, workers), "predict")
+    results: dict[int, list] = {}
     with no_worker_left(), bar, views_shown(model, bar, how):
-        detections = model.predict(images, batch_size=batch_size, **how)
+        detections = model.predict(raise_errors(bar), batch_size=batch_size, **how)
         for i, found in zip(mine, detections, strict=True):
-            rows, image_id = result_rows(found, dataset.category_ids), dataset.image_ids[i].item()
-            results[i] = [
-                {"image_id": image_id, **row} for row in rows if row["category_id"] is not None
-            ]
+            image_id = {"image_id": dataset.image_ids[i].item()}
+            rows = result_rows(found, dataset.category_ids)
+            results[i] = [image_id | row for row in rows if row["category_id"] is not None]
     if world_size > 1:
-        shares = [None] * world_size if rank == 0 else None
-        dist.gather_object(results, shares)
+        shares: list[Any] = [None] * world_size
+        dist.gather_object(results, shares if rank == 0 else None)
         if rank != 0:
             return None
         results = {i: rows for share in shares for i, rows in share.items()}
@@ -976,30 +860,32 @@ def predict(model, dataset, batch_size=1, workers=2, **how):
     return [row for i in range(len(dataset)) for row in results[i]]
 
 
+def progress_bar(items, name):
+    """Return an iterable that shows a bar on rank 0: how many images are done."""
+    # in position 0 the bar replaces a bar of training; below it, Jupyter draws every update
+    hidden = rank_and_world_size()[0] > 0
+    layout = dict(position=0, leave=False, dynamic_ncols=True, miniters=0)
+    return tqdm(items, name, unit="image", disable=hidden, **layout)
+
+
 @contextlib.contextmanager
 def views_shown(model, bar, how):
-    """Count the views beside a progress bar where an image has more than one: it may take long."""
+    """Count the views beside a progress bar if an image has several: it may take long."""
     seen = 0
-    shown = time.monotonic()
 
     def show(module, inputs):
-        nonlocal seen, shown
+        nonlocal seen
         seen += len(inputs[0])
-        if time.monotonic() > shown + 0.5:
-            shown = time.monotonic()
-            bar.set_postfix_str(f"view {seen}")
+        bar.set_postfix_str(f"view {seen}", refresh=False)
+        bar.update(0)  # draws the bar, at most ten times a second
 
-    if not (how.get("tile") or how.get("tta")):
+    with contextlib.ExitStack() as stack:
+        if how.get("tile") or how.get("tta"):
+            stack.callback(model.register_forward_pre_hook(show).remove)
         yield
-        return
-    hook = model.register_forward_pre_hook(show)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
-def result_rows(found, category_ids):
+def result_rows(found, category_ids) -> list[dict]:
     """Return the detections on one image in COCO's results format, without its image_id.
 
     Every further column of the detections is written by its name.
@@ -1017,7 +903,7 @@ def result_rows(found, category_ids):
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
-def score(results, annotations, per_class=False):
+def score(results, annotations, per_class=False) -> dict[str, float]:
     """Return COCO's twelve box metrics, {"AP": ..., "AP50": ...}, from 0 to 1, or -1 for no object.
 
     results: detections as `predict` returns them, or the path of a JSON file of them.
@@ -1032,25 +918,23 @@ def score(results, annotations, per_class=False):
     columns = ("rows", "labels", "xywh", "areas", "crowds")
     truth = {name: getattr(annotations, name)[usable] for name in columns}
     found = read_results(results, annotations)
-    images = range(len(annotations.image_ids))
     classes = range(len(annotations.classes))
     with contextlib.redirect_stdout(io.StringIO()):  # the scorers print
-        scorer = make_scorer(truth, found, images, classes)
+        scorer = make_scorer(truth, found, range(len(annotations.image_ids)), classes)
         scorer.evaluate()
         scorer.accumulate()
         scorer.summarize()
-        parts = split_by_class(truth, found, classes) if per_class else []
-        judged = [judge(*part) for part in parts]
+        matched = [match_class(truth, found, label) for label in classes] if per_class else []
     metrics = dict(zip(METRICS, map(float, scorer.stats)))
     if not per_class:
         return metrics
-    scores, right, objects = zip(*judged)
+    scores, right, objects = zip(*matched)
     together = best_f1(np.concatenate(scores), np.concatenate(right), sum(objects))
     metrics["F1"], metrics["threshold"] = together
     AP = scorer.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1)).tolist()
     for label, name in enumerate(annotations.classes):
         metrics[f"AP/{name}"] = AP[label]
-        metrics[f"F1/{name}"], metrics[f"threshold/{name}"] = best_f1(*judged[label])
+        metrics[f"F1/{name}"], metrics[f"threshold/{name}"] = best_f1(*matched[label])
     return metrics
 
 
@@ -1060,7 +944,7 @@ def read_results(results, annotations):
     Results of a category that is no class cannot change the metrics and are left out.
     """
     if isinstance(results, (str, os.PathLike)):
-        where = results
+        where = str(results)
         entries = read_json(results, list[ResultEntry])
     else:
         where = "results"
@@ -1071,8 +955,8 @@ def read_results(results, annotations):
             entries = decode(data, list[ResultEntry], where)
     images = annotations.image_ids.tolist()
     categories = list(annotations.label_of)
-    rows = look_up(numbered(images), entries, "image_id")
-    positions = look_up(numbered(categories), entries, "category_id")
+    rows = look_up(positions_of(images), entries, "image_id")
+    positions = look_up(positions_of(categories), entries, "category_id")
     xywh = boxes_of(entries)
     scores = np.fromiter(map(operator.attrgetter("score"), entries), np.float64, len(entries))
     finite = (np.abs(xywh) < 1e300).all(1) & (np.abs(scores) < 1e300)
@@ -1098,63 +982,39 @@ def make_scorer(truth, found, images, classes):
     """
     images = [{"id": row} for row in images]
     categories = [{"id": label, "name": str(label)} for label in classes]
+    columns = [truth[name] for name in ("rows", "labels", "xywh", "areas", "crowds")]
     try:
         from hotcoco import COCO, COCOeval
+
+        *columns, areas, crowds = columns
+        coco = COCO.from_arrays(images, categories, *columns, area=areas, iscrowd=crowds)
     except ImportError:
-        return pycocotools_scorer(truth, found, images, categories)
-    coco = COCO.from_arrays(
-        images,
-        categories,
-        truth["rows"],
-        truth["labels"],
-        truth["xywh"],
-        area=truth["areas"],
-        iscrowd=truth["crowds"],
-    )
-    detections = [found["rows"], found["xywh"], found["scores"], found["labels"]]
-    return COCOeval(coco, coco.load_res(np.column_stack(detections)), "bbox")
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
 
-
-def pycocotools_scorer(truth, found, images, categories):
-    """Return the COCOeval of pycocotools for make_scorer."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    areas = found["xywh"][:, 2] * found["xywh"][:, 3]
-    found = found | {"areas": areas, "crowds": np.zeros(len(areas), bool)}
-    truth = truth | {"scores": np.ones(len(truth["rows"]))}
-    sides = []
-    for boxes in (truth, found):
-        names = {"image_id": "rows", "category_id": "labels", "bbox": "xywh", "area": "areas"}
-        names |= {"iscrowd": "crowds", "score": "scores"}
-        columns = [boxes[name].tolist() for name in names.values()]
-        rows = [dict(zip(names, row), id=id) for id, row in enumerate(zip(*columns), 1)]
+        names = ("image_id", "category_id", "bbox", "area", "iscrowd")
+        boxes = zip(*(column.tolist() for column in columns))
+        boxes = [dict(zip(names, box), id=id) for id, box in enumerate(boxes, 1)]
         coco = COCO()
-        coco.dataset = {"images": images, "categories": categories, "annotations": rows}
+        coco.dataset = {"images": images, "categories": categories, "annotations": boxes}
         coco.createIndex()
-        sides.append(coco)
-    return COCOeval(*sides, "bbox")
+    rows = np.column_stack([found["rows"], found["xywh"], found["scores"], found["labels"]])
+    detections = coco.loadRes(rows) if len(rows) else COCO()
+    return COCOeval(coco, detections, "bbox")
 
 
-def split_by_class(truth, found, classes):
-    """Return (truth, found, label) of every class, each with the boxes of the class alone."""
-    parts = []
-    for boxes in (truth, found):
-        order = np.argsort(boxes["labels"], kind="stable")
-        ends = np.searchsorted(boxes["labels"][order], classes, side="right")
-        rows = np.split(order, ends)[: len(classes)]
-        parts.append([{name: values[kept] for name, values in boxes.items()} for kept in rows])
-    return list(zip(*parts, classes))
-
-
-def judge(truth, found, label):
+def match_class(truth, found, label):
     """Match the detections of one class at IoU 0.5, as COCO does.
 
     Returns their scores (D,) without those that match crowds, whether each is right (D,), and the
     number of objects. Only the images with a box of the class are looked at, so that memory does
     not grow with classes times images.
     """
+    truth = {name: values[truth["labels"] == label] for name, values in truth.items()}
+    found = {name: values[found["labels"] == label] for name, values in found.items()}
     images = np.union1d(truth["rows"], found["rows"]).tolist()
+    if not images:
+        return np.zeros(0), np.zeros(0, bool), 0
     scorer = make_scorer(truth, found, images, [label])
     scorer.params.iouThrs = [0.5]
     scorer.params.areaRng = scorer.params.areaRng[:1]  # all sizes
@@ -1184,7 +1044,7 @@ def best_f1(scores, right, objects):
     return float(F1[best]), float(scores[best])
 
 
-def table(metrics):
+def table(metrics) -> str:
     """Return the metrics as text, a line for each; "-" means that there is nothing to find."""
     names = [printable(name, 80) for name in metrics]
     width = max(map(len, names))
@@ -1201,7 +1061,7 @@ LEVEL_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")  # P3 to 
 
 def draw(
     image, detections, classes=None, score_threshold=0.5, min_side=480, colors=None, font_size=None
-):
+) -> Image.Image:
     """Return a PIL image with one entry of `FCOS.predict` drawn on it: boxes, classes and scores.
 
     image: anything `FCOS.predict` takes. detections: without "scores" they are ground truth, and
@@ -1213,7 +1073,9 @@ def draw(
 
     picture = Image.fromarray(fcos.as_image(image).permute(1, 2, 0).numpy())
     scale = min(math.ceil(min_side / min(picture.size)), 4000 // max(picture.size)) or 1
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.BICUBIC)
+    picture = picture.resize(
+        (picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC
+    )
     size = font_size or max(12, min(picture.size) // 40)
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
     pen = ImageDraw.Draw(picture)
@@ -1221,17 +1083,17 @@ def draw(
     labels = detections["labels"].tolist()
     if colors is None:
         colors = [COLORS[label % len(COLORS)] for label in labels]
-    texts = [f"{classes[label] if classes else label}" for label in labels]
-    shown = range(len(boxes))
+    texts = [printable(classes[label] if classes else label, 80) for label in labels]
+    shown = list(range(len(boxes)))
     if "scores" in detections:
         scores = detections["scores"].tolist()
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores)]
         shown = [i for i in shown if scores[i] >= score_threshold]
     for i in reversed(shown):  # the best last, above the others
         draw_box(pen, boxes[i], colors[i], max(3, size // 5))
-    taken = []
+    taken: list[tuple] = []
     for i in shown:
-        wh = pen.textlength(texts[i], font) + size // 2, 1.3 * size
+        wh = (pen.textlength(texts[i], font) + size // 2, 1.3 * size)
         x, y = place_label(boxes[i], wh, picture.size, taken)
         taken.append((x, y, x + wh[0], y + wh[1]))
         pen.rectangle(taken[-1], fill=colors[i])
@@ -1250,29 +1112,19 @@ def draw_box(pen, box, color, width):
 
 
 def place_label(box, wh, picture_wh, taken):
-    """Return the top left corner (x, y) of a label of (width, height) pixels near its box.
+    """Return the top left corner (x, y) of a label of (width, height) pixels at its box.
 
-    The first of ten places is chosen that covers none of the labels in `taken`, a list of
-    (x1, y1, x2, y2); if there is none, the place that covers the least.
+    It starts above the box, and slides down past the labels in `taken`, a list of (x1, y1, x2, y2),
+    as far as the box and the picture reach.
     """
-    x1, y1, x2, y2 = box
+    x1, y1, _, y2 = box
     w, h = wh
-    above, inside, bottom = y1 - h, y1, y2 - h
-    left, right = x1, x2 - w
-    corners = [(left, above), (left, above - h), (left, y2), (right, above), (right, y2)]
-    corners += [(left, inside), (right, inside), (left, bottom), (right, bottom), (x2, inside)]
-    places = []
-    for x, y in corners:
-        x = max(min(x, picture_wh[0] - w), 0)
-        y = max(min(y, picture_wh[1] - h), 0)
-        covered = 0
-        for label in taken:
-            width = max(min(x + w, label[2]) - max(x, label[0]), 0)
-            height = max(min(y + h, label[3]) - max(y, label[1]), 0)
-            covered += width * height
-        places.append((covered, x, y))
-    _, x, y = min(places, key=lambda place: place[0])
-    return x, y
+    x = max(min(x1, picture_wh[0] - w), 0)
+    y = max(y1 - h, 0)
+    for left, top, right, bottom in sorted(taken, key=operator.itemgetter(1)):
+        if x < right and left < x + w and y < bottom and top < y + h:
+            y = bottom
+    return x, max(min(y, y2, picture_wh[1] - h), 0)
 
 
 def start_notebook():
@@ -1285,77 +1137,99 @@ def start_notebook():
     pyplot.rcParams.update({"font.size": 13, "figure.dpi": 80})
 
 
-def find_pictures(sources):
-    """The files that paths, folders (with all that is below them) and patterns such as *.jpg mean;
-    UserError for one that means none."""
-    kinds, paths = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"), []
+def find_pictures(sources) -> list[Path]:
+    """Return the files that paths, folders and patterns such as *.jpg name.
+
+    A folder stands for all images below it that Pillow reads; its other files are counted.
+    Raises UserError for a source that names no picture.
+    """
+    pictures: list[Path] = []
+    skipped = 0
     for source in map(str, sources):
-        found = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
         if os.path.isdir(source):
-            found = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in kinds)
+            files = sorted(path for path in Path(source).rglob("*") if not path.is_dir())
+            found = [path for path in files if is_image(path.name)]
+            skipped += len(files) - len(found)
+        elif os.path.exists(source):
+            found = [Path(source)]
+        else:
+            found = [Path(path) for path in sorted(glob.glob(source, recursive=True))]
         if not found:
             raise UserError(f"{source}: no such image, or no image in it; {what_is_there(source)}")
-        paths += map(Path, found)
-    return paths
+        pictures += found
+    if skipped:
+        print(f"skipped {skipped} files that are no images", file=sys.stderr)
+    return pictures
 
 
-def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **how):
-    """Draw detections on images (see find_pictures) into `out`, and write them to detections.json
-    there: [{"file", "drawn", "height", "width", "detections": [{"category_id", "class", "bbox":
-    [x, y, w, h] in pixels, "score"}, ...]}, ...]. Files that cannot be read are named, left out and
-    returned. `workers` processes read ahead. how: further keywords of FCOS.predict."""
-    paths, out = find_pictures(sources), make_folder(out)
-    paths = [p for p in paths if Path(os.path.realpath(p)).parent != Path(os.path.realpath(out))]
+def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **how) -> list[Path]:
+    """Draw detections on images into the folder `out`, and list them in detections.json there.
+
+    The list has an entry {"file", "drawn", "height", "width", "detections": [{"category_id",
+    "class", "bbox": [x, y, w, h] in pixels, "score"}, ...]} for every image.
+    sources: see find_pictures. workers: processes that read ahead. how: further keywords of
+    FCOS.predict.
+
+    Returns the files that could not be read, predicted or drawn; they are named on stderr.
+    Raises UserError if `out` holds the pictures, or if another process writes there.
+    """
+    out = Path(out)
+    paths = [path for path in find_pictures(sources) if path.parent.resolve() != out.resolve()]
     if not paths:
         raise UserError(f"{out}: is where the pictures come from; drawing there would replace them")
-    report, unreadable, taken, clocks = [], [], set(), []
-    bar = tqdm(paths, "draw", unit="image", leave=False, dynamic_ncols=True)
-    for path, image in zip(bar, read_ahead(fcos.read_image, paths, workers)):
-        if isinstance(image, UserError):
-            tqdm.write(f"{image}; left out", file=sys.stderr)
-            unreadable.append(path)
-            continue
-        clocks.append(time.perf_counter())
-        with views_shown(model, bar, how):
-            found = model.predict(image, score_threshold=score_threshold, **how)[0]
-        clocks.append(time.perf_counter())
-        name, count = f"{path.stem}.jpg", 1
-        while name in taken:  # photos of one name in several folders
-            count += 1
-            name = f"{path.stem}_{count}.jpg"
-        taken.add(name)
-        with fcos.atomic_write(out / name) as file:  # never through a link
-            draw(image, found, model.classes, score_threshold).save(file, "JPEG", quality=92)
-        rows = result_rows(found, model.category_ids or range(model.num_classes))
-        for row, label in zip(rows, found["labels"].tolist()):
-            row["class"] = model.classes[label] if model.classes else label
-        report.append(
-            {
-                "file": str(path),
-                "drawn": name,
-                "height": image.shape[1],
-                "width": image.shape[2],
-                "detections": rows,
-            }
-        )
-        clocks.append(time.perf_counter())
-    with fcos.atomic_write(out / "detections.json", "w") as file:
-        json.dump(report, file, indent=1)
-    network, drawing, read = (sum(np.diff(clocks)[stage::3]) for stage in range(3))
+    report: list[dict] = []
+    left_out = []
+    taken: set[str] = set()
+    with one_writer(out), no_worker_left():
+        fcos.remove_leftovers(out)
+        bar = progress_bar(paths, "draw")
+        for path, image in zip(bar, read_ahead(fcos.read_image, paths, workers)):
+            try:
+                if isinstance(image, UserError):
+                    raise image
+                with views_shown(model, bar, how):
+                    found = model.predict(image, score_threshold=score_threshold, **how)[0]
+                picture = draw(image, found, model.classes, score_threshold)
+                name = drawing_name(path, taken)
+                with fcos.atomic_write(out / name) as file:  # never through a link
+                    picture.save(file, "JPEG", quality=92)
+            except Exception as error:
+                if not is_mistake(error):
+                    raise
+                why = str(error).removeprefix(f"{printable(path)}: ")
+                tqdm.write(printable(f"{path}: left out; {why}", 500), file=sys.stderr)
+                left_out.append(path)
+                continue
+            taken.add(name)
+            rows = result_rows(found, model.category_ids or range(model.num_classes))
+            for row, label in zip(rows, found["labels"].tolist()):
+                row["class"] = model.classes[label] if model.classes else label
+            entry = {"file": str(path), "drawn": name}
+            entry |= {"height": image.shape[1], "width": image.shape[2], "detections": rows}
+            report.append(entry)
+        with fcos.atomic_write(out / "detections.json", "w") as file:
+            json.dump(report, file, indent=1)
     boxes = sum(len(entry["detections"]) for entry in report)
-    print(
-        f"{len(report)} images, {boxes} boxes drawn, {len(unreadable)} left out; {read:.1f} s "
-        f"waiting for images, {network:.1f} s network, {drawing:.1f} s drawing",
-        file=sys.stderr,
-    )
-    return unreadable
+    counts = f"{len(report)} images, {boxes} boxes drawn, {len(left_out)} left out"
+    print(counts, file=sys.stderr)
+    return left_out
+
+
+def drawing_name(path, taken):
+    """Return a name for the drawing of a picture; pictures in several folders may share theirs."""
+    name = f"{path.stem}.jpg"
+    count = 1
+    while name in taken:
+        count += 1
+        name = f"{path.stem}_{count}.jpg"
+    return name
 
 
 # ---- command line ------------------------------------------------------------------------------
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Shows the script's docstring as help, and a mistake as one line without the usage."""
+    """A parser that shows the script's docstring as help, and a mistake as one line."""
 
     def __init__(self, doc):
         form = argparse.RawDescriptionHelpFormatter
@@ -1366,7 +1240,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, low, high):
-    """argparse type: an int or a float from low to high."""
+    """Return an argparse type: an int or a float from low to high."""
 
     def parse(text):
         if not low <= kind(text) <= high:
@@ -1378,7 +1252,7 @@ def number(kind, low, high):
 
 
 def keyword_value(text):
-    """argparse type: "KEYWORD=VALUE" -> (keyword, value), a Python literal or else a string."""
+    """Return (keyword, value) of "KEYWORD=VALUE"; the value is a Python literal or else text."""
     keyword, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text} is not KEYWORD=VALUE")
@@ -1398,11 +1272,12 @@ def set_decoding(model, settings):
         setattr(model, keyword, value)
 
 
-positive_int, not_negative = number(int, 1, 2**63 - 1), number(int, 0, 2**63 - 1)
+positive_int = number(int, 1, 2**63 - 1)
+not_negative = number(int, 0, 2**63 - 1)
 
 
 def check_target(path, inputs):
-    """UserError unless a file can be written at `path` that is none of the inputs."""
+    """Raise UserError unless a file can be written at `path` that is none of the inputs."""
     target = Path(path)
     if (target.exists() and not target.is_file()) or not target.absolute().parent.is_dir():
         raise UserError(f"{path}: not a file in a folder that exists")
@@ -1410,7 +1285,8 @@ def check_target(path, inputs):
         raise UserError(f"{path}: would be written over, and is an input of this run")
 
 
-def make_folder(path):
+def make_folder(path) -> Path:
+    """Make a folder and those above it. Raises UserError if it cannot be made."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1424,37 +1300,31 @@ def one_writer(folder, wait=False):
 
     Only rank 0 takes it. The system releases the lock of a process that is killed, even if its
     workers live on. wait: wait for the other process.
-    Raises UserError if another process has the lock, or if the folder cannot be written.
+    Raises UserError if another process has the lock.
     """
     if rank_and_world_size()[0] > 0:
         yield
         return
-    made = not os.path.exists(folder)
     path = make_folder(folder) / ".lock"
-    try:
-        file = open(path, "a")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    with file:
+    with open(path, "a") as file:
         try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            import fcntl  # Windows has none
+
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(
                 f"{folder}: another process writes there; choose another --out"
             ) from None
-        except OSError:
-            pass  # a network file system without locks
+        except (ImportError, OSError):
+            pass  # or a network file system without locks
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # the folder may be gone
                 path.unlink()
-                if made:
-                    os.rmdir(folder)  # fails unless it is empty
 
 
-def find_device(name=None):
+def find_device(name=None) -> torch.device:
     """Return the torch.device that --device names, by default CUDA or else the CPU.
 
     Under torchrun every process gets the one with its local rank. Raises UserError if PyTorch does
@@ -1462,53 +1332,51 @@ def find_device(name=None):
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     found = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
-    try:
-        device = torch.device(name or ("cuda" if "cuda" in found else "cpu"))
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in found:
+    kind, _, index = (name or ("cuda" if "cuda" in found else "cpu")).partition(":")
+    if kind not in found or not (index or "0").isdecimal():
         use = " or ".join(found)
         raise UserError(f"--device {name}: PyTorch finds no such device here; use --device {use}")
-    if device.type in ("cuda", "xpu"):
-        device = torch.device(device.type, device.index or launch_number("LOCAL_RANK", 0))
-        torch.accelerator.set_device_index(device.index)
+    if kind not in ("cuda", "xpu"):
+        return torch.device(kind)
+    device = torch.device(kind, int(index or launch_number("LOCAL_RANK", 0)))
+    torch.accelerator.set_device_index(device.index)
     return device
 
 
-def launch_number(name, default):
-    """Return a variable of the launcher as a whole number. Raises UserError if it is none."""
-    text = os.environ.get(name, str(default))
+def launch_number(name, default=None) -> int:
+    """Return a variable that a launcher sets as a whole number. Raises UserError if it is none."""
+    text = f"{os.environ.get(name, default)}"
     if not text.isdecimal():
-        raise UserError(f"{name} is {text!r:.100}: expected a whole number, as torchrun sets it")
+        expected = "expected a whole number; start several processes with torchrun"
+        raise UserError(f"{name} is {text:.100}: {expected}")
     return int(text)
 
 
-def launched():
-    """Return (rank, number of processes) of the launch, or None if this process runs alone.
+def launched() -> bool:
+    """Return whether a launcher started this process as one of several that can find each other.
 
-    Raises UserError if several processes were started that do not know of each other.
+    Raises UserError if several processes were started that cannot.
     """
-    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-    rank, world_size, *master = (os.environ.get(name) for name in names)
-    advice = "start several processes with torchrun, or one without these variables"
-    if rank is None and world_size is None:
-        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-        if tasks != "1" and not dist.is_torchelastic_launched():
-            raise UserError(
-                f"srun started {tasks} tasks that do not know of each other; start one torchrun "
-                "for each node: srun --ntasks-per-node=1 torchrun ..."
-            )
-        return None
-    if not (f"{rank}".isdecimal() and f"{world_size}".isdecimal() and int(rank) < int(world_size)):
-        raise UserError(f"RANK is {rank!r:.100} of WORLD_SIZE {world_size!r:.100}; {advice}")
-    if not dist.is_torchelastic_launched() and world_size == "1":
-        return None
-    if not all(master) or not master[1].isdecimal():
-        raise UserError(f"MASTER_ADDR is {master[0]!r}, MASTER_PORT {master[1]!r:.100}; {advice}")
-    return int(rank), int(world_size)
+    env = os.environ
+    if not {"RANK", "WORLD_SIZE"} & env.keys():
+        tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
+        if tasks != "1":
+            use = "start one torchrun for each node: srun --ntasks-per-node=1 torchrun ..."
+            raise UserError(f"srun started {tasks} tasks that do not know of each other; {use}")
+        return False
+    rank = launch_number("RANK")
+    world_size = launch_number("WORLD_SIZE")
+    if rank >= world_size:
+        raise UserError(f"RANK is {rank} of WORLD_SIZE {world_size}; start them with torchrun")
+    if world_size == 1 and not dist.is_torchelastic_launched():
+        return False
+    if not env.get("MASTER_ADDR"):
+        raise UserError("MASTER_ADDR is not set; start several processes with torchrun")
+    launch_number("MASTER_PORT")
+    return True
 
 
-def start_process(device, make_store=None):
+def start_process(device, make_store=None) -> tuple[int, int, torch.device]:
     """Join torch.distributed if a launcher such as torchrun started this process.
 
     make_store(rank, world_size, timeout): makes the store of a process that may be restarted.
@@ -1516,50 +1384,63 @@ def start_process(device, make_store=None):
     """
     if os.environ.get("FCOS_KERNELS") not in (None, "", "cupy", "torch"):
         raise UserError(f"FCOS_KERNELS is {os.environ['FCOS_KERNELS']}: choose cupy or torch")
-    launch = None if dist.is_initialized() else launched()
+    join = not dist.is_initialized() and launched()
     device = find_device(device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True  # deformable convolutions, as cuDNN's others
-    if launch:
+    if join:
         backend = "gloo"  # it carries detections, beside what the device needs for gradients
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-        rank, world_size = launch
-        timeout, store = datetime.timedelta(hours=2), None  # long enough for rank 0 to score
+        rank = launch_number("RANK")
+        world_size = launch_number("WORLD_SIZE")
+        timeout = datetime.timedelta(hours=2)  # long enough for rank 0 to score
+        store = None
         if make_store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = make_store(rank, world_size, timeout)
-        dist.init_process_group(
-            backend, timeout=timeout, world_size=world_size, rank=rank, store=store
-        )
+        dist.init_process_group(backend, None, timeout, world_size, rank, store)
     return *rank_and_world_size(), device
 
 
-def rank_and_world_size():
+def rank_and_world_size() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes: 0, 1 if it runs alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def is_mistake(error) -> bool:
+    """Return whether an error is due to the input or the machine, and not to the code."""
+    if isinstance(error, RuntimeError):
+        return "allocate" in str(error)  # PyTorch's errors about memory
+    return isinstance(error, (UserError, OSError, UnicodeError, MemoryError))
+
+
 def run(main, args):
-    """Call a script's main; a user's mistake becomes one line on stderr and exit code 2. A process
-    that fails ends at once: destroy_process_group would wait for the others."""
+    """Call a script's main; a mistake of the user becomes one line on stderr and exit code 2.
+
+    A process that fails ends at once: destroy_process_group would wait for the others.
+    """
     gc.set_threshold(100_000)  # of the many dicts of results none is garbage
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if empty := [name for name, value in vars(args).items() if value == ""]:  # unset in a shell
-            raise UserError(f"an argument is empty: {empty[0]}")
+        for name, value in vars(args).items():
+            if value == "":  # a variable that is not set in a shell
+                raise UserError(f"an argument is empty: {name}")
         main(args)
-    except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # out of memory
-            raise
-        print(" ".join(f"{Path(sys.argv[0]).name}: {error}".split()), file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        message = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
+        print(printable(message, 1000), file=sys.stderr)
+        sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def parse_args(argv=None):
+    """Return the arguments of the command line."""
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("model", nargs="?", help='model.pt of a run, "coco", or a file of another FCOS family')
@@ -1570,15 +1451,8 @@ def parse_args(argv=None):
     add("--max-size", type=positive_int, help="most pixels of the long side (the model's own)")
     add("--workers", type=not_negative, default=2, help="loader processes, a process (%(default)s)")
     add("--export", metavar="F.onnx", help="write it as ONNX, for images of any size")
-    add(
-        "--set",
-        type=keyword_value,
-        nargs="+",
-        action="extend",
-        metavar="KEYWORD=VALUE",
-        default=[],
-        help=f"change how the model decodes: {', '.join(DECODING)}",
-    )
+    keyword = dict(type=keyword_value, nargs="+", action="extend", default=[])
+    add("--set", metavar="KEYWORD=VALUE", help=f"change {', '.join(DECODING)}", **keyword)
     add("--tile", type=positive_int, metavar="PIXELS", help="look at crops of this side, too")
     add("--overlap", type=number(float, 0, 0.9), default=0.2, help="of tiles (%(default)s)")
     add = parser.add_argument_group("score it on a data set").add_argument
@@ -1594,12 +1468,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("draw what it finds").add_argument
     add("--images", nargs="+", metavar="FILE|DIR", help="pictures; needs --out")
     add("--out", metavar="DIR", help="for the drawn ones, and detections.json")
-    add(
-        "--score-threshold",
-        type=number(float, 0, 1),
-        default=0.5,
-        help="of drawn boxes (%(default)s)",
-    )
+    probability = number(float, 0, 1)
+    add("--score-threshold", type=probability, default=0.5, help="of drawn boxes (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -1623,10 +1493,8 @@ def check_flags(args):
     if args.model is None:
         raise UserError("name a model: a file such as runs/shapes/model.pt, or coco")
     if len(given) != 1 or args.results or (args.annotations and not args.image_dir):
-        raise UserError(
-            "choose one of --data, --annotations with --image-dir or with --results, --images with "
-            "--out, and --export"
-        )
+        choices = "--data, --annotations with --image-dir or --results, --images, and --export"
+        raise UserError(f"choose one of {choices}")
 
 
 def score_results(args):
@@ -1636,8 +1504,13 @@ def score_results(args):
     unknown = int((annotations.rows < 0).sum())
     if unknown:
         annotations.notes.append(f"{unknown} boxes belong to no image in it")
-    for note in annotations.notes:
-        print(f"{args.annotations}: {note}", file=sys.stderr)
+    print_notes(annotations.notes, annotations)
+
+
+def print_notes(notes, path):
+    """Print what is odd about annotations."""
+    for note in notes:
+        print(printable(f"{path}: {note}", 500), file=sys.stderr)
 
 
 def export_model(args, model):
@@ -1649,11 +1522,11 @@ def export_model(args, model):
 
 
 def draw_images(args, model):
-    """Draw what the model finds. Raises UserError at the end if files could not be read."""
+    """Draw what the model finds. Raises UserError at the end if pictures were left out."""
     views = dict(tile=args.tile, overlap=args.overlap)
     bad = draw_folder(model, args.images, args.out, args.score_threshold, args.workers, **views)
     if bad:
-        raise UserError(f"files that could not be read: {len(bad)}")
+        raise UserError(f"pictures that could not be read, predicted or drawn: {len(bad)}")
 
 
 def score_model(args, model):
@@ -1667,8 +1540,8 @@ def score_model(args, model):
     if args.save_json:
         images = map(dataset.path, range(len(dataset)))
         check_target(args.save_json, [args.model, dataset.annotations.path, *images])
-    for note in dataset.notes if rank == 0 else ():
-        print(f"{dataset.annotations}: {note}", file=sys.stderr)
+    if rank == 0:
+        print_notes(dataset.notes, dataset.annotations)
     batch_size = args.batch_size or (1 if model.pixel_mean.device.type == "cpu" else 8)
     views = dict(tile=args.tile, overlap=args.overlap, tta=args.tta)
     results = predict(model, dataset, batch_size, args.workers, **views)

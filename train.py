@@ -1246,7 +1246,7 @@ def start_loader(batches, start, workers, device):
     items = range(start * batches.micro_batches, len(batches))
     pinned = device.type == "cuda"
     loader = evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=pinned)
-    return evaluate.raised(iter(loader))
+    return evaluate.raise_errors(iter(loader))
 
 
 def progress_bar(name, start, iters):

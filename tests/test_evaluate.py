@@ -290,7 +290,7 @@ BAD_FILES = {
     "not JSON": (b"{", ("cannot be read as JSON",)),
     "not text": (b"\xff\xfe\x00\x80", ("cannot be read as JSON",)),
     "nothing": (b"", ("cannot be read as JSON",)),
-    "a list": (b"[]", ("expected a COCO instances JSON", "`array`")),
+    "a list": (b"[]", ("expected COCO instances", "`array`")),
     "captions": (b'{"images": [], "annotations": []}', ("COCO instances", "`categories`")),
     "no images": (
         b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
@@ -344,7 +344,7 @@ NAMES = {  # the name in the JSON, the files of the folder, and the one that is 
     "a composed folder": ("\u00f6/1", ["o\u0308/1.png"], "o\u0308/1.png"),
     "CVAT's folder": ("images/1.png", ["1.png"], "../images/1.png"),
     "CVAT's folder, no suffix": ("images/1", ["1.png"], "../images/1.png"),
-    "a mask beside it": ("1", ["1.jpg", "1.png"], UserError("'1' may be 1.jpg or 1.png; give")),
+    "a mask beside it": ("1", ["1.jpg", "1.png"], UserError("'1' may be 1.jpg or 1.png; write")),
     "escaped": ("a%20b.png", ["a b.png"], UserError("being a%20b.png; .* holds a b.png")),
     "a prefix": ("/data/upload/1.png", ["1.png"], UserError("first being /data/upload/1.png")),
     "a note": ("1", ["1.txt"], UserError("lacks 1 of 1 images .* holds 1.txt")),
@@ -1084,14 +1084,10 @@ def test_categories_that_differ_from_the_models_are_named(tmp_path, mixed):
             evaluate.check_classes(other, dataset)
 
 
-def test_a_model_without_class_names_needs_as_many_categories_in_the_order_of_ids(tmp_path, mixed):
-    model, path = tiny_model(), tmp_path / "sorted.json"
+def test_a_model_without_class_names_needs_as_many_categories(mixed):
+    model = tiny_model()
     model.classes = None
-    path.write_text(mixed[0].read_text())
-    edit(path, categories=lambda rows: sorted(rows, key=lambda row: row["id"]))
-    evaluate.check_classes(model, evaluate.CocoDataset(path, mixed[1]))
-    with pytest.raises(UserError, match="categories are not in the order of their ids"):
-        evaluate.check_classes(model, evaluate.CocoDataset(*mixed))
+    evaluate.check_classes(model, evaluate.CocoDataset(*mixed))
     model.num_classes = 4
     with pytest.raises(UserError, match="has 3 categories, the model 4"):
         evaluate.check_classes(model, evaluate.CocoDataset(*mixed))
@@ -1216,11 +1212,11 @@ def test_labels_of_yolo_refer_to_photos_as_exif_turns_them(tmp_path):
 
 
 BAD_LABELS = {
-    "no data.yaml": ("data.yaml", None, "no data.yaml, in this folder or above"),
+    "no data.yaml": ("data.yaml", None, "No such file .*data.yaml"),
     "no names": ("data.yaml", "nc: 1", "names"),
-    "a class too many": ("labels/1.txt", "7 .5 .5 .1 .1", "class_idx 7 out of range"),
-    "a polygon": ("labels/1.txt", "0 .1 .1 .5 .1 .5 .5 .1 .5", "labels/1.txt: line 1: expected 5"),
-    "no image": ("images/1.png", None, "no label file has the name of an image in"),
+    "a class too many": ("labels/1.txt", "7 .5 .5 .1 .1", r"category_id 7 is not in \[0\]"),
+    "a polygon": ("labels/1.txt", "0 .1 .1 .5 .1 .5 .5 .1 .5", "1.txt: expected a class and 4"),
+    "no image": ("images/1.png", None, "no box belongs to an image in"),
 }
 
 
@@ -1241,7 +1237,8 @@ def test_labels_that_cannot_be_read_are_one_error(tmp_path, file, text, names):
 
 def test_labels_without_hotcoco_name_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "hotcoco", None)
-    with pytest.raises(UserError, match="needs hotcoco"):
+    (tmp_path / "1.xml").touch()
+    with pytest.raises(UserError, match="requirements.txt .*hotcoco"):
         evaluate.CocoDataset(tmp_path, tmp_path)
 
 
@@ -1513,7 +1510,7 @@ def test_of_many_pictures_exactly_the_broken_ones_are_left_out(tmp_path, capsys,
         tiny_model(), [tmp_path / "in"], tmp_path / "out", workers=workers
     )
     assert sorted(left_out) == sorted(paths[::4])
-    assert re.search("9 images, [0-9]+ boxes drawn, 3 left out; .* s wait", capsys.readouterr().err)
+    assert re.search("9 images, [0-9]+ boxes drawn, 3 left out", capsys.readouterr().err)
     assert len(list((tmp_path / "out").glob("*.jpg"))) == 9
 
 
