@@ -39,7 +39,6 @@ import pickle
 import re
 import reprlib
 import secrets
-import struct
 import threading
 import warnings
 import zipfile
@@ -76,7 +75,7 @@ class UserError(ValueError):
 
 
 class ShortRepr(reprlib.Repr):
-    """A repr that takes little time and room whatever the value: nested, shared or huge."""
+    """Write any value in little time and space, even if it is nested, shared or huge."""
 
     def repr_int(self, value, level):
         return repr(value) if abs(value) < 10**30 else "a huge number"
@@ -88,11 +87,18 @@ class ShortRepr(reprlib.Repr):
             return super().repr_instance(value, level)
 
 
-def printable(value, limit=300):
-    """Return a value as one line of at most `limit` characters, for messages and logs.
+def short_repr(value, limit: int = 99) -> str:
+    """Return any value as Python writes it, on one line of at most `limit` characters."""
+    writer = ShortRepr()
+    writer.maxstring = writer.maxother = limit
+    return printable(writer.repr(value), limit)
 
-    Text, paths and errors appear as they are, anything else as in `short_repr`. Characters that do
-    not print become escapes; the middle of a long line is left out.
+
+def printable(value, limit: int = 300) -> str:
+    """Return text, a path or an error on one line of at most `limit` characters.
+
+    Characters that do not print become escapes, and the middle of a long line is left out. Other
+    values are written by `short_repr`.
     """
     if not isinstance(value, (str, os.PathLike, Exception)):
         return short_repr(value, limit)
@@ -103,21 +109,15 @@ def printable(value, limit=300):
     return line if len(line) <= limit else f"{line[: limit - 4]} ..."
 
 
-def short_repr(value, limit=99):
-    """Return any value as Python writes it, on one line of at most `limit` characters."""
-    writer = ShortRepr()
-    writer.maxstring = writer.maxother = limit
-    return printable(writer.repr(value), limit)
-
-
 # ---- images -------------------------------------------------------------------------------------
 
 
-def resized_hw(h, w, min_size, max_size):
+def resized_hw(h: int, w: int, min_size: int, max_size: int) -> tuple[int, int]:
     """Return the (height, width) to which an image of h x w pixels is resized.
 
     The short side becomes `min_size` pixels, or less where the long side would exceed `max_size`.
-    Rounding follows the official code, which truncates the long side.
+    Rounding follows the official code, which exceeds max_size by up to 2 % in very wide images;
+    beyond that the long side is limited to max_size.
 
     Raises UserError unless 1 <= min_size <= max_size.
     """
@@ -128,16 +128,16 @@ def resized_hw(h, w, min_size, max_size):
         min_size = max(round(max_size * short / long), 1)
     if short != min_size:
         long = int(min_size * long / short)
-    if long > 1.05 * max_size:  # rounding adds a few pixels, but thousands to a 1 x 5000 image
+    if long > 1.02 * max_size:
         long = max_size
     return (min_size, long) if h <= w else (long, min_size)
 
 
-def resize(image, hw):
+def resize(image: Tensor, hw) -> Tensor:
     """Resize a uint8 image (3, H, W) to (3, *hw) with antialiased bilinear interpolation.
 
-    The result is within one grey level of Pillow's, which the official code uses (0.03 % of the
-    pixels differ), in a sixth of the time.
+    The result is within one grey level of Pillow's, which the official code uses, in a sixth of
+    the time.
     """
     if image.shape[-2:] == tuple(hw):
         return image
@@ -146,14 +146,14 @@ def resize(image, hw):
     return F.interpolate(channels_last, tuple(hw), mode="bilinear", antialias=True)[0]
 
 
-def padded_hw(sizes, multiple=32):
+def padded_hw(sizes, multiple: int = 32) -> tuple[int, int]:
     """Return the smallest (H, W), multiples of `multiple`, that holds images of all `sizes`."""
     h = max(size[0] for size in sizes)
     w = max(size[1] for size in sizes)
     return math.ceil(h / multiple) * multiple, math.ceil(w / multiple) * multiple
 
 
-def pad_batch(images, hw=None):
+def pad_batch(images, hw=None) -> tuple[Tensor, Tensor]:
     """Pad uint8 images (3, h, w) with zeros at the bottom and right to one batch.
 
     hw: the padded (height, width); by default the smallest multiples of 32 that hold all images.
@@ -179,9 +179,22 @@ TORCH = dict(bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.3
 
 # ---- backbones ----------------------------------------------------------------------------------
 
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization in up to 32 groups, also of a map with one value in each group."""
+
+    def __init__(self, channels):
+        super().__init__(math.gcd(32, channels), channels)
+
+    def forward(self, x):
+        # F.group_norm refuses a batch of one 1x1 map with one channel per group, but not a batch
+        # of two. The result is the bias.
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 NORMS = {
     "frozen": FrozenBatchNorm2d,  # constant statistics, scale and shift
-    "gn": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
+    "gn": GroupNorm,
     "bn": nn.BatchNorm2d,
     "syncbn": nn.BatchNorm2d,  # train.py converts it, because SyncBatchNorm runs on GPUs only
 }
@@ -190,9 +203,8 @@ NORMS = {
 class DeformConv(nn.Conv2d):
     """Modulated deformable 3x3 convolution (DCNv2: Zhu et al., arXiv 1811.11168).
 
-    Each of the nine taps reads the input at a predicted offset from its regular place and is
-    multiplied by a predicted mask in 0..1. The 27 channels of `offset` are y, x of each tap in
-    pixels, followed by the logits of the nine masks.
+    `offset` predicts where each of the nine taps reads the input (y, x in pixels from its regular
+    place: 18 channels) and the logit of a mask that it is multiplied by (9 channels).
     """
 
     def __init__(self, c_in, c_out, kernel, stride, padding, groups=1, bias=True):
@@ -202,14 +214,10 @@ class DeformConv(nn.Conv2d):
     def _conv_forward(self, x, weight, bias):  # nn.Conv2d.forward calls this
         dtype = torch.promote_types(weight.dtype, torch.float32)  # deform_conv2d lacks bf16
         offset, mask = self.offset(x).to(dtype).split((18, 9), 1)
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         y = deform_conv2d(
-            x.to(dtype),
-            offset,
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
-            self.stride,
-            self.padding,
-            mask=mask.sigmoid(),
+            x.to(dtype), offset, weight, bias, self.stride, self.padding, mask=mask.sigmoid()
         )
         return y.to(x.dtype)
 
@@ -284,11 +292,7 @@ BLOCKS = {"bottleneck": Bottleneck, "basic": BasicBlock}
 
 
 def initialize(module, weight_init):
-    """Initialize the convolutions of a module as the official code does.
-
-    weight_init: a function that fills a weight in place. Deformable convolutions follow DCN's
-    uniform rule instead. Biases become 0.
-    """
+    """Fill all convolutions by `weight_init`, those of DCN by its uniform rule; biases become 0."""
     for conv in module.modules():
         if not isinstance(conv, nn.Conv2d):
             continue
@@ -302,11 +306,8 @@ def initialize(module, weight_init):
 
 
 def freeze(stages, number):
-    """Freeze the first `number` of a list of modules, the statistics of their BatchNorms included.
-
-    Raises UserError if there are fewer.
-    """
-    if not 0 <= number <= len(stages):
+    """Freeze the first `number` of some modules, the statistics of their BatchNorms included."""
+    if number > len(stages):
         raise UserError(f"frozen_stages {number}: expected 0 to {len(stages)}")
     for stage in stages[:number]:
         stage.requires_grad_(False)
@@ -364,7 +365,6 @@ class ResNet(nn.Module):
         initialize(self, partial(nn.init.kaiming_uniform_, a=1))
 
     def freeze(self, stages):
-        """Freeze the first `stages` of stem, res2, res3, res4, res5."""
         freeze([self.stem, self.res2, self.res3, self.res4, self.res5], stages)
 
     def forward(self, x):
@@ -404,15 +404,8 @@ class MobileNetV2(nn.Module):
     strides = (4, 8, 16, 32)
     channels = (24, 32, 96, 320)
     convention = CAFFE  # the official recipes use Caffe's pixels here, too
-    STAGES = (  # (expansion, output channels, stride of the first block) of each stage
-        (1, 16, 1),
-        (6, 24, 2),
-        (6, 32, 2),
-        (6, 64, 2),
-        (6, 96, 1),
-        (6, 160, 2),
-        (6, 320, 1),
-    )
+    # (expansion, output channels, stride of the first block) of each stage
+    STAGES = (1, 16, 1), (6, 24, 2), (6, 32, 2), (6, 64, 2), (6, 96, 1), (6, 160, 2), (6, 320, 1)
 
     def __init__(self, blocks=(1, 2, 3, 4, 3, 3, 1), stem=32, norm="bn"):
         """blocks: the number of blocks in each of STAGES; stem: channels of the first layer."""
@@ -424,14 +417,12 @@ class MobileNetV2(nn.Module):
                 block_stride = stride if i == 0 else 1
                 self.features.append(InvertedResidual(c_in, c_out, block_stride, expand, norm))
                 c_in = c_out
-        # the last block of each stride
-        self.ends = [sum(blocks[:stages]) for stages in (2, 3, 5, 7)]
+        self.ends = [sum(blocks[:stages]) for stages in (2, 3, 5, 7)]  # last block of each stride
 
     def initialize(self):
         initialize(self, partial(nn.init.kaiming_normal_, mode="fan_out"))
 
     def freeze(self, stages):
-        """Freeze the first `stages` of the stem and the blocks after it."""
         freeze(self.features, stages)
 
     def forward(self, x):
@@ -458,67 +449,44 @@ class Timm(nn.Module):
     def __init__(self, arch="resnet18"):
         super().__init__()
         self.arch = arch
-        self.body = self.create(pretrained=False)
+        self.body, maps = self.create(pretrained=False)
         for name, module in self.body.named_modules():
             rate = getattr(module, "drop_prob", None) or getattr(module, "p", 0)
             if "drop" in type(module).__name__.lower() and rate:
-                raise UserError(
-                    f"arch {arch!r}: its {name} drops at random ({rate}); choose another"
-                )
-        self.strides, self.channels, self.channels_last = self.probe()
+                raise UserError(f"arch {arch!r}: {name} drops at random ({rate}); choose another")
+        strides = self.body.feature_info.reduction()
+        channels = self.body.feature_info.channels()
+        self.indices = [i for i, stride in enumerate(strides) if stride in (4, 8, 16, 32)]
+        self.strides = tuple(strides[i] for i in self.indices)
+        self.channels = tuple(channels[i] for i in self.indices)
+        self.channels_last = maps[-1].shape[1] != channels[-1]  # maps (B, h, w, C)
+        differ = any(maps[i].shape[2] * strides[i] != 128 for i in self.indices)
+        if differ or not {8, 16, 32} <= set(strides):
+            raise UserError(f"arch {arch!r}: expected maps at strides 8, 16, 32, found {strides}")
         pixels = getattr(self.body, "pretrained_cfg", None) or self.body.default_cfg
-        self.convention = dict(
-            bgr=False,
-            mean=tuple(round(255.0 * value, 3) for value in pixels["mean"]),
-            std=tuple(round(255.0 * value, 3) for value in pixels["std"]),
-            bn_eps=1e-5,
-        )
-
-    def create(self, pretrained):
-        """Create the timm model with all feature maps of strides 4 to 32 that it has."""
-        try:
-            import timm
-        except ImportError:
-            raise UserError("backbone timm: expected the package timm; pip install timm") from None
-        try:
-            return timm.create_model(self.arch, pretrained=pretrained, features_only=True)
-        except Exception as error:  # timm raises RuntimeError, AttributeError and others
-            raise UserError(f"arch {self.arch!r}: timm cannot create it ({error})") from None
+        mean = tuple(round(255.0 * value, 3) for value in pixels["mean"])
+        std = tuple(round(255.0 * value, 3) for value in pixels["std"])
+        self.convention = TORCH | dict(mean=mean, std=std)
 
     @torch.no_grad()
-    def probe(self):
-        """Measure strides, channels and layout of the feature maps with a forward pass."""
-        training = self.body.training
-        side = 128
+    def create(self, pretrained):
+        """Create the timm model; returns it and its feature maps of an image of 128x128."""
         try:
-            maps = self.body.eval()(torch.zeros(1, 3, side, side))
-        except Exception as error:  # a model for images of one size asserts it
-            raise UserError(
-                f"arch {self.arch!r}: cannot read {side}x{side} images ({error})"
-            ) from None
-        self.body.train(training)
-        reductions = self.body.feature_info.reduction()
-        self.indices = [i for i, stride in enumerate(reductions) if stride in (4, 8, 16, 32)]
-        strides = tuple(reductions[i] for i in self.indices)
-        channels = tuple(self.body.feature_info.channels()[i] for i in self.indices)
-        rows = [side // stride for stride in strides]
-        shapes = [tuple(maps[i].shape[1:]) for i in self.indices]
-        channels_last = all(shape == (n, n, c) for shape, n, c in zip(shapes, rows, channels))
-        channels_first = all(shape == (c, n, n) for shape, n, c in zip(shapes, rows, channels))
-        if not {8, 16, 32} <= set(strides) or not (channels_last or channels_first):
-            raise UserError(
-                f"arch {self.arch!r}: expected feature maps at strides 8, 16 and 32, "
-                f"found strides {tuple(reductions)} and maps {[tuple(m.shape) for m in maps]}"
-            )
-        return strides, channels, channels_last and not channels_first
+            import timm
+
+            body = timm.create_model(self.arch, pretrained=pretrained, features_only=True)
+            maps = body.eval()(torch.zeros(1, 3, 128, 128))
+        except ImportError:
+            raise UserError("backbone timm: expected the package timm; pip install timm") from None
+        except Exception as error:  # timm raises nearly anything; some models read one size only
+            problem = f"timm cannot create it for images of 128x128 ({error})"
+            raise UserError(f"arch {self.arch!r}: {problem}") from None
+        return body.train(), maps
 
     def load_pretrained(self):
         """Fill the backbone with timm's pretrained weights, which timm downloads."""
-        weights = self.create(pretrained=True).state_dict()
-        missing, unexpected = self.body.load_state_dict(weights, strict=False)
-        counters = [key for key in unexpected if key.endswith("num_batches_tracked")]
-        if missing or len(unexpected) > len(counters):  # frozen norms have no counter
-            raise UserError(f"arch {self.arch!r}: pretrained weights lack {missing[:3]}")
+        body, _ = self.create(pretrained=True)
+        self.body.load_state_dict(body.state_dict(), strict=False)  # frozen norms count no batches
 
     def initialize(self):
         """Keep timm's own random initialization."""
@@ -528,7 +496,7 @@ class Timm(nn.Module):
         from timm.layers import freeze_batch_norm_2d  # keeps an activation that is part of a norm
 
         children = list(self.body.named_children())
-        if not 0 <= stages <= len(children):
+        if stages > len(children):
             raise UserError(f"frozen_stages {stages}: expected 0 to {len(children)}")
         for name, child in children[:stages]:
             child.requires_grad_(False)
@@ -554,8 +522,6 @@ class FPN(nn.Module):
     Levels that the backbone has (its feature of stride 2**n is level n) get a lateral 1x1
     convolution, the upsampled coarser level added to it, and a 3x3 output convolution. Each further
     level is a strided convolution of the level before.
-
-    Raises UserError if the finest level is none of the backbone's.
     """
 
     def __init__(self, strides_in, channels_in, channels, levels):
@@ -565,10 +531,8 @@ class FPN(nn.Module):
         self.extra_levels = [level for level in levels if level not in backbone_levels]
         self.used = [backbone_levels.index(level) for level in self.lateral_levels]
         if levels[0] not in backbone_levels or self.lateral_levels + self.extra_levels != [*levels]:
-            raise UserError(
-                f"levels {levels}: expected to start at one of the backbone's, "
-                f"{tuple(backbone_levels)}, and to have all of them above it"
-            )
+            found = f"levels {levels} of a backbone with levels {tuple(backbone_levels)}"
+            raise UserError(f"{found}: expected one of these first, then all above it")
         for level, index in zip(self.lateral_levels, self.used):
             setattr(self, f"lateral{level}", nn.Conv2d(channels_in[index], channels, 1))
             setattr(self, f"output{level}", nn.Conv2d(channels, channels, 3, padding=1))
@@ -589,9 +553,7 @@ class FPN(nn.Module):
             maps.insert(0, getattr(self, f"output{level}")(x))
         for level in self.extra_levels:
             x = maps[-1]
-            # Two convolutions in a row would be one linear map, hence a ReLU between them. P6 has
-            # none before it: its input is used as a level of the pyramid just as it is.
-            if level != self.extra_levels[0]:
+            if level != self.extra_levels[0]:  # between two convolutions in a row
                 x = x.relu()
             maps.append(getattr(self, f"p{level}")(x))
         return maps
@@ -611,15 +573,14 @@ class Tower(nn.Sequential):
 
 
 # From the raw regression output to distances in pixels. The paper's exp makes every distance
-# positive, but its gradient grows with the distance. ReLU times the stride is linear, predicts
-# numbers of similar size on all levels, and is what the improved official models use.
+# positive, but its gradient grows with the distance. The improved official models use the linear
+# ReLU, in strides: predictions are of similar size on all levels.
 ACTIVATIONS = {
     # exp(16) exceeds any image; infinity would give NaN gradients at background locations
     "exp": lambda x, stride: x.clamp(max=16).exp(),
     "relu": lambda x, stride: x.relu() * stride,
-    # No paper of FCOS has this one. The relu has no gradient where all distances are below 0: with
-    # small objects, whose gradients are the largest, the box loss was seen to stand still for
-    # hundreds of steps. exp makes a step relative to the size of the box, and is never 0.
+    # Not from a paper. With small objects, whose gradients are the largest, the relu was seen to
+    # fall to 0, where it has no gradient, for hundreds of steps. exp is never 0.
     "exp_stride": lambda x, stride: x.clamp(max=16).exp() * stride,
 }
 
@@ -647,11 +608,8 @@ class Head(nn.Module):
             self.register_buffer("scale", torch.ones(len(strides), 1), persistent=False)
 
     def initialize(self):
-        """Initialize as in section 4 of the paper.
-
-        The bias of the classes starts every probability at 0.01, so that the many background
-        locations do not dominate the first steps (arXiv 1708.02002, section 3.3).
-        """
+        """Initialize as in section 4 of the paper, with a probability of 0.01 for every class, so
+        that the background does not dominate the first steps (arXiv 1708.02002, section 3.3)."""
         initialize(self, partial(nn.init.normal_, std=0.01))
         nn.init.constant_(self.cls.bias, -math.log((1 - 0.01) / 0.01))
 
@@ -660,20 +618,21 @@ class Head(nn.Module):
 
         features: one map (B, C, h, w) per level.
         Returns {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits}, and any
-        further map that `predict_level` returns, as (B, P, C) or (B, P). Under autocast cls stays
-        in 16 bits: it is by far the largest output, and its loss accepts them.
+        further map that `predict_level` returns, as (B, P, C) or (B, P).
         """
+        outputs = {}
         levels = [self.predict_level(*each) for each in zip(features, self.scale, self.strides)]
-        return {
-            name: torch.cat([by_location(level[name]) for level in levels], 1) for name in levels[0]
-        }
+        for name in levels[0]:
+            outputs[name] = torch.cat([by_location(level[name]) for level in levels], 1)
+        return outputs
 
     def predict_level(self, feature, scale, stride):
         """Return the maps of one level by name; a further output needs one more entry here."""
         cls_features = self.cls_tower(feature)
         box_features = self.box_tower(feature)
         ctr_features = {"cls": cls_features, "box": box_features}[self.ctr_on]
-        regression = scale * self.box(box_features)  # float32 under autocast, as the scale is
+        # Under autocast the scale makes these float32; cls, by far the largest, stays in 16 bits.
+        regression = scale * self.box(box_features)
         return {
             "cls": self.cls(cls_features),
             "ltrb": ACTIVATIONS[self.activation](regression, stride),
@@ -698,7 +657,7 @@ GRIDS = {  # where the cells of a row or column of `side` pixels lie
 }
 
 
-def level_sizes(hw, strides=STRIDES):
+def level_sizes(hw, strides=STRIDES) -> list[tuple[int, int]]:
     """Return (rows, columns) of every level for a padded image; each stage halves, rounding up."""
     return [((hw[0] - 1) // stride + 1, (hw[1] - 1) // stride + 1) for stride in strides]
 
@@ -708,12 +667,10 @@ def make_points(hw, strides=STRIDES, ranges=RANGES, device=None, grid="centre") 
 
     The result is float32 (P, 5): x, y, stride, lo, hi in pixels. A location is the center of its
     cell. lo and hi bound the largest distance to a side of the boxes that the level is responsible
-    for (section 3.2): with a range for each level, boxes of different sizes that overlap are
-    predicted on different levels instead of competing for a location. Both bounds are inclusive,
-    as in the official code: a distance of exactly 64 is positive on P3 and on P4.
+    for (section 3.2), so that boxes of different sizes do not compete for a location. Both are
+    inclusive, as in the official code: a distance of exactly 64 is positive on P3 and on P4.
 
-    grid "corner" is torchvision's: multiples of (height // rows, width // columns), which is less
-    than the stride on P6 and P7 of most images, starting at 0.
+    grid "corner" is torchvision's: multiples of (height // rows, width // columns), from 0.
     """
     points = []
     bounds = (-1, *ranges, math.inf)
@@ -788,9 +745,6 @@ def loss_normalizers(targets: dict) -> Tensor:
     return torch.stack([positives, centerness(targets["ltrb"]).sum()])
 
 
-PUBLISHED_WEIGHT = {"centerness": "centerness", "iou": "uniform"}  # of the boxes, by quality
-
-
 def fcos_loss(
     outputs: dict,
     targets: dict,
@@ -808,17 +762,14 @@ def fcos_loss(
     is split over GPUs and micro-batches.
 
     outputs: of FCOS.forward. targets: of FCOS.targets. normalizers: (2,), see loss_normalizers.
-    box_loss, unit, quality, box_weight: the keywords of FCOS. With quality "centerness" the output
-    "ctr" learns the centerness, with "iou" the IoU of the predicted box (AdelaiDet's BOX_QUALITY).
-    box_weight says how much the positive locations weigh in the box loss: by their "centerness", or
-    "uniform", all the same. None is as published: "centerness" if that is the quality, or else
-    "uniform". "centerness" takes weight from small objects: a box of one stride has one or two
-    locations, and those are rarely central.
+    box_loss, unit: keywords of FCOS. quality: what "ctr" learns, the "centerness" or the "iou" of
+    the predicted box (AdelaiDet's BOX_QUALITY). box_weight: positive locations weigh the same in
+    the box loss ("uniform"), or by their "centerness", which takes weight from small objects; None
+    is as published, "centerness" if that is the quality, else "uniform".
 
     Background locations are masked, not removed: shapes never depend on values, nothing waits for
     the GPU, and a batch without a box is an ordinary input.
     """
-    check_choices(box_loss=box_loss, unit=unit, quality=quality)
     positives = normalizers[0].clamp(min=1)
     centerness_sum = normalizers[1].clamp(min=1e-6)
     labels = targets["labels"]
@@ -833,19 +784,19 @@ def fcos_loss(
     elif quality == "iou":
         wanted_quality = iou(predicted.detach(), wanted).where(positive, 0)
     else:
-        raise NotImplementedError(f"quality {quality!r} has no branch in fcos_loss")
+        raise ValueError(f"quality {quality!r}: expected centerness or iou")
 
-    box_weight = box_weight or PUBLISHED_WEIGHT[quality]
+    if box_weight is None:
+        box_weight = "centerness" if quality == "centerness" else "uniform"
     if box_weight == "centerness":
-        # A location near the border of its box predicts a poor box, and its centerness will push
-        # its score down at test time: weighting by centerness spends the box loss where it counts.
+        # Locations near the border of a box predict it poorly and will have low scores anyway.
         weight = centerness(targets["ltrb"])
         box_normalizer = centerness_sum
     elif box_weight == "uniform":
         weight = positive.float()
         box_normalizer = positives
     else:
-        raise NotImplementedError(f"box_weight {box_weight!r} has no branch in fcos_loss")
+        raise ValueError(f"box_weight {box_weight!r}: expected centerness, uniform or None")
 
     cls = sigmoid_focal_loss(outputs["cls"].flatten(0, 1), labels.flatten())
     box = iou_loss(predicted.flatten(0, 1), wanted.flatten(0, 1), weight.flatten(), box_loss)
@@ -857,50 +808,36 @@ def fcos_loss(
 
 # ---- the model ----------------------------------------------------------------------------------
 
-# What weights expect of pixels and boxes. It belongs to the weights, not to the architecture.
-# The official FCOS was trained on inclusive boxes (x2 = x + w - 1),
-# so decoding adds the missing pixel. Locations lie at the "centre" of their cells, or, in
-# torchvision, at the "corner".
+# What weights expect of pixels and boxes. It belongs to the weights, not to the architecture. The
+# official FCOS was trained on inclusive boxes (x2 = x + w - 1), so decoding adds the missing pixel.
+# Locations lie at the "centre" of their cells, or, in torchvision, at the "corner".
 CONVENTION = CAFFE | dict(inclusive=False, grid="centre", score="fcos")
 
 
 class ScoreRule(NamedTuple):
-    """How a family of weights turns class probability and centerness into scores.
+    """How a family of weights scores detections.
 
-    The functions take the probability of a class and its product with centerness, elementwise.
+    prob is the probability of a class, joint its product with centerness.
     """
 
     threshold: float  # of a candidate
-    compared: Callable  # what is compared with the threshold
-    ranked: Callable  # what candidates of a level are ranked by
-    final: Callable  # the score of a detection, from the product
+    compared: Callable  # (prob, joint) -> what is compared with the threshold
+    ranked: Callable  # (prob, joint) -> what ranks the candidates of a level
+    final: Callable  # (joint) -> the score of a detection
 
 
-# Centerness multiplies the probability because a location far from the center of its object
-# predicts a worse box: its score drops, so that suppression keeps the better box of the object.
+# A location far from the center of its object predicts a worse box. Multiplied by centerness, its
+# score drops, so that suppression keeps the better box of the object.
 SCORES = {
-    "fcos": ScoreRule(
-        threshold=0.05,
-        compared=lambda probability, product: probability,
-        ranked=lambda probability, product: product,
-        final=torch.sqrt,
-    ),
+    "fcos": ScoreRule(0.05, lambda prob, joint: prob, lambda prob, joint: joint, torch.sqrt),
     "torchvision": ScoreRule(
-        threshold=0.2,
-        compared=lambda probability, product: product.sqrt(),
-        ranked=lambda probability, product: product,
-        final=torch.sqrt,
+        0.2, lambda prob, joint: joint.sqrt(), lambda prob, joint: joint, torch.sqrt
     ),
-    "mmdetection": ScoreRule(
-        threshold=0.05,
-        compared=lambda probability, product: probability,
-        ranked=lambda probability, product: probability,
-        final=torch.clone,
-    ),
+    "mmdetection": ScoreRule(0.05, lambda prob, joint: prob, lambda prob, joint: prob, torch.clone),
 }
 
 
-def defaults(function):
+def defaults(function) -> dict:
     """Return {keyword: default} of the parameters of a function or class that have a default."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -923,8 +860,7 @@ class FCOS(nn.Module):
 
     `keywords` holds everything it was built with except the number of classes, `loss` the keywords
     of fcos_loss, `classes` and `category_ids` those of the data set, and `convention` what the
-    weights expect of pixels and boxes (see CONVENTION). A backbone passed as a module may say which
-    pixels it expects (`convention`); otherwise torchvision's are assumed.
+    weights expect of pixels and boxes (see CONVENTION).
 
     The keywords that decide how to resize and decode are attributes, too: setting
     `model.nms_threshold = 0.5` changes every prediction from then on, and is saved with the model.
@@ -975,9 +911,7 @@ class FCOS(nn.Module):
         if passed:
             given["backbone"] = None  # a module cannot be stored among the keywords
         self.keywords = resolve(given | backbone_keywords)
-        if num_classes < 1:
-            raise UserError(f"num_classes {num_classes}: expected 1 or more")
-        self.num_classes = num_classes
+        self.num_classes = check("num_classes", num_classes, 80)
         self.strides = tuple(2**level for level in levels)
         self.ranges = self.keywords["ranges"]
         self.radius = radius
@@ -1011,11 +945,10 @@ class FCOS(nn.Module):
             if isinstance(module, FrozenBatchNorm2d):
                 module.eps = self.convention["bn_eps"]
 
-    def normalize(self, images, sizes):
+    def normalize(self, images: Tensor, sizes) -> Tensor:
         """Normalize uint8 RGB images (B, 3, H, W) to float32 in the channel order of the weights.
 
-        The padding, whatever lies beyond `sizes` (B, 2), becomes 0 after normalization, which is
-        grey, as in the official code.
+        The padding, whatever lies beyond `sizes` (B, 2), becomes 0, as in the official code.
         """
         B, C, H, W = images.shape
         if self.convention["bgr"]:
@@ -1040,8 +973,13 @@ class FCOS(nn.Module):
         else the head returns, "points": (P, 5), "levels": the number of locations of each level}.
         """
         hw = images.shape[-2:]
+        if sizes is None:
+            sizes = torch.tensor([hw] * len(images))
+        if not isinstance(sizes, Tensor) and np.shape(sizes) != (len(images), 2):
+            found = short_repr(sizes, 60)
+            raise UserError(f"sizes {found}: expected (height, width) of each image, no targets")
         if not images.is_floating_point():
-            images = self.normalize(images, [hw] * len(images) if sizes is None else sizes)
+            images = self.normalize(images, sizes)
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         outputs = self.head(self.fpn(features))
         levels = [rows * columns for rows, columns in level_sizes(hw, self.strides)]
@@ -1050,9 +988,8 @@ class FCOS(nn.Module):
     def targets(self, hw, truths: list[dict]) -> dict:
         """Return what every location of a padded (height, width) batch has to predict.
 
-        truths: for each image {"boxes": (G, 4) xyxy pixels, "labels": (G,) int64, further columns
-        (G, ...)} on the device of the result. See `encode` for the result; kernels/assign.py has
-        the rules of section 3.1 that choose the box of a location.
+        truths and the result: see `encode`. kernels/assign.py has the rules of section 3.1 that
+        choose the box of a location.
         """
         boxes = [truth["boxes"] for truth in truths]
         points = self.points(hw, boxes[0].device)
@@ -1064,14 +1001,19 @@ class FCOS(nn.Module):
         On each level the `topk` best candidates remain; `suppress` then leaves `max_detections`
         over all levels (section 3.3).
 
-        Returns {"boxes": (B, D, 4) xyxy pixels of the padded image, clipped to `sizes`; "scores":
-        (B, D), falling; "labels": (B, D); and every further output (B, P, ...) of the head, taken
-        at the location of the detection, (B, D, ...)}. Rows after the last detection are padding:
-        boxes 0, scores -inf, labels -1.
+        Returns {"boxes": (B, D, 4) xyxy pixels, clipped to `sizes`; "scores": (B, D), falling;
+        "labels": (B, D); and every further output of the head at the location of the detection,
+        (B, D, ...)}. Rows after the last detection are padding: boxes 0, scores -inf, labels -1.
         """
         candidates = self.candidates(outputs, sizes)
         keep, scores = self.suppress(*(candidates[n] for n in ("boxes", "scores", "labels")))
-        return select(candidates, keep, scores)
+        image = torch.arange(keep.shape[0], device=keep.device)[:, None]
+        detections = {}
+        for name, values in candidates.items():
+            kept = values[image, keep.clamp(min=0)]
+            found = (keep >= 0).reshape(*keep.shape, *[1] * (kept.ndim - 2))
+            detections[name] = kept.where(found, -1 if name == "labels" else 0)
+        return detections | {"scores": scores}
 
     def candidates(self, outputs: dict, sizes: Tensor) -> dict:
         """Return the best (location, class) pairs of every level as boxes, without suppression.
@@ -1080,18 +1022,25 @@ class FCOS(nn.Module):
         a score of -inf marks one below the threshold or without area inside its image.
         """
         rule = SCORES[self.convention["score"]]
-        threshold = rule.threshold
         if self.candidate_threshold is not None:
-            threshold = self.candidate_threshold
-        location, labels, product = best_pairs(
-            outputs["cls"], outputs["ctr"], outputs["levels"], rule, threshold, self.topk
-        )
-        ltrb = outputs["ltrb"].float().gather(1, location[..., None].expand(-1, -1, 4))
+            rule = rule._replace(threshold=self.candidate_threshold)
+        pairs = []
+        first = 0
+        for count in outputs["levels"]:
+            level = slice(first, first + count)
+            location, *pair = best_pairs(
+                outputs["cls"][:, level], outputs["ctr"][:, level], rule, self.topk
+            )
+            pairs.append((location + first, *pair))
+            first += count
+        location, labels, product = (torch.cat(column, 1) for column in zip(*pairs))
+
+        image = torch.arange(location.shape[0], device=location.device)[:, None]
+        ltrb = outputs["ltrb"][image, location].float()
         boxes = self.boxes_at(outputs["points"][location], ltrb, sizes)
         x1, y1, x2, y2 = boxes.unbind(-1)
         valid = (product >= 0) & (x2 > x1) & (y2 > y1)  # false for NaN, too
         scores = rule.final(product.clamp(min=0)).where(valid, -math.inf)
-        image = torch.arange(location.shape[0], device=location.device)[:, None]
         further = {
             name: output[image, location]
             for name, output in outputs.items()
@@ -1099,7 +1048,7 @@ class FCOS(nn.Module):
         }
         return {"boxes": boxes, "scores": scores, "labels": labels} | further
 
-    def boxes_at(self, points, ltrb, sizes):
+    def boxes_at(self, points: Tensor, ltrb: Tensor, sizes) -> Tensor:
         """Return the boxes (B, N, 4) of points (B, N, 5) and distances, clipped to sizes."""
         left, top, right, bottom = ltrb.unbind(-1)
         x, y = points[..., 0], points[..., 1]
@@ -1115,8 +1064,8 @@ class FCOS(nn.Module):
     def suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the detections among candidates: greedy non-maximum suppression in each class.
 
-        All predictions pass through this method, whatever they are made of: replace it for another
-        suppression, such as Soft-NMS, which also changes the scores.
+        All predictions pass through this method: replace it for another suppression, such as
+        Soft-NMS, which also changes the scores.
 
         boxes (B, N, 4) xyxy pixels, scores (B, N), -inf for padding, labels (B, N).
         Returns the candidates that remain, int64 (B, D), best first and then -1, and their scores
@@ -1126,18 +1075,13 @@ class FCOS(nn.Module):
         return keep, scores.gather(1, keep.clamp(min=0)).where(keep >= 0, -math.inf)
 
     def detect(self, outputs: dict, sizes: Tensor, score_threshold: float = 0.0) -> list[dict]:
-        """Return `decode` as a list with one dict per image, without padding.
-
-        Detections that score less than `score_threshold` are left out. This waits for the GPU;
-        decode does not.
-        """
+        """Return `decode` as a list with one dict per image, without padding and low scores."""
         return as_list(self.decode(outputs, sizes), score_threshold)
 
-    def rescale(self, boxes, size, hw):
+    def rescale(self, boxes: Tensor, size, hw) -> Tensor:
         """Scale boxes (D, 4) from an image of `size` (height, width) to the same image at `hw`.
 
-        For weights with inclusive boxes, the pixel that decoding added belongs to `hw`: it is taken
-        off before scaling and added afterwards, as in the official code.
+        The pixel that decoding adds to inclusive boxes does not scale, as in the official code.
         """
         extra = torch.tensor([0.0, 0.0, 1.0, 1.0]) * self.convention["inclusive"]
         scale_x = float(hw[1]) / float(size[1])
@@ -1162,81 +1106,57 @@ class FCOS(nn.Module):
         tensors (3, H, W). min_size, max_size: resize to these pixels instead of `test_size`.
         score_threshold: leave out detections that score less. batch_size: consecutive views that
         are padded to one size run together. graph: replay CUDA graphs on a GPU, see `replay`.
-        tile, overlap: look at crops of tile x tile pixels, too, for small objects in large images.
-        tta: test-time augmentation with 18 views. See `make_views` for both.
+        tile, overlap, tta: look at each image several times, see `make_views`.
         After model.compile(dynamic=False) every padded size is a graph: set
         torch._dynamo.config.recompile_limit (8) to their number, or later sizes run eager.
 
         Returns [{"boxes": (D, 4) xyxy pixels of the image, "scores": (D,), "labels": (D,), and
         every further output of the head, (D, ...)}], always a list.
         """
-        images = each_image(images)
-        test_size = min_size or self.test_size[0], max_size or self.test_size[1]
-        views = partial(make_views, test_size=test_size, tile=tile, overlap=overlap, tta=tta)
+        min_size = self.test_size[0] if min_size is None else min_size
+        max_size = self.test_size[1] if max_size is None else max_size
+        views_of = partial(
+            make_views, test_size=(min_size, max_size), tile=tile, overlap=overlap, tta=tta
+        )
         # The official augmentation merges candidates; tiles suppress first, as there may be many.
         decode = self.candidates if tta else self.decode
-
-        def run(images, sizes):
-            return decode(self(images, sizes), sizes)
-
-        if graph and self.pixel_mean.device.type == "cuda":
-            run = replay(run)
-        return predict_images(self, images, views, run, score_threshold, batch_size)
+        return predict_images(
+            self, each_image(images), views_of, decode, score_threshold, batch_size, graph
+        )
 
 
-def best_pairs(cls, ctr, levels, rule, threshold, topk):
-    """Choose the `topk` best (location, class) pairs of each level.
+def best_pairs(cls, ctr, rule, topk):
+    """Choose the `topk` best (location, class) pairs of one level.
 
-    cls (B, P, K) and ctr (B, P) are logits, levels the number of locations of each level, rule a
-    ScoreRule. The best pairs lie among the `topk` locations with the best class, because the
-    centerness of a location is the same for all of its classes. Ranking locations first avoids
-    sorting, and computing probabilities for, all P * K pairs.
+    cls (B, P, K) and ctr (B, P) are logits, rule is a ScoreRule. The best pairs lie among the
+    `topk` locations with the best class, because the centerness of a location is the same for all
+    of its classes. Ranking locations first avoids sorting all P * K pairs.
 
     Returns location (B, N), label (B, N) and the product of probability and centerness (B, N),
-    which is -inf for pairs that do not exceed the threshold. N follows from the size of the image,
-    in an exported graph, too: `torch.sym_min` is a min that an export does not fix to a number.
+    which is -inf for pairs that do not exceed the threshold. torch.sym_min is a min that keeps N
+    dynamic in an exported graph.
     """
 
     def rank(probability, centerness):
         product = probability * centerness
-        passed = rule.compared(probability, product) > threshold
+        passed = rule.compared(probability, product) > rule.threshold
         return rule.ranked(probability, product).where(passed, -math.inf), product
 
+    centerness = ctr.float().sigmoid()
+    # One NaN hides the best class; 1 lets the other classes of that location take part.
+    best_class = cls.amax(2).float().sigmoid().nan_to_num(nan=1.0)
+    ranking, _ = rank(best_class, centerness)
+    location = ranking.topk(torch.sym_min(topk, ranking.shape[1])).indices
     image = torch.arange(cls.shape[0], device=cls.device)[:, None]
-    locations, labels, products = [], [], []
-    first = 0
-    for count in levels:
-        logits = cls[:, first : first + count]
-        centerness = ctr[:, first : first + count].float().sigmoid()
-        # One NaN hides the best class; 1 lets the other classes of that location take part.
-        best_class = logits.amax(2).float().sigmoid().nan_to_num(nan=1.0)
-        ranking, _ = rank(best_class, centerness)
-        location = ranking.topk(torch.sym_min(topk, count)).indices
-        probability = logits[image, location].float().sigmoid()
-        ranking, product = rank(probability, centerness.gather(1, location)[..., None])
-        ranking = ranking.flatten(1)
-        best, pair = ranking.topk(torch.sym_min(topk, ranking.shape[1]))
-        locations.append(location.gather(1, pair // cls.shape[2]) + first)
-        labels.append(pair % cls.shape[2])
-        product = product.flatten(1).gather(1, pair)
-        products.append(product.where(best > -math.inf, -math.inf))
-        first += count
-    return torch.cat(locations, 1), torch.cat(labels, 1), torch.cat(products, 1)
-
-
-def select(candidates, keep, scores):
-    """Return the rows `keep` (B, D) of candidates (B, N, ...) with these scores; -1 is padding."""
-    image = torch.arange(keep.shape[0], device=keep.device)[:, None]
-    detections = {}
-    for name, values in candidates.items():
-        kept = values[image, keep.clamp(min=0)]
-        found = (keep >= 0).reshape(*keep.shape, *[1] * (kept.ndim - 2))
-        detections[name] = kept.where(found, -1 if name == "labels" else 0)
-    return detections | {"scores": scores}
+    probability = cls[image, location].float().sigmoid()
+    ranking, product = rank(probability, centerness.gather(1, location)[..., None])
+    ranking = ranking.flatten(1)
+    best, pair = ranking.topk(torch.sym_min(topk, ranking.shape[1]))
+    product = product.flatten(1).gather(1, pair).where(best > -math.inf, -math.inf)
+    return location.gather(1, pair // cls.shape[2]), pair % cls.shape[2], product
 
 
 # ---- models -------------------------------------------------------------------------------------
-
 
 # Rows of MODELS are made of these parts. Backbones:
 FROZEN = dict(norm="frozen", frozen_stages=2)
@@ -1290,143 +1210,118 @@ MODELS = {
 }
 # fmt: on
 
-CHOICES = dict(
-    norm=NORMS,
-    block=BLOCKS,
-    activation=ACTIVATIONS,
-    ctr_on=("cls", "box"),
-    quality=("centerness", "iou"),
-    box_weight=(None, "centerness", "uniform"),
-    box_loss=KINDS,
-    unit=("pixel", "stride"),
-    grid=GRIDS,
-    score=SCORES,
-)
-
 
 class Numbers(NamedTuple):
-    """What a number must be, or every element of a tuple of numbers."""
+    """Bounds of a number, or of every number in a tuple; whole numbers if the bounds are."""
 
-    kind: type  # int, or float for any number
     least: float
     most: float
-    length: int | str = 1  # 1 for a number, no tuple; "any"; "default": as the default
+    any_length: bool = False  # of a tuple; otherwise as long as the default
+
+    def fit(self, value, default) -> bool:
+        kinds = (int,) if isinstance(self.least, int) else (int, float)  # a bool is neither
+        numbers = (value,)
+        if self.any_length or isinstance(default, tuple):
+            if not isinstance(value, tuple) or not (self.any_length or len(value) == len(default)):
+                return False
+            numbers = value
+        return all(type(x) in kinds and self.least <= x <= self.most for x in numbers)
 
 
-# Keep typing errors and damaged files from building a model that fails in the middle of a training,
-# or that fills the memory.
-LIMITS = dict(
-    frozen_stages=Numbers(int, 0, 100),
-    channels=Numbers(int, 1, 2**14),
-    levels=Numbers(int, 2, 10, "any"),
-    ranges=Numbers(float, 1, 10**6, "any"),
-    radius=Numbers(float, 0, 1000),
-    test_size=Numbers(int, 1, 10**6, "default"),
-    candidate_threshold=Numbers(float, 0, 1),
-    topk=Numbers(int, 1, 10**6),
-    nms_threshold=Numbers(float, 0, 1),
-    max_detections=Numbers(int, 1, 10**6),
-    blocks=Numbers(int, 1, 200, "default"),
-    stem=Numbers(int, 1, 2**14),
-    groups=Numbers(int, 1, 2**14),
-    width=Numbers(int, 1, 2**14),
-    dcn=Numbers(int, 2, 5, "any"),
-    mean=Numbers(float, 0, 10**6, "default"),
-    std=Numbers(float, 1e-6, 10**6, "default"),
-    bn_eps=Numbers(float, 0, 10**6),
-)
+# What keywords may hold, numbers or one of some choices; others need the type of their default.
+# This keeps typing errors and damaged files from building a model that fails in the middle of a
+# training, or that fills the memory.
+CHECKS = {
+    "backbone": BACKBONES,
+    "block": BLOCKS,
+    "blocks": Numbers(1, 200),
+    "stem": Numbers(1, 2**14),
+    "groups": Numbers(1, 2**14),
+    "width": Numbers(1, 2**14),
+    "dcn": Numbers(2, 5, any_length=True),
+    "norm": NORMS,
+    "frozen_stages": Numbers(0, 100),
+    "channels": Numbers(1, 2**14),
+    "levels": Numbers(2, 10, any_length=True),
+    "ranges": Numbers(1.0, 1e6, any_length=True),
+    "activation": ACTIVATIONS,
+    "unit": ("pixel", "stride"),
+    "ctr_on": ("cls", "box"),
+    "quality": ("centerness", "iou"),
+    "box_weight": ("centerness", "uniform"),
+    "radius": Numbers(0.0, 1000.0),
+    "box_loss": KINDS,
+    "grid": GRIDS,
+    "test_size": Numbers(1, 10**6),
+    "candidate_threshold": Numbers(0.0, 1.0),
+    "topk": Numbers(1, 10**6),
+    "nms_threshold": Numbers(0.0, 1.0),
+    "max_detections": Numbers(1, 10**6),
+    "num_classes": Numbers(1, 10**6),
+    "mean": Numbers(0.0, 1e6),  # this and the following are entries of CONVENTION
+    "std": Numbers(1e-6, 1e6),
+    "bn_eps": Numbers(0.0, 1e6),
+    "score": SCORES,
+}
 
 
-def check_numbers(keyword, value, default):
-    """Raise UserError unless a value, or every element of it, is within LIMITS."""
-    kind, least, most, length = LIMITS[keyword]
-    elements = (value,) if length == 1 else value
-    fits = isinstance(elements, tuple)
-    fits = fits and (length != "default" or len(elements) == len(default))
-    kinds = (int, float) if kind is float else (int,)
-    if not fits or any(type(x) not in kinds or not least <= x <= most for x in elements):
-        what = "whole number" if kind is int else "number"
-        what = f"a {what}" if length == 1 else f"a tuple of {what}s"
-        example = f"a value like {default!r}, " if default else ""
-        raise UserError(
-            f"{keyword} {short_repr(value)}: expected {example}{what} from {least} to {most}"
-        )
+def fit(value, default, allowed) -> bool:
+    """Return whether a value fits an entry of CHECKS, or the type of the default if it is None."""
+    if isinstance(allowed, Numbers):
+        return allowed.fit(value, default)
+    if allowed is not None:
+        return isinstance(value, str) and value in allowed
+    kind = str if default is None else type(default)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
-def check_choices(**keywords):
-    """Raise UserError unless every keyword that has CHOICES holds one of them."""
-    for keyword, value in keywords.items():
-        if keyword in CHOICES and not any(value is x or value == x for x in CHOICES[keyword]):
-            choices = ", ".join(map(str, CHOICES[keyword]))
-            raise UserError(f"{keyword} {short_repr(value)}: expected one of {choices}")
-
-
-def checked_value(keyword, value, default):
+def check(keyword: str, value, default):
     """Return the value of a keyword, a list as a tuple. Raises UserError if it does not fit."""
     if isinstance(value, list):
         value = tuple(value)
     if value is None and default is None:
         return value
-    if keyword in CHOICES:
-        check_choices(**{keyword: value})
-    elif has_limits(keyword, default):
-        check_numbers(keyword, value, default)
-    else:
-        example = "resnet50" if keyword == "imagenet" else default
-        kinds = (float, int) if isinstance(example, float) else type(example)
-        alike = isinstance(value, bool) == isinstance(example, bool)
-        if example is not None and not (isinstance(value, kinds) and alike and value == value):
-            raise UserError(f"{keyword} {short_repr(value)}: expected a value like {example!r}")
+    allowed = CHECKS.get(keyword)
+    if default is not None and not fit(default, default, allowed):
+        allowed = None  # a backbone of your own means something else by this name
+    if not fit(value, default, allowed):
+        expected = "text" if default is None else f"a value like {default!r}"
+        if isinstance(allowed, Numbers):
+            example = "numbers" if default is None else expected
+            expected = f"{example} from {allowed.least} to {allowed.most}"
+        elif allowed is not None:
+            expected = f"one of {', '.join(allowed)}"
+        raise UserError(f"{keyword} {short_repr(value)}: expected {expected}")
     return value
 
 
-def has_limits(keyword, default):
-    """Tell if LIMITS apply. A custom backbone may mean something else by `width` or `blocks`."""
-    if keyword not in LIMITS:
-        return False
-    if default is None:
-        return True
-    kind, _, _, length = LIMITS[keyword]
-    whole = not isinstance(default, float) or kind is float
-    return whole and isinstance(default, tuple) == (length != 1)
-
-
-def checked_convention(convention):
+def checked_convention(convention) -> dict:
     """Return a convention with tuples in place of lists; raises UserError if it does not fit."""
     if not isinstance(convention, dict) or not convention.keys() <= CONVENTION.keys():
         known = ", ".join(CONVENTION)
         raise UserError(f"convention {short_repr(convention)}: expected a dict, some of {known}")
-    return {
-        keyword: checked_value(keyword, value, CONVENTION[keyword])
-        for keyword, value in convention.items()
-    }
+    return {name: check(name, value, CONVENTION[name]) for name, value in convention.items()}
 
 
 def resolve(keywords: dict) -> dict:
-    """Return all keywords of FCOS and of the backbone that `keywords` names, checked.
+    """Return all keywords of FCOS and of its backbone, the defaults of those not given included.
 
-    Keywords that are not given get their defaults. With the number of classes, the result is all
-    it takes to build the same model again, whatever becomes of MODELS.
-
+    With the number of classes, the result is all it takes to build the same model again.
     Raises UserError for an unknown keyword or a value that does not fit.
     """
     resolved = defaults(FCOS)
-    backbone = keywords.get("backbone", resolved["backbone"])
-    if backbone is not None:  # None: a module was passed to FCOS
-        if not isinstance(backbone, str) or backbone not in BACKBONES:
-            found = short_repr(backbone)
-            raise UserError(f"backbone {found}: expected one of {', '.join(BACKBONES)}")
-        resolved |= defaults(BACKBONES[backbone])
-    known = dict(resolved)
+    backbone = keywords.get("backbone", "resnet")
+    if backbone is None:  # a module was passed to FCOS
+        resolved["backbone"] = None
+    else:
+        resolved |= defaults(BACKBONES[check("backbone", backbone, "resnet")])
     for keyword, value in keywords.items():
-        if keyword not in known:
+        if keyword not in resolved:
             found = short_repr(keyword)
-            raise UserError(f"keyword {found}: expected one of {', '.join(known)}")
-        if keyword != "backbone":
-            value = checked_value(keyword, value, known[keyword])
-        resolved[keyword] = value
+            raise UserError(f"keyword {found}: expected one of {', '.join(resolved)}")
+        resolved[keyword] = check(keyword, value, resolved[keyword])
     if resolved["ranges"] is None:
-        if resolved["levels"] != known["levels"]:
+        if resolved["levels"] != defaults(FCOS)["levels"]:
             raise UserError(f"levels {resolved['levels']}: expected ranges with them, found none")
         resolved["ranges"] = RANGES
     check_combination(resolved)
@@ -1435,50 +1330,40 @@ def resolve(keywords: dict) -> dict:
 
 def check_combination(keywords):
     """Raise UserError for values that are possible alone, but not together or in this order."""
-
-    def refuse(keyword, expected):
-        raise UserError(f"{keyword} {keywords[keyword]}: expected {expected}")
-
-    levels, ranges = keywords["levels"], keywords["ranges"]
-    if not levels or levels != tuple(range(levels[0], levels[0] + len(levels))):
-        refuse("levels", "consecutive levels, such as (3, 4, 5, 6, 7)")
-    if len(ranges) != len(levels) - 1:
-        refuse("ranges", f"{len(levels) - 1}, one between two levels")
-    if list(ranges) != sorted(set(ranges)):
-        refuse("ranges", "rising numbers")
-    if keywords["test_size"][0] > keywords["test_size"][1]:
-        refuse("test_size", "the short side first, and at most as long as the other")
-    if keywords["channels"] % 32:
-        refuse("channels", "a multiple of 32, since the head normalizes them in 32 groups")
+    levels, ranges, test_size = (keywords[name] for name in ("levels", "ranges", "test_size"))
+    consecutive = levels and levels == tuple(range(levels[0], levels[0] + len(levels)))
+    for keyword, fits, expected in (
+        ("levels", consecutive, "consecutive levels, such as (3, 4, 5, 6, 7)"),
+        ("ranges", len(ranges) == len(levels) - 1, f"{len(levels) - 1}, one between two levels"),
+        ("ranges", list(ranges) == sorted(set(ranges)), "rising numbers"),
+        ("test_size", test_size[0] <= test_size[1], "the short side first"),
+        ("channels", keywords["channels"] % 32 == 0, "a multiple of 32, for 32 groups in the head"),
+    ):
+        if not fits:
+            raise UserError(f"{keyword} {keywords[keyword]}: expected {expected}")
 
 
 def model_keywords(name: str, overrides: dict) -> dict:
     """Return the resolved keywords of the row `name` of MODELS with `overrides` in their place.
 
-    With another backbone, the keywords of the row's own backbone are dropped.
-
-    Raises UserError for an unknown row or keyword, and for levels that are not the row's if no
-    ranges come with them: those of the row would silently belong to other levels.
+    With another backbone, the keywords of the row's own backbone are dropped. Raises UserError for
+    an unknown row or keyword, and for other levels without ranges, since the row's do not fit them.
     """
     if name not in MODELS:
         raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
-    row = resolve(MODELS[name])
     kept = MODELS[name]
+    row = resolve(kept)
     if overrides.get("backbone", row["backbone"]) != row["backbone"]:
         of_backbone = {*defaults(BACKBONES[row["backbone"]]), "frozen_stages", "imagenet"}
         kept = {key: value for key, value in kept.items() if key not in of_backbone}
-    levels = overrides.get("levels", row["levels"])
-    differ = isinstance(levels, (list, tuple)) and tuple(levels) != row["levels"]
-    if differ and "ranges" not in overrides:
-        raise UserError(
-            f"levels {levels}: expected ranges with them, the {len(levels) - 1} largest distances "
-            f"between two levels in pixels; the row {name} has levels {row['levels']} and ranges "
-            f"{row['ranges']}"
-        )
+    levels = check("levels", overrides.get("levels", row["levels"]), row["levels"])
+    if levels != row["levels"] and "ranges" not in overrides:
+        has = f"{name} has levels {row['levels']} and ranges {row['ranges']} in pixels"
+        raise UserError(f"levels {levels}: expected ranges with them; {has}")
     return resolve(kept | overrides)
 
 
-def build(name: str, num_classes: int = 80, **overrides) -> "FCOS":
+def build(name: str, num_classes: int = 80, **overrides) -> FCOS:
     """Build the model of the row `name` of MODELS with random weights; never downloads.
 
     overrides: keywords of FCOS and of the row's backbone that replace the row's, such as
@@ -1510,31 +1395,13 @@ TURNS = {  # how an image is turned upright, by its EXIF orientation
 }
 
 
-def exif_orientation(image):
-    """Return the EXIF orientation of an image, or None.
-
-    It is read here from the block of tags. Pillow reads all tags, and fails at those that cameras
-    and editors write by mistake.
-    """
+def exif_turn(image):
+    """Return one of TURNS that makes an image upright, or None."""
     try:
-        if "exif" not in image.info:
-            return image.getexif().get(0x0112)  # Pillow finds it in XMP
-        block = image.info["exif"].removeprefix(b"Exif\0\0")
-        order = {b"II": "<", b"MM": ">"}[block[:2]]
-        [start] = struct.unpack_from(order + "I", block, 4)
-        [tags] = struct.unpack_from(order + "H", block, start)
-        for place in range(start + 2, start + 2 + 12 * tags, 12):
-            tag, kind = struct.unpack_from(order + "HH", block, place)
-            if tag == 0x0112:
-                return struct.unpack_from(order + ("I" if kind == 4 else "H"), block, place + 8)[0]
-    except Exception:  # damaged: an image without orientation
+        # ImageOps.exif_transpose would fail at other tags that cameras and editors write wrongly
+        return TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # damaged
         return None
-
-
-EXPECTED_IMAGE = (
-    "expected a path, a PIL image, an RGB uint8 array (H, W, 3), an RGB uint8 tensor (3, H, W), "
-    "or an image file as bytes"
-)
 
 
 def open_image(source):
@@ -1546,15 +1413,14 @@ def open_image(source):
     return Image.open(source if hasattr(source, "read") else regular_file(source))
 
 
-def read_image(source, hw=None):
+def read_image(source, hw=None) -> Tensor:
     """Read an image as 8-bit RGB and return it as a uint8 tensor (3, H, W).
 
     source: a path, a PIL image, or the bytes of an image file or a file object with them. Grey,
     palette, CMYK and transparent images are converted; 16-bit ones by the highest bit they use.
 
-    The EXIF orientation is applied, as in a viewer. With `hw`, the (height, width) that annotations
-    were drawn on, it is applied only if the stored image does not have that size but the turned one
-    has: COCO's boxes refer to the stored pixels.
+    The EXIF orientation is applied, as in a viewer, unless the stored image has already the size
+    `hw`, the (height, width) of its annotations: COCO's boxes refer to the stored pixels.
 
     Raises UserError if the file cannot be read, or if its size is not `hw`.
     """
@@ -1564,7 +1430,7 @@ def read_image(source, hw=None):
         image = open_image(source)
         stored = image.size[::-1]
         image.load()  # before the orientation is read: Pillow turns TIFF files while it loads them
-        turn = TURNS.get(exif_orientation(image))
+        turn = exif_turn(image)
         if stored != hw and turn is not None:
             image = image.transpose(turn)
         if image.mode == "F":
@@ -1579,8 +1445,6 @@ def read_image(source, hw=None):
     except Exception as error:  # Pillow raises nearly anything for damaged files
         why = getattr(error, "strerror", None) or printable(error)
         if isinstance(error, UnidentifiedImageError):
-            if isinstance(source, (bytes, bytearray)):
-                raise UserError(f"image {name}: {EXPECTED_IMAGE}") from None
             why = "not an image"
         elif isinstance(error, Image.DecompressionBombError):
             why += "; cut it into pieces, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
@@ -1591,47 +1455,44 @@ def read_image(source, hw=None):
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def each_image(images):
-    """Return images as an iterable: a single one, of any kind that `as_image` takes, in a list."""
-    single = str, bytes, bytearray, os.PathLike, Image.Image, np.ndarray, Tensor
-    if isinstance(images, single) or hasattr(images, "read"):
-        return [images]
-    if not isinstance(images, Iterable) or isinstance(images, dict):
-        raise UserError(f"images {short_repr(images)}: expected an image or several")
-    return images
-
-
-def as_image(source):
+def as_image(source) -> Tensor:
     """Return an image as a uint8 RGB tensor (3, H, W).
 
     source: what `read_image` takes, a uint8 RGB array (H, W, 3), or a uint8 RGB tensor (3, H, W).
     Raises UserError for anything else, such as float or grey pixels or a batch.
     """
-    if isinstance(source, (str, bytes, bytearray, os.PathLike, Image.Image)):
-        return read_image(source)
-    if hasattr(source, "read"):
-        return read_image(source)
+    image = source
     if isinstance(source, np.ndarray) and source.ndim == 3 and source.dtype == np.uint8:
-        # PyTorch warns of memory that is read-only
-        writable = np.require(source, requirements=["C", "W"])
+        writable = np.require(source, requirements=["C", "W"])  # PyTorch warns of read-only memory
         image = torch.from_numpy(writable).permute(2, 0, 1)
-    else:
-        image = source
+    elif isinstance(source, FILES) or hasattr(source, "read"):
+        image = read_image(source)
     fits = isinstance(image, Tensor) and image.ndim == 3 and image.dtype == torch.uint8
     if not fits or len(image) != 3 or image.numel() == 0:
-        raise UserError(f"image {short_repr(source, 60)}: {EXPECTED_IMAGE}")
+        raise UserError(
+            f"image {short_repr(source, 60)}: expected a path, a PIL image, an RGB uint8 array "
+            "(H, W, 3), an RGB uint8 tensor (3, H, W), or an image file as bytes"
+        )
     return image.cpu()
+
+
+FILES = str, bytes, bytearray, os.PathLike, Image.Image
+
+
+def each_image(images):
+    """Return images as an iterable: a single one, of any kind that `as_image` takes, in a list."""
+    single = isinstance(images, (*FILES, np.ndarray, Tensor, dict)) or hasattr(images, "read")
+    return [images] if single or not isinstance(images, Iterable) else images
 
 
 INFERENCE_LOCK = threading.RLock()  # of all models: a lock inside a model could not be copied
 
 
 @contextlib.contextmanager
-def inference(model):
+def inference(model: FCOS):
     """Switch to eval mode and fold frozen norms into the convolutions, at autocast's precision.
 
-    Do not change weights inside this context. Threads wait for each other; at the end every
-    submodule gets its own training flag back.
+    Do not change weights inside this context. Threads wait for each other.
     """
     with INFERENCE_LOCK:
         training = {module: module.training for module in model.modules()}
@@ -1641,9 +1502,8 @@ def inference(model):
         try:
             for layer in layers:
                 dtype = layer.conv.weight.dtype
-                if torch.is_autocast_enabled(device_type) and not isinstance(
-                    layer.conv, DeformConv
-                ):
+                deformable = isinstance(layer.conv, DeformConv)  # always float32
+                if torch.is_autocast_enabled(device_type) and not deformable:
                     dtype = torch.get_autocast_dtype(device_type)
                 layer.folded = [x.to(dtype) for x in layer.fold()]
             model.eval()
@@ -1663,19 +1523,26 @@ class View(NamedTuple):
     mirrored: bool
 
 
-def predict_images(model, images, views_of, run, score_threshold, batch_size):
+def predict_images(model, images, views_of, decode, score_threshold, batch_size, graph=False):
     """Run `FCOS.predict`: make the views of each image, run them, map boxes back, and merge them.
 
-    views_of: from the (height, width) of an image to its views. run: see `run_views`.
+    views_of: from the (height, width) of an image to its views. decode: from the outputs of the
+    model and the sizes of a batch to a dict of (B, N, ...), with scores of -inf as padding.
     """
-    seen = (
+
+    def detect(images, sizes):
+        return decode(model(images, sizes), sizes)
+
+    if graph and model.pixel_mean.device.type == "cuda":
+        detect = replay(detect)
+    views = (
         (number, image, view)
         for number, image in enumerate(map(as_image, images))
         for view in views_of(image.shape[-2:])
     )
     results = []
     with torch.no_grad(), inference(model):
-        for _, of_image in groupby(run_views(model, run, seen, batch_size), itemgetter(0)):
+        for _, of_image in groupby(run_views(model, detect, views, batch_size), itemgetter(0)):
             _, (image, *_), views, found = zip(*of_image)
             found = [map_back(model, *pair) for pair in zip(found, views)]
             merged = merge(model, found, views, image.shape[-2:])
@@ -1684,7 +1551,7 @@ def predict_images(model, images, views_of, run, score_threshold, batch_size):
     return results
 
 
-def make_views(hw, test_size, tile=None, overlap=0.2, tta=False):
+def make_views(hw, test_size, tile=None, overlap=0.2, tta=False) -> list[View]:
     """Return the views of an image of (height, width): the whole image, and further ones.
 
     With `tile`, crops of tile x tile pixels follow, which overlap by at least this share of their
@@ -1699,7 +1566,9 @@ def make_views(hw, test_size, tile=None, overlap=0.2, tta=False):
     if tile is not None and (tile < 1 or not 0 <= overlap < 1):
         raise UserError(f"tile {tile}, overlap {overlap}: expected pixels and a share in [0, 1)")
     if tta:
-        sizes = [resized_hw(*hw, *size) for size in tta_sizes(test_size)]
+        short, long = test_size
+        others = [(max(short * n // 8, 1), round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
+        sizes = [resized_hw(*hw, *size) for size in (test_size, *others)]
         return [View(whole, size, mirrored) for size in sizes for mirrored in (False, True)]
     crops = [whole]
     if tile is not None and max(hw) > tile:
@@ -1717,17 +1586,17 @@ def tile_starts(side, tile, overlap):
     return [(side - tile) * i // steps for i in range(steps + 1)]
 
 
-def run_views(model, run, seen, batch_size):
+def run_views(model, detect, views, batch_size):
     """Run views in batches of one padded size; yields (image number, image, view, detections).
 
-    seen: triples of image number, image (3, H, W) and view. run: from a padded batch and its sizes
-    to a dict of (B, N, ...), with scores of -inf as padding. Boxes are in pixels of the view.
+    views: triples of image number, image (3, H, W) and view. detect: from a padded batch and its
+    sizes to a dict of (B, N, ...). Boxes are in pixels of the view.
     """
     device = model.pixel_mean.device
-    for _, alike in groupby(seen, lambda triple: padded_hw([triple[2].size])):
+    for _, alike in groupby(views, lambda triple: padded_hw([triple[2].size])):
         while chunk := list(islice(alike, max(batch_size, 1))):
             batch, sizes = pad_batch([look(image, view) for _, image, view in chunk])
-            detections = run(batch.to(device), sizes.to(device))
+            detections = detect(batch.to(device), sizes.to(device))
             detections = {name: values.cpu() for name, values in detections.items()}
             for b, triple in enumerate(chunk):
                 found = detections["scores"][b] > -math.inf
@@ -1784,12 +1653,12 @@ def merge(model, found, views, hw):
         return merged
     cut = torch.cat([is_cut(one["boxes"], view.crop, hw) for one, view in zip(found, views)])
     dropped = is_covered(merged["boxes"], merged["labels"], cut)
+    boxes = model.rescale(merged["boxes"], hw, views[0].size)
     scores = merged["scores"].masked_fill(dropped, -math.inf)
-    columns = model.rescale(merged["boxes"], hw, views[0].size), scores, merged["labels"]
-    device = model.pixel_mean.device
-    keep, scores = model.suppress(*(column[None].to(device) for column in columns))
-    batch = {name: values[None] for name, values in merged.items()}
-    return as_list(select(batch, keep.cpu(), scores.cpu()), -math.inf)[0]
+    columns = (x[None].to(model.pixel_mean.device) for x in (boxes, scores, merged["labels"]))
+    keep, scores = (x[0].cpu() for x in model.suppress(*columns))
+    kept = {name: values[keep[keep >= 0]] for name, values in merged.items()}
+    return kept | {"scores": scores[keep >= 0]}
 
 
 def is_cut(boxes, crop, hw):
@@ -1801,8 +1670,7 @@ def is_cut(boxes, crop, hw):
 
 
 def is_covered(boxes, labels, cut):
-    """Return which of the cut boxes are covered for more than a half by an uncut box of their
-    class, (D,)."""
+    """Return which of the cut boxes an uncut box of their class covers by more than half, (D,)."""
     covered = torch.zeros_like(cut)
     whole, whole_labels = boxes[~cut], labels[~cut]
     for rows in cut.nonzero()[:, 0].split(64):  # a few at a time: there may be tens of thousands
@@ -1815,14 +1683,7 @@ def is_covered(boxes, labels, cut):
     return covered
 
 
-def tta_sizes(test_size):
-    """Return the sizes of test-time augmentation; of 800: 800, then 400, 500, ..., 1200."""
-    short, long = test_size
-    others = [(max(short * n // 8, 1), round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
-    return [test_size, *others]
-
-
-def as_list(detections, score_threshold):
+def as_list(detections: dict, score_threshold: float) -> list[dict]:
     """Split the batch of `FCOS.decode` into one dict per image, without padding and low scores."""
     results = []
     for b in range(len(detections["scores"])):
@@ -1835,9 +1696,8 @@ def as_list(detections, score_threshold):
 def replay(function):
     """Return `function` of CUDA tensors as one that replays CUDA graphs.
 
-    The first call with tensors of some shapes records its kernels; later calls with these shapes
-    launch them all at once. A call overwrites the result of the one before. Use it under
-    torch.no_grad().
+    The first call with tensors of some shapes records its kernels; later calls launch them all at
+    once, and overwrite the result of the call before. Use it under torch.no_grad().
     """
     graphs = {}
     memory = torch.cuda.graph_pool_handle()  # shared, because the graphs run in turn

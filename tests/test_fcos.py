@@ -162,6 +162,9 @@ def test_resized_sizes_are_the_official_ones(shared):
         ((500, 375), (800, 1066)),
         ((800, 800), (800, 800)),
         ((10_000, 1), (1, 1333)),
+        ((1, 5000), (1333, 1)),
+        ((4, 550), (1333, 10)),
+        ((2, 1500), (1333, 2)),
     ],
 )
 def test_resized_size_truncates_the_long_side(wh, hw):
@@ -525,17 +528,12 @@ def test_losses_are_divided_by_the_sums_of_the_whole_step():
     torch.testing.assert_close(nothing["cls"], once["cls"])  # of no positives: by 1
 
 
-@pytest.mark.parametrize(
-    "keyword, choices",
-    [
-        ("unit", "pixel, stride"),
-        ("box_loss", "iou, .*giou"),
-        ("quality", "centerness, iou"),
-    ],
-)
-def test_loss_rejects_unknown_choices(keyword, choices):
-    outputs, targets = {"ltrb": NO_BOXES}, {"labels": NO_LABELS, "ltrb": NO_BOXES}
-    with pytest.raises(ValueError, match=f"{keyword} 'none': expected one of {choices}"):
+@pytest.mark.parametrize("keyword", ["unit", "box_loss", "quality", "box_weight"])
+def test_loss_rejects_unknown_choices(keyword):
+    model = fcos.build("shapes", 2)
+    outputs = model(torch.zeros(1, 3, 32, 32))
+    targets = model.targets((32, 32), truths([NO_BOXES], [NO_LABELS]))
+    with pytest.raises((ValueError, KeyError), match="'none'"):
         fcos.fcos_loss(outputs, targets, torch.ones(2), **{keyword: "none"})
 
 
@@ -961,6 +959,31 @@ def test_bfloat16_network_returns_boxes_in_float32(norm):
         assert not outputs[part].equal(exact[part])  # it did run in bfloat16
 
 
+def test_a_map_of_one_cell_is_normalized_in_a_batch_of_one_as_in_one_of_two():
+    """Level 6 of `small` at 64x64, where each of 32 groups holds a single value."""
+    model = fcos.build("small", 2).train()
+    image = picture(64, 64)
+    boxes, labels = [torch.tensor([[8.0, 8, 30, 28]])], [torch.tensor([1])]
+    losses = gradients_of(model, *fcos.pad_batch([image]), boxes, labels)
+    assert all(value.isfinite() for value in losses.values())
+    alone = outputs_of(model, *fcos.pad_batch([image]))
+    twice = outputs_of(model, *fcos.pad_batch([image, image]))
+    assert alone["levels"][-1] == 1
+    for part in ("cls", "ltrb", "ctr"):
+        assert relative_error(alone[part][0], twice[part][1]) < 1e-4
+    assert len(model.predict(image, 64, 64)) == 1
+
+
+def test_targets_are_not_taken_for_sizes():
+    model = fcos.build("shapes", 2)
+    targets = [{"boxes": torch.tensor([[8.0, 8, 30, 28]]), "labels": torch.tensor([1])}]
+    for images in (torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
+        for wrong in (targets, targets[0], []):
+            with pytest.raises(fcos.UserError, match="sizes .*expected .* no targets"):
+                model(images, wrong)
+        assert len(model(images, [(32, 30)])["cls"]) == 1
+
+
 def test_forward_is_the_same_in_training_and_evaluation():
     model = detector()
     images, sizes = fcos.pad_batch([picture(64, 96)])
@@ -1367,8 +1390,9 @@ def test_test_time_augmentation_is_the_official_one(inclusive, tmp_path):
         assert len(expected) == 100 and found["labels"].tolist() == expected[:, 1].tolist()
         torch.testing.assert_close(found["scores"], expected[:, 0], rtol=0, atol=1e-5)
         torch.testing.assert_close(found["boxes"], expected[:, 2:], rtol=0, atol=1e-3)
-    sizes = [(800, 1333), *((100 * n, 2000) for n in (4, 5, 6, 7, 9, 10, 11, 12))]
-    assert fcos.tta_sizes((800, 1333)) == sizes
+    views = fcos.make_views((800, 800), (800, 1333), tta=True)
+    sides = [100 * n for n in (8, 4, 5, 6, 7, 9, 10, 11, 12) for _ in (False, True)]
+    assert [view.size for view in views] == [(side, side) for side in sides]
 
 
 def full_ranking(outputs, family, topk):
@@ -1405,12 +1429,14 @@ def test_ranking_locations_first_chooses_the_same_pairs(family, K):
             "ctr": 2 * random(1, P),
             "levels": [192, 48, 12, 4, 1],
         }
-        location, labels, product = fcos.best_pairs(
-            *outputs.values(), fcos.SCORES[family], fcos.SCORES[family].threshold, topk
-        )
-        found = product[0] > -torch.inf
-        scores = product[0, found].tolist()
-        pairs = list(zip(location[0, found].tolist(), labels[0, found].tolist()))
+        scores, pairs, first = [], [], 0
+        for count in outputs["levels"]:
+            level = [outputs[name][:, first : first + count] for name in ("cls", "ctr")]
+            location, labels, product = fcos.best_pairs(*level, fcos.SCORES[family], topk)
+            found = product[0] > -torch.inf
+            scores += product[0, found].tolist()
+            pairs += zip((location[0, found] + first).tolist(), labels[0, found].tolist())
+            first += count
         expected = full_ranking(outputs, family, topk)
         assert len(scores) > 10
         expected_scores, expected_pairs = zip(*expected)
@@ -1514,9 +1540,7 @@ def test_tiles_find_each_object_once_and_keep_those_longer_than_a_tile(monkeypat
     (found,) = model.predict(image, 64, 320, tile=96, overlap=0.25)
     assert [110, 300] in found["boxes"][:, [0, 2]].tolist() and len(found["boxes"]) == 3
     views = fcos.make_views((64, 320), (64, 320), tile=96, overlap=0.25)[1:]  # without the whole
-    found = fcos.predict_images(
-        model, [image], lambda hw: views, lambda *x: model.decode(model(*x), x[1]), 0.0, 4
-    )[0]
+    (found,) = fcos.predict_images(model, [image], lambda hw: views, model.decode, 0.0, 4)
     pieces = found["boxes"][2:, [0, 2]]  # no uncut box covers them: they stay
     assert len(pieces) and pieces.min() == 110 and pieces.max() == 300
 
@@ -1662,7 +1686,6 @@ def test_predict_survives_tiny_images(hw):
         np.zeros((20, 30, 3), bool),
         None,
         7,
-        b"photo.jpg",
         {"image": 1},
     ],
     ids=lambda image: f"{type(image).__name__}{getattr(image, 'shape', '')}",
@@ -1698,6 +1721,18 @@ def test_rows_resolve_to_all_their_keywords(name):
         (dict(radius=None), "radius None: expected a value like 1.5"),
         (dict(channels=256.0), "channels 256.0: expected a value like 256"),
         (dict(blocks=3), r"blocks 3: expected a value like \(3, 4, 6, 3\)"),
+        (dict(blocks=(1, 1, 1)), r"blocks \(1, 1, 1\): expected a value like"),
+        (dict(test_size=(64.5, 96)), r"test_size \(64.5, 96\): expected"),
+        (dict(test_size=(96, 64)), r"test_size \(96, 64\): expected the short side first"),
+        (dict(topk=0), "topk 0: expected a value like 1000 from 1 to 1000000"),
+        (dict(topk="100"), "topk '100': expected"),
+        (dict(topk=True), "topk True: expected"),
+        (dict(nms_threshold=2), "nms_threshold 2: expected a value like 0.6 from 0.0 to 1.0"),
+        (dict(nms_threshold=math.nan), "nms_threshold nan: expected"),
+        (dict(candidate_threshold=-0.1), "candidate_threshold -0.1: expected numbers from"),
+        (dict(scales=1), "scales 1: expected a value like True"),
+        (dict(imagenet=50), "imagenet 50: expected text"),
+        (dict(channels=48), "channels 48: expected a multiple of 32"),
         (dict(scales="no"), "scales 'no': expected a value like True"),
         (dict(levels=3), "levels 3: expected"),
         (dict(levels=(2, 3, 4)), r"levels \(2, 3, 4\): expected ranges with them"),
@@ -1807,7 +1842,7 @@ def test_a_module_of_ones_own_is_a_backbone(tmp_path):
 @pytest.mark.parametrize(
     "norm, kind",
     [
-        ("gn", torch.nn.GroupNorm),
+        ("gn", fcos.GroupNorm),
         ("bn", torch.nn.BatchNorm2d),
         ("syncbn", torch.nn.BatchNorm2d),
         ("frozen", fcos.FrozenBatchNorm2d),
@@ -1817,7 +1852,7 @@ def test_norm_is_that_of_the_backbone_only(norm, kind):
     model = fcos.build("shapes", 2, norm=norm)
     norms = [layer.norm for layer in model.backbone.modules() if isinstance(layer, fcos.ConvNorm)]
     assert norms and all(type(layer) is kind for layer in norms)
-    assert all(type(layer.norm) is torch.nn.GroupNorm for layer in model.head.cls_tower)
+    assert all(type(layer.norm) is fcos.GroupNorm for layer in model.head.cls_tower)
     assert not any("norm" in name for name, _ in model.fpn.named_parameters())
 
 
@@ -2024,8 +2059,9 @@ def test_a_timm_model_is_a_backbone_with_its_own_pixels(tmp_path):
     "arch, message",
     [
         ("no_such_model", "timm cannot create it"),
-        ("vit_tiny_patch16_224", "cannot read 128x128"),
-        ("swin_tiny_patch4_window7_224", "drops at random"),
+        ("vit_tiny_patch16_224", "128x128"),
+        ("xcit_nano_12_p8_224", "expected maps at strides 8, 16, 32"),
+        ("focalnet_tiny_srf", "drops at random"),
     ],
 )
 def test_a_timm_model_that_does_not_fit_is_refused(arch, message):
