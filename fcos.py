@@ -48,7 +48,7 @@ from http.client import HTTPException
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -868,6 +868,8 @@ class FCOS(nn.Module):
     Raises UserError for a keyword that does not fit, with the choices.
     """
 
+    pixel_mean: Tensor  # (3, 1, 1), set by set_convention
+    pixel_std: Tensor
     name = "FCOS"  # or the row of MODELS it was built from
     loss_keywords = list(defaults(fcos_loss))  # read at import: fcos_loss may be replaced later
     candidate_threshold = changeable("candidate_threshold")
@@ -1231,7 +1233,7 @@ class Numbers(NamedTuple):
 # What keywords may hold, numbers or one of some choices; others need the type of their default.
 # This keeps typing errors and damaged files from building a model that fails in the middle of a
 # training, or that fills the memory.
-CHECKS = {
+CHECKS: dict[str, Any] = {
     "backbone": BACKBONES,
     "block": BLOCKS,
     "blocks": Numbers(1, 200),
