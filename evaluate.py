@@ -348,6 +348,8 @@ def read_yolo(path, image_dir):
         names = list(names.values())
     categories = [CategoryEntry(label, str(name)) for label, name in enumerate(names)]
     content = Instances([], [], categories)
+    if image_dir is None:
+        raise ValueError("the folder of their images is needed, too")
     files = {file.stem: file for file in path.glob("*.txt")}
     for image in filter(is_image, sorted(os.listdir(image_dir))):
         with Image.open(Path(image_dir, image)) as photo:

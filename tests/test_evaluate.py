@@ -1,7 +1,6 @@
 """evaluate.py: the data set, prediction, scoring, drawing and the command line."""
 
 import contextlib
-import functools
 import importlib
 import io
 import json
@@ -23,19 +22,7 @@ import fcos
 from fcos import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
-TINY = SHARED / "data" / "coco2017_tiny"
-needs_shared = pytest.mark.skipif(not TINY.is_dir(), reason="no ../shared beside this checkout")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks here are too small for more; and processes under torchrun have one as well."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CATEGORIES = [dict(id=7, name="seven"), dict(id=3, name="three"), dict(id=90, name="ninety")]
 
@@ -63,6 +50,10 @@ def box(id, image_id, bbox, category_id=3, **extra):
         dict(id=id, image_id=image_id, category_id=category_id, bbox=bbox, area=area, iscrowd=0)
         | extra
     )
+
+
+def detection(image_id, bbox, category_id=3, score=0.5):
+    return dict(image_id=image_id, category_id=category_id, bbox=bbox, score=score)
 
 
 def edit(path, **changes):
@@ -174,14 +165,6 @@ def test_sizes_missing_from_the_json_are_read_from_the_files(tmp_path, missing):
         ],
     )
     assert evaluate.CocoDataset(path, folder).hw.tolist() == [[20, 30], [20, 25]]
-
-
-def test_images_in_subfolders_and_unicode_names_are_found(tmp_path):
-    path, folder = write_coco(tmp_path, {1: (8, 6), 2: (8, 6)}, [])
-    (folder / "a").mkdir()
-    (folder / "1.png").rename(folder / "a" / "größe 1.png")
-    edit(path, images=lambda rows: [rows[0] | dict(file_name="a/größe 1.png"), rows[1]])
-    assert evaluate.CocoDataset(path, folder).image(0).shape == (3, 6, 8)
 
 
 def first_row(**changes):
@@ -342,6 +325,8 @@ NAMES = {  # the name in the JSON, the files of the folder, and the one that is 
     "composed": ("gr\u00f6\u00dfe.png", ["gro\u0308\u00dfe.png"], "gro\u0308\u00dfe.png"),
     "decomposed": ("gro\u0308\u00dfe.png", ["gr\u00f6\u00dfe.png"], "gr\u00f6\u00dfe.png"),
     "a composed folder": ("\u00f6/1", ["o\u0308/1.png"], "o\u0308/1.png"),
+    "below": ("a/größe 1.png", ["a/größe 1.png"], "a/größe 1.png"),
+    "beside": ("beside/1.png", ["../beside/1.png"], "../beside/1.png"),
     "CVAT's folder": ("images/1.png", ["1.png"], "../images/1.png"),
     "CVAT's folder, no suffix": ("images/1", ["1.png"], "../images/1.png"),
     "a mask beside it": ("1", ["1.jpg", "1.png"], UserError("'1' may be 1.jpg or 1.png; write")),
@@ -454,6 +439,14 @@ def test_a_further_column_costs_one_line(tmp_path, monkeypatch):
         columns.CocoDataset(path, folder)
 
 
+def torchrun(script, *argv):
+    """Run a script in two processes. Returns the completed process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    command += [str(script), *argv]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+
+
 READERS = """
 import argparse
 import evaluate
@@ -478,11 +471,7 @@ def test_one_process_of_a_node_reads_and_all_end_with_its_error(tmp_path):
     edit(wrong, annotations=first_row(bbox=[1, 2]))
     script = tmp_path / "readers.py"
     script.write_text(READERS.format(path=str(path), wrong=str(wrong), folder=str(folder)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    done = subprocess.run(
-        [*command, str(script)], capture_output=True, text=True, timeout=200, env=env
-    )
+    done = torchrun(script)
     read = " 14.0 25.0 1 2 image boxes labels"
     assert sorted(done.stdout.splitlines()) == [f"0 read{read}", f"1 read{read}"], done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("readers.py: ")]
@@ -537,20 +526,22 @@ def test_exif_of_a_size_that_fits_neither_way_is_an_error(tmp_path):
 # ---- the official data set ---------------------------------------------------------------------
 
 
-@functools.cache
-def official():
-    return json.loads((SHARED / "golden" / "transforms.json").read_text())
+@pytest.fixture
+def official(shared):
+    return json.loads((shared / "golden" / "transforms.json").read_text())
 
 
-@functools.cache
-def tiny(split):
-    return evaluate.CocoDataset(*evaluate.coco_paths(TINY, f"{split}2017"))
+@pytest.fixture
+def tiny(shared):
+    """The training and the validation set of a small part of COCO."""
+    root = shared / "data" / "coco2017_tiny"
+    paths = {split: evaluate.coco_paths(root, f"{split}2017") for split in ("train", "val")}
+    return {split: evaluate.CocoDataset(*where) for split, where in paths.items()}
 
 
-@needs_shared
-def test_boxes_and_sizes_are_those_of_the_official_data_set():
-    for sample in official()["dataset_samples"]:
-        dataset = tiny(sample["split"])
+def test_boxes_and_sizes_are_those_of_the_official_data_set(official, tiny):
+    for sample in official["dataset_samples"]:
+        dataset = tiny[sample["split"]]
         i = dataset.image_ids.tolist().index(sample["image_id"])
         (old_h, old_w), (h, w) = dataset.hw[i].tolist(), sample["resized_hw"]
         assert fcos.resized_hw(old_h, old_w, 800, 1333) == (h, w)
@@ -571,18 +562,16 @@ def test_boxes_and_sizes_are_those_of_the_official_data_set():
         assert difference.max() < 1e-3, (sample["image_id"], sample["hflip"])
 
 
-@needs_shared
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_the_training_filter_is_the_official_one(split):
-    golden, dataset = official()["dataset_filter"][split], tiny(split)
+def test_the_training_filter_is_the_official_one(official, tiny, split):
+    golden, dataset = official["dataset_filter"][split], tiny[split]
     assert dataset.image_ids.tolist() == golden["all_ids"]
     assert dataset.image_ids[dataset.trainable].tolist() == golden["ids_with_valid_annotations"]
 
 
-@needs_shared
-def test_the_category_mapping_is_the_official_one():
-    ours = {str(id): label + 1 for label, id in enumerate(tiny("val").category_ids)}
-    assert ours == official()["json_category_id_to_contiguous_id"]
+def test_the_category_mapping_is_the_official_one(official, tiny):
+    ours = {str(id): label + 1 for label, id in enumerate(tiny["val"].category_ids)}
+    assert ours == official["json_category_id_to_contiguous_id"]
 
 
 # ---- scoring -----------------------------------------------------------------------------------
@@ -634,23 +623,12 @@ def noisy_results(coco, seed=0):
         for _ in range(rng.integers(0, 4)):
             bbox = np.array(a["bbox"]) * rng.uniform(0.8, 1.2, 4) + rng.uniform(-2, 2, 4)
             category = a["category_id"] if rng.random() < 0.9 else int(rng.choice(ids))
-            results.append(
-                dict(
-                    image_id=a["image_id"],
-                    category_id=category,
-                    bbox=bbox.clip(0.1).tolist(),
-                    score=rng.random(),
-                )
-            )
+            bbox = bbox.clip(0.1).tolist()
+            results.append(detection(a["image_id"], bbox, category, rng.random()))
     for _ in range(len(images)):
-        results.append(
-            dict(
-                image_id=images[rng.integers(len(images))]["id"],
-                category_id=int(rng.choice(ids)),
-                score=rng.random(),
-                bbox=rng.uniform(1, 80, 4).tolist(),
-            )
-        )
+        image_id = images[rng.integers(len(images))]["id"]
+        category, score = int(rng.choice(ids)), rng.random()
+        results.append(detection(image_id, rng.uniform(1, 80, 4).tolist(), category, score))
     return results
 
 
@@ -685,16 +663,8 @@ def write_scene(
             if rounded:
                 bbox = [float(round(x)) for x in bbox]
             extra = dict(area=areas[k % len(areas)]) if areas else {}
-            annotations.append(
-                box(
-                    len(annotations) + 1,
-                    image,
-                    bbox,
-                    int(rng.choice(classes)),
-                    iscrowd=int(rng.random() < crowd),
-                    **extra,
-                )
-            )
+            category, extra["iscrowd"] = int(rng.choice(classes)), int(rng.random() < crowd)
+            annotations.append(box(len(annotations) + 1, image, bbox, category, **extra))
     content = dict(
         images=[dict(id=id_of(k), file_name="") for k in range(images)],
         annotations=annotations,
@@ -738,9 +708,8 @@ def test_score_is_pycocotools_bit_for_bit(tmp_path, scorer, scene):
         assert 0.01 < metrics["AP"] < 0.9
 
 
-@needs_shared
-def test_score_is_pycocotools_on_real_annotations(scorer):
-    path, _ = evaluate.coco_paths(TINY, "val2017")
+def test_score_is_pycocotools_on_real_annotations(scorer, tiny):
+    path = tiny["val"].annotations.path
     results = noisy_results(json.loads(path.read_text()), seed=1)
     metrics = evaluate.score(results, path)
     np.testing.assert_array_equal(list(metrics.values()), pycocotools_says(results, path)[0])
@@ -762,7 +731,7 @@ def test_only_what_boxes_need_reaches_the_scorer(tmp_path, scorer):
 
 def perfect(annotations):
     return [
-        dict(image_id=a["image_id"], category_id=a["category_id"], bbox=a["bbox"], score=0.9)
+        detection(a["image_id"], a["bbox"], a["category_id"], 0.9)
         for a in annotations
         if not a.get("iscrowd")
     ]
@@ -802,7 +771,7 @@ def test_annotations_that_cannot_be_scored_are_an_error_that_names_them(tmp_path
 def test_no_results_score_0_and_no_annotations_score_minus_1(tmp_path, synthetic, scorer):
     assert set(evaluate.score([], synthetic).values()) == {0}
     path, _ = write_coco(tmp_path, {1: (20, 20)}, [])
-    result = dict(image_id=1, category_id=3, bbox=[1, 1, 5, 5], score=0.5)
+    result = detection(1, [1, 1, 5, 5])
     assert set(evaluate.score([], path).values()) == {-1}
     assert set(evaluate.score([result], path).values()) == {-1}
 
@@ -855,7 +824,7 @@ def test_scoring_changes_neither_the_results_nor_the_file(synthetic):
     assert results == copy and synthetic.read_bytes() == before
 
 
-GOOD_RESULT = dict(image_id=10, category_id=3, bbox=[1, 2, 3, 4], score=0.5)
+GOOD_RESULT = detection(10, [1, 2, 3, 4])
 BAD_RESULTS = {
     "unknown image": ([GOOD_RESULT, GOOD_RESULT | dict(image_id=999)], r"\[1\]: .*: 999"),
     "text as image": ([GOOD_RESULT | dict(image_id="x")], "first is 0, in .*'image_id': 'x'"),
@@ -961,6 +930,10 @@ def model_file(tmp_path_factory):
     return str(path)
 
 
+def call(line):
+    evaluate.main(evaluate.parse_args(line.split()))
+
+
 LAUNCHED = """
 import argparse, json, sys
 import evaluate
@@ -975,44 +948,21 @@ evaluate.run(every_call, argparse.Namespace())
 
 def test_two_processes_predict_what_one_does(tmp_path, mixed, model_file):
     one_image = write_coco(tmp_path / "one", {5: (40, 30)}, [box(1, 5, [1, 1, 9, 9])])
-    calls = []
-    for k, ((annotations, folder), batch) in enumerate([(mixed, 1), (mixed, 4), (one_image, 1)]):
-        calls.append(
-            [
-                model_file,
-                "--annotations",
-                str(annotations),
-                "--image-dir",
-                str(folder),
-                "--device",
-                "cpu",
-                "--workers",
-                "0",
-                "--batch-size",
-                str(batch),
-                "--save-json",
-                str(tmp_path / f"{k}.json"),
-            ]
-        )
+    here = f"{model_file} --device cpu --workers 0 --annotations"
+    lines = [
+        f"{here} {annotations} --image-dir {folder} --batch-size {batch} --save-json {tmp_path}/"
+        for (annotations, folder), batch in ((mixed, 1), (mixed, 4), (one_image, 1))
+    ]
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(script),
-        json.dumps(calls),
-    ]
-    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    calls = json.dumps([f"{line}{k}.json".split() for k, line in enumerate(lines)])
+    done = torchrun(script, calls)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("AP50") == len(calls)  # rank 0 alone prints
+    assert done.stdout.count("AP50") == len(lines)  # rank 0 alone prints
 
-    for k, argv in enumerate(calls):
+    for k, line in enumerate(lines):
         two = json.loads((tmp_path / f"{k}.json").read_text())
-        evaluate.main(evaluate.parse_args([*argv[:-1], str(tmp_path / "alone.json")]))
+        call(f"{line}alone.json")
         assert two == json.loads((tmp_path / "alone.json").read_text())
         assert len(two) > 20
 
@@ -1032,36 +982,18 @@ def test_a_data_set_is_predicted_as_its_images_are(mixed, inclusive, tta):
     torch.testing.assert_close(scores, torch.cat([one["scores"] for one in found]))
 
 
-@pytest.mark.parametrize("more", [(), ("--tta",)])
+@pytest.mark.parametrize("more", ["", "--tta"])
 def test_saved_results_score_as_the_prediction_did(tmp_path, mixed, model_file, capsys, more):
     annotations, folder = map(str, mixed)
     saved = str(tmp_path / "results.json")
-    evaluate.main(
-        evaluate.parse_args(
-            [
-                model_file,
-                "--annotations",
-                annotations,
-                "--image-dir",
-                folder,
-                "--workers",
-                "0",
-                "--device",
-                "cpu",
-                "--save-json",
-                saved,
-                "--per-class",
-                *more,
-            ]
-        )
-    )
+    here = f"{model_file} --annotations {annotations} --image-dir {folder}"
+    call(f"{here} --workers 0 --device cpu --save-json {saved} --per-class {more}")
     first = capsys.readouterr().out
     dataset, model = evaluate.CocoDataset(*mixed), fcos.load(model_file)
     rows = evaluate.predict(model, dataset, 1, 0, tta=bool(more))
     assert json.loads(Path(saved).read_text()) == rows
     assert rows != evaluate.predict(model, dataset, 1, 0, tta=not more)
-    argv = ["--results", saved, "--annotations", annotations, "--per-class"]
-    evaluate.main(evaluate.parse_args(argv))
+    call(f"--results {saved} --annotations {annotations} --per-class")
     assert capsys.readouterr().out == first
     names = [line.split()[0] for line in first.splitlines()]
     of_class = [
@@ -1261,20 +1193,6 @@ def test_a_category_that_only_names_others_is_no_class(tmp_path):
     assert evaluate.CocoDataset(path, folder).classes[0] == "cells"
 
 
-def test_images_are_found_below_the_folder_beside_it_and_without_suffix(tmp_path):
-    path, folder = write_coco(tmp_path, {1: (60, 40), 2: (50, 40), 3: (40, 40)}, [])
-    (folder / "deep").mkdir()
-    (folder / "1.png").rename(folder / "deep" / "1.png")
-    (tmp_path / "beside").mkdir()
-    (folder / "2.png").rename(tmp_path / "beside" / "2.png")
-    content = json.loads(path.read_text())
-    for row, name in zip(content["images"], ("deep/1.png", "beside/2.png", "3")):
-        row["file_name"] = name
-    path.write_text(json.dumps(content))
-    dataset = evaluate.CocoDataset(path, folder)
-    assert [dataset.image(i).shape[2] for i in range(3)] == [60, 50, 40]
-
-
 # ---- F1 ----------------------------------------------------------------------------------------
 
 
@@ -1319,22 +1237,15 @@ def test_the_best_f1_and_its_threshold_are_those_of_a_slow_count(tmp_path, score
     for image in (1, 2, 3, 4):
         for _ in range(6):
             (x, y), (w, h) = rng.uniform(0, 60, 2), rng.uniform(10, 30, 2)
-            annotations.append(
-                box(len(annotations) + 1, image, [x, y, w, h], int(rng.choice([3, 7])))
-            )
+            category = int(rng.choice([3, 7]))
+            annotations.append(box(len(annotations) + 1, image, [x, y, w, h], category))
     path, _ = write_coco(tmp_path, dict.fromkeys((1, 2, 3, 4), (96, 96)), annotations)
     results = []
     for row in annotations:
         x, y, w, h = row["bbox"]
         (dx, dy), label = rng.normal(0, 3, 2), int(rng.choice([3, 3, 7]))
-        results.append(
-            dict(
-                image_id=row["image_id"],
-                category_id=label,
-                score=round(rng.uniform(0, 1), digits),
-                bbox=[x + dx, y + dy, w, h],
-            )
-        )
+        score, bbox = round(rng.uniform(0, 1), digits), [x + dx, y + dy, w, h]
+        results.append(detection(row["image_id"], bbox, label, score))
     metrics = evaluate.score(results, path, per_class=True)
     for name, label in ("", None), ("/three", 3), ("/seven", 7):
         f1, threshold = metrics[f"F1{name}"], metrics[f"threshold{name}"]
@@ -1470,19 +1381,78 @@ def test_draw_folder_writes_pictures_and_their_detections(tmp_path):
     assert all(row["score"] >= 0.4 for row in rows)
 
 
-def test_a_file_that_cannot_be_read_is_told_left_out_and_fails_the_command(
-    tmp_path, model_file, capsys
-):
-    photo(tmp_path / "in" / "good.png")
-    (tmp_path / "in" / "bad.jpg").write_bytes(b"junk")
+def test_pictures_that_fail_are_named_left_out_and_fail_the_command(tmp_path, capsys):
+    """Odd names of files and classes, and broken files, do not end the drawing of the others."""
+    model = tiny_model()
+    model.classes = ["a\nAP 0.999\x1b[2J", "long" * 10**6, "c"]
+    fcos.save(model, tmp_path / "model.pt")
+    for name in ("good.png", "n" * 249 + ".tiff", "\x1b[2J\nz.png"):
+        photo(tmp_path / "in" / name)
     torn = photo(tmp_path / "in" / "torn.png").read_bytes()
     (tmp_path / "in" / "torn.png").write_bytes(torn[: len(torn) // 2])
-    folders = "--images", tmp_path / "in", "--out", tmp_path / "out"
-    code, lines = command(capsys, model_file, *folders)
-    assert code == 2
-    assert [any(name in line for line in lines) for name in ("bad.jpg", "torn.png")] == [True, True]
+    (tmp_path / "in" / "bad\x1b[31m.jpg").write_bytes(b"junk")
+    photo(tmp_path / "in" / "too wide for a JPEG.png", (70_000, 1))
+    argv = "--images", tmp_path / "in", "--out", tmp_path / "out", "--score-threshold", 0.4
+    code, lines = command(capsys, tmp_path / "model.pt", *argv)
+    assert code == 2 and all(line.isprintable() and len(line) < 600 for line in lines)
+    for name in (r"bad\x1b[31m.jpg", "torn.png", "too wide for a JPEG.png"):
+        assert len([line for line in lines if name in line and "left out" in line]) == 1
+    assert "3 images" in lines[-2] and "3 left out" in lines[-2] and lines[-1].endswith(": 3")
     report = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert [row["drawn"] for row in report] == ["good.jpg"]
+    assert {row["drawn"] for row in report} == {
+        "good.jpg",
+        "n" * 249 + ".jpg",
+        "\x1b[2J\nz.jpg",
+    }
+
+
+def test_all_that_pillow_reads_is_drawn_from_a_folder_and_the_rest_counted(tmp_path, capsys):
+    names = ("a.jfif", "b.jpe", "c.ppm", "d.JPEG", "deep/e.webp", "f.gif", "g.tif")
+    for name in names:
+        photo(tmp_path / name)
+    for name in ("notes.txt", "deep/labels.json", "drawing.svg"):
+        (tmp_path / name).write_text("{}")
+    found = evaluate.find_pictures([tmp_path])
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in found) == sorted(names)
+    assert capsys.readouterr().err == "skipped 3 files that are no images\n"
+
+
+DRAWING = """
+import argparse, sys, time
+import evaluate, fcos
+model, images, out, what = sys.argv[1:]
+draw = evaluate.draw
+def hold(*args):
+    print("drawing", flush=True)
+    if what == "bug":
+        raise TypeError("a bug of mine")
+    time.sleep(60)
+evaluate.draw = hold
+args = [model, "--images", images, "--out", out, "--workers", "1", "--device", "cpu"]
+evaluate.run(evaluate.main, evaluate.parse_args(args))
+"""
+
+
+def test_one_drawing_at_a_time_and_a_killed_one_leaves_nothing(tmp_path, model_file, capsys):
+    for k in range(3):
+        photo(tmp_path / "in" / f"{k}.png")
+    (tmp_path / "drawing.py").write_text(DRAWING)
+    argv = [model_file, tmp_path / "in", tmp_path / "out"]
+    start = [sys.executable, tmp_path / "drawing.py", *argv]
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    with subprocess.Popen([*start, "hold"], env=env, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        (tmp_path / "out" / ".fcos-0.tmp").touch()  # of the drawing
+        again = ("--images", tmp_path / "in", "--out", tmp_path / "out", "--workers", 0)
+        code, lines = command(capsys, model_file, *again, "--device", "cpu")
+        assert code == 2 and re.search("out: another process writes there", lines[-1])
+        first.kill()
+    call(f"{model_file} --images {tmp_path}/in --out {tmp_path}/out --workers 0 --device cpu")
+    names = ["0.jpg", "1.jpg", "2.jpg", "detections.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+    done = subprocess.run([*start, "bug"], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "a bug of mine" in done.stderr  # pipes: no worker holds them
 
 
 def test_folders_are_searched_to_their_end_and_patterns_are_expanded(tmp_path):
@@ -1660,8 +1630,8 @@ def test_the_script_itself_ends_a_mistake_with_one_line(mistakes):
 
 
 def test_a_folder_is_drawn_from_the_command_line(mistakes, tmp_path):
-    argv = [mistakes["model"], "--images", str(mistakes["dir"]), "--out", str(tmp_path)]
-    evaluate.main(evaluate.parse_args([*argv, "--score-threshold", "0.4", "--device", "cpu"]))
+    line = "{model} --images {dir} --out ".format(**mistakes)
+    call(f"{line} {tmp_path} --score-threshold 0.4 --device cpu")
     assert len(list(tmp_path.glob("*.jpg"))) == 7
     for row in json.loads((tmp_path / "detections.json").read_text()):
         assert row["detections"] and min(found["score"] for found in row["detections"]) >= 0.4
