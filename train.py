@@ -20,16 +20,18 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import os
-import reprlib
 import shutil
 import sys
 import tempfile
 import time
 import uuid
 import warnings
-from collections import namedtuple
+import zlib
+from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,62 +45,63 @@ from tqdm import tqdm
 
 import evaluate
 import fcos
-from fcos import UserError
+from fcos import UserError, printable
 
 # ---- recipes -----------------------------------------------------------------------------------
-
-
-def row(model):
-    """Return the part of a recipe that names a row of fcos.MODELS."""
-    return dict(model=model)
-
 
 # All recipes train by SGD with momentum 0.9 and weight decay 1e-4. The learning rate is lr / 3 for
 # the first `warmup` steps, then lr, and falls to a tenth at each of `decays`, in eighteenths of the
 # steps. batch_size counts the images of a step over all GPUs and micro-batches. min_size holds the
-# choices for the short side in pixels; one is drawn for each image. weights is a file in
-# ~/.torch/models, or "imagenet" for torchvision's.
-X1 = dict(iters=90_000, batch_size=16, lr=0.01, warmup=500, min_size=[800], max_size=1333)
-MS = dict(min_size=list(range(640, 801)))
-B32 = dict(batch_size=32)
-B64 = dict(batch_size=64)
-X1_MS = X1 | MS
-X2 = X1 | MS | dict(iters=180_000)
+# choices for the short side in pixels; one is drawn for each image.
 DECAYS = [12, 16]
+X1 = dict(iters=90_000, batch_size=16, lr=0.01, warmup=500, min_size=[800], max_size=1333)
+X1_MS = X1 | dict(min_size=list(range(640, 801)))
+X2 = X1_MS | dict(iters=180_000)
 X4 = X1 | dict(iters=360_000, decays=[15, 17], min_size=list(range(256, 609, 32)), max_size=900)
-R_50 = dict(weights="R-50.pkl")
-R_101 = dict(weights="R-101.pkl")
-MSRA_R_50 = dict(weights="MSRA-R-50.pkl")  # Detectron2's, whose norms have statistics
-X_32 = dict(weights="X-101-32x8d.pkl")
-X_64 = dict(weights="X-101-64x4d.pkl")
-MNV2 = dict(weights="mobilenet_v2-ecbe2b5.pth")
-IMAGENET = dict(weights="imagenet")
+X_32 = "X-101-32x8d.pkl"
+X_64 = "X-101-64x4d.pkl"
+MSRA = "MSRA-R-50.pkl"  # Detectron2's, whose norms have statistics
+MOBILENET = "mobilenet_v2-ecbe2b5.pth"
+
+
+def recipe(model, weights, schedule, **changes):
+    """Return a recipe.
+
+    model: a row of fcos.MODELS. weights: a file in ~/.torch/models, or a choice of --weights.
+    """
+    return schedule | dict(model=model, weights=weights) | changes
+
+
 # fmt: off
 RECIPES = {
-    "fcos_R_50_FPN_1x":                     R_50  | X1 | row("fcos_R_50_FPN"),
-    "fcos_R_101_FPN_2x":                    R_101 | X2 | row("fcos_R_101_FPN"),
-    "fcos_X_101_32x8d_FPN_2x":              X_32  | X2 | row("fcos_X_101_32x8d_FPN"),
-    "fcos_X_101_64x4d_FPN_2x":              X_64  | X2 | row("fcos_X_101_64x4d_FPN"),
-    "fcos_imprv_R_50_FPN_1x":               R_50  | X1 | row("fcos_imprv_R_50_FPN"),
-    "fcos_imprv_R_101_FPN_1x":              R_101 | X1 | row("fcos_imprv_R_101_FPN"),
-    "fcos_imprv_R_101_FPN_2x":              R_101 | X2 | row("fcos_imprv_R_101_FPN"),
-    "fcos_imprv_X_101_32x8d_FPN_2x":        X_32  | X2 | row("fcos_imprv_X_101_32x8d_FPN"),
-    "fcos_imprv_X_101_64x4d_FPN_2x":        X_64  | X2 | row("fcos_imprv_X_101_64x4d_FPN"),
-    "fcos_imprv_dcnv2_R_50_FPN_1x":         R_50  | X1 | row("fcos_imprv_dcnv2_R_50_FPN"),
-    "fcos_imprv_dcnv2_R_101_FPN_1x":        R_101 | X1 | row("fcos_imprv_dcnv2_R_101_FPN"),
-    "fcos_imprv_dcnv2_R_101_FPN_2x":        R_101 | X2 | row("fcos_imprv_dcnv2_R_101_FPN"),
-    "fcos_imprv_dcnv2_X_101_32x8d_FPN_2x":  X_32  | X2 | row("fcos_imprv_dcnv2_X_101_32x8d_FPN"),
-    "fcos_imprv_dcnv2_X_101_64x4d_FPN_2x":  X_64  | X2 | row("fcos_imprv_dcnv2_X_101_64x4d_FPN"),
-    "fcos_bn_bs16_MNV2_FPN_1x":             MNV2  | X1 | row("fcos_bn_MNV2_FPN"),
-    "fcos_syncbn_bs32_MNV2_FPN_1x":         MNV2  | X1 | row("fcos_syncbn_MNV2_FPN") | B32,
-    "fcos_syncbn_bs32_c128_MNV2_FPN_1x":    MNV2  | X1 | row("fcos_syncbn_c128_MNV2_FPN") | B32,
-    "fcos_syncbn_bs32_c128_ms_MNV2_FPN_1x": MNV2  | X1_MS | row("fcos_syncbn_c128_MNV2_FPN") | B32,
-    "fcos_syncbn_bs64_c128_ms_MNV2_FPN_1x": MNV2  | X1_MS | row("fcos_syncbn_c128_MNV2_FPN") | B64,
-    # not official: AdelaiDet's, torchvision's, and a small one
-    "fcos_imprv_R_50_FPN_2x":               R_50  | X2 | row("fcos_imprv_R_50_FPN"),
-    "fcos_imprv_iou_R_50_FPN_1x":           R_50  | X1 | row("fcos_imprv_iou_R_50_FPN"),
-    "fcos_rt_R_50_FPN_4x":                  MSRA_R_50 | X4 | row("fcos_rt_R_50_FPN"),
-    "fcos_torchvision_R_50_FPN_1x":         IMAGENET | X1 | row("fcos_torchvision_R_50_FPN"),
+    "fcos_R_50_FPN_1x":                     recipe("fcos_R_50_FPN", "R-50.pkl", X1),
+    "fcos_R_101_FPN_2x":                    recipe("fcos_R_101_FPN", "R-101.pkl", X2),
+    "fcos_X_101_32x8d_FPN_2x":              recipe("fcos_X_101_32x8d_FPN", X_32, X2),
+    "fcos_X_101_64x4d_FPN_2x":              recipe("fcos_X_101_64x4d_FPN", X_64, X2),
+    "fcos_imprv_R_50_FPN_1x":               recipe("fcos_imprv_R_50_FPN", "R-50.pkl", X1),
+    "fcos_imprv_R_101_FPN_1x":              recipe("fcos_imprv_R_101_FPN", "R-101.pkl", X1),
+    "fcos_imprv_R_101_FPN_2x":              recipe("fcos_imprv_R_101_FPN", "R-101.pkl", X2),
+    "fcos_imprv_X_101_32x8d_FPN_2x":        recipe("fcos_imprv_X_101_32x8d_FPN", X_32, X2),
+    "fcos_imprv_X_101_64x4d_FPN_2x":        recipe("fcos_imprv_X_101_64x4d_FPN", X_64, X2),
+    "fcos_imprv_dcnv2_R_50_FPN_1x":         recipe("fcos_imprv_dcnv2_R_50_FPN", "R-50.pkl", X1),
+    "fcos_imprv_dcnv2_R_101_FPN_1x":        recipe("fcos_imprv_dcnv2_R_101_FPN", "R-101.pkl", X1),
+    "fcos_imprv_dcnv2_R_101_FPN_2x":        recipe("fcos_imprv_dcnv2_R_101_FPN", "R-101.pkl", X2),
+    "fcos_imprv_dcnv2_X_101_32x8d_FPN_2x":  recipe("fcos_imprv_dcnv2_X_101_32x8d_FPN", X_32, X2),
+    "fcos_imprv_dcnv2_X_101_64x4d_FPN_2x":  recipe("fcos_imprv_dcnv2_X_101_64x4d_FPN", X_64, X2),
+    "fcos_bn_bs16_MNV2_FPN_1x":             recipe("fcos_bn_MNV2_FPN", MOBILENET, X1),
+    "fcos_syncbn_bs32_MNV2_FPN_1x":
+        recipe("fcos_syncbn_MNV2_FPN", MOBILENET, X1, batch_size=32),
+    "fcos_syncbn_bs32_c128_MNV2_FPN_1x":
+        recipe("fcos_syncbn_c128_MNV2_FPN", MOBILENET, X1, batch_size=32),
+    "fcos_syncbn_bs32_c128_ms_MNV2_FPN_1x":
+        recipe("fcos_syncbn_c128_MNV2_FPN", MOBILENET, X1_MS, batch_size=32),
+    "fcos_syncbn_bs64_c128_ms_MNV2_FPN_1x":
+        recipe("fcos_syncbn_c128_MNV2_FPN", MOBILENET, X1_MS, batch_size=64),
+    # not official: AdelaiDet's, torchvision's, and two small ones
+    "fcos_imprv_R_50_FPN_2x":               recipe("fcos_imprv_R_50_FPN", "R-50.pkl", X2),
+    "fcos_imprv_iou_R_50_FPN_1x":           recipe("fcos_imprv_iou_R_50_FPN", "R-50.pkl", X1),
+    "fcos_rt_R_50_FPN_4x":                  recipe("fcos_rt_R_50_FPN", MSRA, X4),
+    "fcos_torchvision_R_50_FPN_1x":         recipe("fcos_torchvision_R_50_FPN", "imagenet", X1),
     "small": dict(model="small", weights="none", iters=1500, batch_size=4, lr=0.02, warmup=100,
                   min_size=[320], max_size=480),
     "shapes": dict(model="shapes", weights="none", data="data/shapes", iters=1500, batch_size=8,
@@ -107,7 +110,6 @@ RECIPES = {
 # fmt: on
 
 # ---- settings ----------------------------------------------------------------------------------
-
 
 # The groups of flags that are not stored with a run. All others decide its result, and a resumed
 # run must repeat them. The data counts by its content: see `fingerprint`.
@@ -129,11 +131,8 @@ def make_parser():
     add("--val-images", metavar="DIR")
     add("--val-annotations", metavar="JSON")
     add = parser.add_argument_group("what is trained, instead of the recipe's").add_argument
-    add(
-        "--weights",
-        metavar="PATH|coco|imagenet|none",
-        help="start from a detector or ImageNet classifier, torchvision's, or nothing",
-    )
+    weights_help = "start from a detector or ImageNet classifier, torchvision's, or nothing"
+    add("--weights", metavar="PATH|coco|imagenet|none", help=weights_help)
     add(
         "--set",
         type=evaluate.keyword_value,
@@ -151,9 +150,7 @@ def make_parser():
     add("--min-size", type=positive_int, nargs="+", help="choices for the short side, in pixels")
     add("--max-size", type=positive_int, help="most pixels of the long side")
     add("--multiple", type=positive_int, help="pad to multiples of this (32; 128 with --compile)")
-    add(
-        "--ema", type=float, metavar="DECAY", help="keep an average of the weights, as 0.999 (none)"
-    )
+    add("--ema", type=float, metavar="DECAY", help="average the weights, as 0.999 (none)")
     add(
         "--patience", type=positive_int, metavar="N", help="end after N evaluations in vain (never)"
     )
@@ -162,13 +159,7 @@ def make_parser():
     add = parser.add_argument_group(HOW_IT_RUNS).add_argument
     add("--out", help="folder of the run (runs/RECIPE)")
     add("--workers", type=not_negative, help="loaders for each rank (4 on a GPU, 1 elsewhere)")
-    add(
-        "--accumulate",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="micro-batches of a step (1)",
-    )
+    add("--accumulate", type=positive_int, default=1, metavar="N", help="micro-batches a step (1)")
     add("--eval-every", type=positive_int, help="steps between evaluations (only at the end)")
     add("--checkpoint-every", type=positive_int, default=2500, help="steps (%(default)s)")
     add("--device", help="cpu, cuda, mps or xpu (cuda if there is one)")
@@ -177,7 +168,7 @@ def make_parser():
     return parser
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> Namespace:
     return make_parser().parse_args(argv)
 
 
@@ -187,120 +178,151 @@ def stored_flags():
     return [action.dest for g in groups for action in g._group_actions if action.dest != "help"]
 
 
-def resolve(args):
+def resolve(args: Namespace) -> dict:
     """Return the settings that decide the result: the recipe's, or the flags' where given.
 
-    "keywords" are those of the model, complete.
+    "keywords" are those of the model, complete. Raises UserError for what cannot be trained.
     """
-    settings = checked_recipe(args.recipe)
+    check_recipe(args.recipe)
+    settings = {"recipe": args.recipe, "decays": DECAYS} | RECIPES[args.recipe]
+    settings.pop("data", None)
     batch_size = settings["batch_size"]
     for name in stored_flags():
-        if getattr(args, name) is not None or name not in settings:
-            settings[name] = getattr(args, name)
+        value = getattr(args, name)
+        if value is not None or name not in settings:
+            settings[name] = value
     if args.lr is None:
         settings["lr"] *= settings["batch_size"] / batch_size
     settings["warmup"] = min(settings["warmup"], settings["iters"] // 10)  # of a short run
-    for name, most in ("lr", 1e38), ("ema", 1):
-        if settings[name] is not None and not 0 < settings[name] < most:
-            raise UserError(f"--{name} {settings[name]}: must be a number over 0 and below {most}")
     if settings["multiple"] is None:
         settings["multiple"] = 128 if args.compile else 32
-    if settings["multiple"] % 32:
-        raise UserError(f"--multiple {settings['multiple']}: expected a multiple of 32")
-    fcos.resized_hw(1, 1, max(settings["min_size"]), settings["max_size"])  # do they fit?
     if settings["patience"]:  # then it decides where the run stops
-        if not args.eval_every:
-            raise UserError("--patience needs --eval-every")
         settings["eval_every"] = args.eval_every
+    check_settings(settings)
     overrides = dict(settings.pop("set"))
     if "test_size" not in fcos.MODELS.get(settings["model"], {}) | overrides:  # as it is trained
         overrides["test_size"] = max(settings["min_size"]), settings["max_size"]
-    keywords = fcos.model_keywords(settings["model"], overrides)
-    shared = keywords.keys() & settings.keys()
-    if shared:
-        raise UserError(f"{', '.join(shared)}: both a keyword of the model and a setting")
-    return settings | {"keywords": keywords}
+    settings["keywords"] = fcos.model_keywords(settings["model"], overrides)
+    return settings
 
 
-def checked_recipe(name):
-    """Return the settings of a recipe, without its data. Raises UserError for an unknown name, and
-    for settings that are missing or not used."""
+def check_recipe(name):
+    """Raise UserError for an unknown recipe, or one with missing or unused settings."""
     if name not in RECIPES:
         raise UserError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}")
-    recipe = RECIPES[name]
     needed = {"model", "weights"} | X1.keys()
-    missing = needed - recipe.keys()
-    unknown = recipe.keys() - needed - {"data", "decays"}
+    missing = needed - RECIPES[name].keys()
+    unknown = RECIPES[name].keys() - needed - {"data", "decays"}
     if missing or unknown:
         raise UserError(
             f"recipe {name}: lacks {missing or 'nothing'}; has no use for {unknown or 'nothing'}"
         )
-    settings = {"recipe": name, "decays": DECAYS} | recipe
-    settings.pop("data", None)
-    return settings
 
 
-def find_data(args):
+def check_settings(settings):
+    """Raise UserError for a number that cannot be trained with."""
+    for name, limit in ("lr", 1e38), ("ema", 1):
+        value = settings[name]
+        if value is not None and not 0 < value < limit:
+            raise UserError(f"--{name} {value}: must be a number over 0 and below {limit}")
+    if settings["multiple"] % 32:
+        raise UserError(f"--multiple {settings['multiple']}: expected a multiple of 32")
+    if settings["patience"] and not settings["eval_every"]:
+        raise UserError("--patience needs --eval-every")
+    fcos.resized_hw(1, 1, max(settings["min_size"]), settings["max_size"])  # raises if too small
+
+
+def find_data(args: Namespace) -> dict:
     """Return {"train": (annotation file, image folder), "val": ...} as the flags or the recipe say.
 
     Raises UserError if only some of the four flags for one's own data are given.
     """
-    paths = {
+    own = {
         "train": (args.train_annotations, args.train_images),
         "val": (args.val_annotations, args.val_images),
     }
-    given = [path for pair in paths.values() for path in pair if path]
+    given = [path for pair in own.values() for path in pair if path]
     if not given:
         data = args.data or RECIPES[args.recipe].get("data", "data/coco")
-        return {split: evaluate.coco_paths(data, f"{split}2017") for split in paths}
+        return {split: evaluate.coco_paths(data, f"{split}2017") for split in own}
     if args.data or len(given) < 4:
         raise UserError(
             "own data needs all of --train-images, --train-annotations, --val-images "
             "and --val-annotations, and no --data"
         )
-    return paths
+    return own
 
 
-SHORT = reprlib.Repr()  # bounded work for any value
-SHORT.maxtuple = SHORT.maxlist = 10
+def flatten(settings):
+    """Return settings without nesting: {"lr": 0.01, "keywords radius": 1.5, ...}."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{name} {inner}": each for inner, each in value.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
-def abbreviated(value):
-    """Return a setting as text; of many choices the first and the last. A checkpoint may hold
-    anything: the text is short and printable."""
-    if isinstance(value, list) and len(value) > 8:
-        return f"{abbreviated(value[0])} to {abbreviated(value[-1])} ({len(value)} values)"
-    text = value if isinstance(value, str) else SHORT.repr(value)
-    return evaluate.printable(text, 200)
-
-
-def differences(there, here, name=""):
+def differences(there, here):
     """Return a text for each setting in which a checkpoint and the code differ.
 
-    Nested settings follow from the others and from the code; they are compared if those are equal.
+    A checkpoint may hold anything; the texts are short and printable.
     """
+    there = flatten(there)
+    here = flatten(here)
     found = []
-    nested = []
-    for key in [*here, *(there.keys() - here.keys())]:
-        old = there.get(key, "nothing")
-        new = here.get(key, "nothing")
-        if isinstance(old, dict) and isinstance(new, dict):
-            nested += differences(old, new, f"{name}{key} ")
-        elif old != new:
-            found.append(f"{name}{key} {abbreviated(old)} there, {abbreviated(new)} here")
-    return found or nested
+    for name in here | there:
+        old = there.get(name, "nothing")
+        new = here.get(name, "nothing")
+        if old != new:
+            found.append(
+                f"{printable(name)} {printable(old, 200)} there, {printable(new, 200)} here"
+            )
+    return found
+
+
+def print_settings(settings):
+    """Print what runs. The learning rates are the optimizer's, not the settings behind them."""
+    for name, value in flatten(settings).items():
+        if name not in ("lr", "warmup", "decays"):
+            say(f"{name:24s} {printable(value, 200)}")
+    original = RECIPES[settings["recipe"]]
+    if settings["batch_size"] != original["batch_size"]:
+        say(f"the recipe has learning rate {original['lr']} for {original['batch_size']} images")
+
+
+def say(text):
+    """Print a line on rank 0."""
+    if evaluate.rank_and_world_size()[0] == 0:
+        print(text)
+
+
+def warn(text):
+    """Print a warning above the progress bar."""
+    tqdm.write(str(text), file=sys.stderr)
 
 
 # ---- batches and augmentation ------------------------------------------------------------------
 
-# Random streams, one for each purpose, and how many numbers make up a position in it: see
-# TrainBatches.rng. Append only: the place in this table is part of the seed.
-STREAMS = {"group": 0, "order": 2, "sizes": 1, "augment": 2, "augment_more": 2}
+# The number of a random stream in its seed, by its purpose and the length of its positions. Other
+# streams get a number from their name: see TrainBatches.rng.
+STREAMS = {
+    ("group", 0): 0,
+    ("order", 2): 1,
+    ("sizes", 1): 2,
+    ("augment", 2): 3,
+    ("augment_more", 2): 4,
+}
 
 
-# The images of a step: their rows in the data set, the (height, width) to which each is resized,
-# and the (height, width) to which all are padded.
-Plan = namedtuple("Plan", "rows sizes padded_hw")
+class Plan(NamedTuple):
+    """The images of a step: their indices in the data set, the (height, width) to which each is
+    resized, and the (height, width) to which all are padded."""
+
+    indices: list[int]
+    sizes: list[tuple[int, int]]
+    padded_hw: tuple[int, int]
 
 
 class TrainBatches(Dataset):
@@ -341,54 +363,54 @@ class TrainBatches(Dataset):
         """Return the random stream of a purpose at a position, a NumPy generator.
 
         Every purpose has its own stream, so that no draw shifts the numbers of another. Raises
-        ValueError for a position of another length than STREAMS says, because NumPy fills a short
-        key with zeros, so that (2, 5) and (2, 5, 0) would be one stream; and if an item takes a
-        stream twice, because both would get the same numbers.
+        ValueError if an item takes a stream twice, because both would get the same numbers.
         """
-        if len(position) != STREAMS.get(purpose):
-            raise ValueError(f"stream {purpose!r} at {position}: expected one of {STREAMS}")
+        stream = purpose, len(position)  # NumPy fills short seeds with zeros: (2, 5) is (2, 5, 0)
+        number = STREAMS.get(stream, zlib.crc32(repr(stream).encode()))
         if (purpose, position) in self.drawn:
-            raise ValueError(f"stream {purpose!r} at {position} is taken twice: add one to STREAMS")
+            raise ValueError(f"stream {purpose!r} at {position} is taken twice: use another name")
         self.drawn.add((purpose, position))
-        key = list(STREAMS).index(purpose)
-        return np.random.Generator(np.random.PCG64([self.settings["seed"], key, *position]))
+        return np.random.Generator(np.random.PCG64([self.settings["seed"], number, *position]))
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  (one object a process, as long as the process)
     def order(self, group, epoch):
+        """Return a permutation of the images of a group."""
         return self.rng("order", group, epoch).permutation(self.groups[group])
 
-    def plan(self, step) -> Plan:
+    def plan(self, step: int) -> Plan:
         """Return the plan of a step, computed by every rank before it decodes an image."""
         self.drawn.clear()
         group = self.group[step]
         positions = self.turn[step] * self.batch_size + np.arange(self.batch_size)
         epochs, places = np.divmod(positions, len(self.groups[group]))
-        rows = [self.order(group, epoch)[place].item() for epoch, place in zip(epochs, places)]
+        indices = [self.order(group, epoch)[place].item() for epoch, place in zip(epochs, places)]
         min_sizes = self.rng("sizes", step).choice(self.settings["min_size"], self.batch_size)
-        sizes = [
-            fcos.resized_hw(*self.dataset.hw[row].tolist(), min_size, self.settings["max_size"])
-            for row, min_size in zip(rows, min_sizes.tolist())
-        ]
-        return Plan(rows, sizes, self.padded_hw(group, sizes))
-
-    def padded_hw(self, group, sizes):
-        """Return the padded (H, W) of a step with images of these sizes."""
+        sizes = [self.resized_hw(i, size) for i, size in zip(indices, min_sizes.tolist())]
         height, width = fcos.padded_hw(sizes, self.settings["multiple"])
         most_height, most_width = self.largest_hw[group]
-        return min(height, most_height), min(width, most_width)
+        return Plan(indices, sizes, (min(height, most_height), min(width, most_width)))
+
+    def resized_hw(self, i, min_size):
+        """Return the (height, width) of image i with a short side of `min_size` pixels."""
+        height, width = self.dataset.hw[i].tolist()
+        return fcos.resized_hw(height, width, min_size, self.settings["max_size"])
+
+    def one_of_each_size(self, indices):
+        """Return one image of every (height, width) among some images."""
+        _, first = np.unique(self.dataset.hw[indices], axis=0, return_index=True)
+        return indices[first].tolist()
 
     def largest_padded_hw(self, group):
         """Return the padded (H, W) that holds every image of a group, whatever its short side."""
         if not len(group):
             return 0, 0
-        shapes = np.unique(self.dataset.hw[group], axis=0)
-        most = max(self.settings["min_size"]), self.settings["max_size"]
-        return fcos.padded_hw([fcos.resized_hw(*hw, *most) for hw in shapes.tolist()])
+        min_size = max(self.settings["min_size"])
+        return fcos.padded_hw([self.resized_hw(i, min_size) for i in self.one_of_each_size(group)])
 
     def count_padded_sizes(self):
         """Return an upper bound for the number of padded sizes of a run."""
         multiple = self.settings["multiple"]
-        return sum(-(-h // multiple) * -(-w // multiple) for h, w in self.largest_hw)
+        return sum(math.ceil(h / multiple) * math.ceil(w / multiple) for h, w in self.largest_hw)
 
     def __len__(self):
         return len(self.group) * self.micro_batches
@@ -410,7 +432,7 @@ class TrainBatches(Dataset):
         """Return the augmented sample of a slot of a step."""
         self.dataset.files_read.clear()
         try:
-            sample = self.read(plan.rows[slot], plan.sizes[slot], step, slot)
+            sample = self.read(plan.indices[slot], plan.sizes[slot], step, slot)
             if self.settings["augment"]:
                 sample = augment_more(sample, self.rng("augment_more", step, slot))
             sample = augment(sample, self.rng("augment", step, slot))
@@ -423,34 +445,31 @@ class TrainBatches(Dataset):
             raise
         return sample
 
-    def read(self, row, hw, step, slot):
-        """Return the sample of an image at (height, width), before augmentation.
+    def read(self, i, hw, step, slot):
+        """Return the sample of image i at (height, width), before augmentation.
 
-        A mosaic goes here: it takes further rows from a stream of its own at (step, slot).
+        A mosaic goes here: it takes further images by self.rng("mosaic", step, slot).
         """
-        return self.dataset.sample(row, hw)
+        return self.dataset.sample(i, hw)
 
     def smallest(self):
         """Return a batch of one image, the one with the fewest pixels after padding."""
-        rows = np.concatenate(self.groups)
-        shapes, places = np.unique(self.dataset.hw[rows], axis=0, return_index=True)
-        min_size = min(self.settings["min_size"])
-        max_size = self.settings["max_size"]
-        sizes = [fcos.resized_hw(*hw, min_size, max_size) for hw in shapes.tolist()]
+        images = self.one_of_each_size(np.concatenate(self.groups))
+        sizes = [self.resized_hw(i, min(self.settings["min_size"])) for i in images]
         padded = [fcos.padded_hw([size]) for size in sizes]
-        k = min(range(len(padded)), key=lambda k: padded[k][0] * padded[k][1])
-        return collate([self.dataset.sample(rows[places[k]], sizes[k])], padded[k])
+        k = min(range(len(images)), key=lambda k: math.prod(padded[k]))
+        return collate([self.dataset.sample(images[k], sizes[k])], padded[k])
 
 
 def aspect_groups(dataset, settings):
-    """Return the rows of the images that are trained on: the wide ones, and the others.
+    """Return the indices of the images that are trained on: the wide ones, and the others.
 
-    A step's images are of one group, drawn in proportion to the groups' lengths, and all rows of a
-    group are drawn equally often: repeat a row to draw its image more often.
+    A step's images are of one group, drawn in proportion to the groups' lengths, and all entries of
+    a group are drawn equally often: repeat an index to draw its image more often.
     """
-    rows = np.flatnonzero(dataset.trainable | settings["negatives"])
-    upright = dataset.hw[rows, 0] >= dataset.hw[rows, 1]
-    return rows[~upright], rows[upright]
+    indices = np.flatnonzero(dataset.trainable | settings["negatives"])
+    upright = dataset.hw[indices, 0] >= dataset.hw[indices, 1]
+    return indices[~upright], indices[upright]
 
 
 def check_sample(sample, num_classes):
@@ -550,40 +569,34 @@ def crop(sample, rng):
 # ---- the model's start -------------------------------------------------------------------------
 
 
-def load_data(paths, settings, say):
-    """Return the training and the validation set of `find_data`, and report what is odd about them.
+def load_data(args: Namespace, settings: dict):
+    """Return the training and the validation set, and report what is odd about them.
 
-    Adds what identifies their content to the settings.
+    Raises UserError if a file cannot be used, or if there is no box to learn.
     """
-    if f"{paths['train'][1]}" == "data/shapes/train2017":
-        draw_shapes("data/shapes", say)
-    train = load_split(*paths["train"], None, say)
-    val = load_split(*paths["val"], train.classes, say)
-    settings |= {"train_data": fingerprint(train), "val_data": fingerprint(val)}
-    if not len(val.boxes):
-        say(f"{val.annotations}: has no box to find, so every AP will be -1")
-    if train.image_dir == val.image_dir:
-        shared = np.intersect1d(train._names, val._names)
-        if len(shared):
-            say(
-                f"{val.annotations}: {len(shared)} of its images are also trained on, so its AP "
-                "will be too high"
-            )
-    unlabeled = int((~train.trainable).sum())
-    if unlabeled == len(train) or not len(train.boxes):
-        raise UserError(
-            f"{train.annotations}: has no image with a box to learn; {'; '.join(train.notes)}"
-        )
+    paths = find_data(args)
+    if str(paths["train"][1]) == "data/shapes/train2017":
+        draw_shapes("data/shapes")
+    train_set = load_split(*paths["train"], None)
+    val_set = load_split(*paths["val"], train_set.classes)
+    path = train_set.annotations
+    unlabeled = int((~train_set.trainable).sum())
+    if unlabeled == len(train_set) or not len(train_set.boxes):
+        raise UserError(f"{path}: has no image with a box to learn; {'; '.join(train_set.notes)}")
     if unlabeled:
         use = "negatives" if settings["negatives"] else "left out; --negatives trains on them"
-        say(
-            f"{train.annotations}: {unlabeled} of {len(train)} images have no boxes to learn and "
-            f"are {use}"
-        )
-    return train, val
+        say(f"{path}: {unlabeled} of {len(train_set)} images have no boxes to learn and are {use}")
+    path = val_set.annotations
+    if not len(val_set.boxes):
+        say(f"{path}: has no box to find, so every AP will be -1")
+    if train_set.image_dir == val_set.image_dir:
+        shared = np.intersect1d(train_set._names, val_set._names)
+        if len(shared):
+            say(f"{path}: {len(shared)} of its images are also trained on, so its AP is too high")
+    return train_set, val_set
 
 
-def load_split(annotations, image_dir, classes, say):
+def load_split(annotations, image_dir, classes):
     """Read a data set and report its size and what is odd about it.
 
     classes: the names that were trained on; None in training, where the annotations decide.
@@ -595,11 +608,9 @@ def load_split(annotations, image_dir, classes, say):
             "places"
         )
     dataset = evaluate.load_dataset(annotations, image_dir, classes)
-    names = ", ".join(map(str, dataset.classes))
-    say(
-        f"{annotations}: {len(dataset)} images, {len(dataset.boxes)} boxes of "
-        f"{len(dataset.classes)} classes: {evaluate.printable(names, 100)}"
-    )
+    names = printable(", ".join(map(str, dataset.classes)), 100)
+    counts = f"{len(dataset)} images, {len(dataset.boxes)} boxes"
+    say(f"{annotations}: {counts} of {len(dataset.classes)} classes: {names}")
     for note in dataset.notes:
         say(f"{annotations}: {note}")
     return dataset
@@ -616,89 +627,79 @@ def fingerprint(dataset):
     return f"{counts}, sha256 {digest.hexdigest()[:16]}"
 
 
-def draw_shapes(folder, say):
+def draw_shapes(folder):
     """Draw the shapes data set on rank 0 if it is not there; the other ranks wait."""
     folder = Path(folder)
-    rank, world_size = evaluate.rank_and_world_size()
-    if rank == 0 and not folder.exists():
+    if evaluate.rank_and_world_size()[0] == 0 and not folder.exists():
         say(f"drawing {folder}")
         with evaluate.one_writer(folder.parent, wait=True):
-            for left_over in folder.parent.glob(f".{folder.name}-*"):  # of a killed process
-                shutil.rmtree(left_over)
-            if not folder.exists():  # no other run has drawn it meanwhile
+            for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a killed process
+                shutil.rmtree(leftover)
+            if not folder.exists():  # another run may have drawn it meanwhile
                 make_shapes(folder)
-    if world_size > 1:
+    if dist.is_initialized():
         dist.barrier()
 
 
-def report_sizes(model, batches, say):
-    """Print for each class how large its boxes are after resizing, and how many no location gets.
+def report_sizes(model, batches):
+    """Print for each class how large its boxes are after resizing, and how many are not learned,
+    because no location is assigned to them.
 
-    Such boxes are not learned. Where they are many, print the --min-size that would help.
+    If these are more than a tenth of a class, print a --min-size that would help.
     """
     if evaluate.rank_and_world_size()[0] > 0:
         return
-    classes = batches.dataset.classes
-    settings = batches.settings
-    min_size = sorted(settings["min_size"])[len(settings["min_size"]) // 2]
-    rows = measure_boxes(model, batches, min_size, settings["max_size"])
-    for label, side, lost, count in rows[:10]:
+    min_sizes = sorted(batches.settings["min_size"])
+    sizes = min_sizes[len(min_sizes) // 2], batches.settings["max_size"]
+    for lost, label, count, side in measure_boxes(model, batches, *sizes)[:10]:
         say(
-            f"{evaluate.printable(classes[label])}: boxes of {side:.0f} pixels at --min-size "
-            f"{min_size} (median), {lost:.0%} of {count} without a location"
+            f"{printable(batches.dataset.classes[label])}: boxes of {side:.0f} pixels at "
+            f"--min-size {sizes[0]} (median), {lost:.0%} of {count} without a location"
         )
-    if len(rows) > 10:
-        say(f"... of the other {len(rows) - 10} classes no more than {rows[10][2]:.0%}")
-    if most_lost(rows) > 0.1:
+    if worst_loss(model, batches, sizes) > 0.1:
         remedy = "a finer level (--set levels=[2,3,4,5,6] with ranges) or cutting images into tiles"
         for factor in (4, 3, 2, 1.5, 1.25):
-            sizes = [round(factor * size / 32) * 32 for size in (min_size, settings["max_size"])]
-            if most_lost(measure_boxes(model, batches, *sizes)) > 0.1:
+            larger = [round(factor * size / 32) * 32 for size in sizes]
+            if worst_loss(model, batches, larger) > 0.1:
                 break
-            remedy = f"--min-size {sizes[0]} --max-size {sizes[1]}"
+            remedy = f"--min-size {larger[0]} --max-size {larger[1]}"
         say(f"warning: many boxes are too small to be learned; what would help is {remedy}")
 
 
-def most_lost(rows):
+def worst_loss(model, batches, sizes):
     """Return the largest share of boxes without a location, of classes with 10 boxes or more."""
-    return max((lost for _, _, lost, count in rows if count >= 10), default=0)
+    classes = measure_boxes(model, batches, *sizes)
+    return max((lost for lost, _, count, _ in classes if count >= 10), default=0)
 
 
 def measure_boxes(model, batches, min_size, max_size):
-    """Return (label, median side in pixels, share of boxes without a location, number of boxes).
+    """Return (share of boxes without a location, label, number of boxes, their median side in
+    pixels) for each class, the largest share first.
 
-    The classes with the largest share come first. It is measured on up to 500 images, and on few
-    enough for a CPU to take a second or two.
+    It is measured on up to 300 images, and on few enough for a CPU to take a second or two.
     """
     dataset = batches.dataset
     device = next(model.parameters()).device
-    rows = np.random.default_rng(0).permutation(np.concatenate(batches.groups))[:500]
-    alike = {}
+    measured = []
     work = 0
-    for row in rows.tolist():
-        hw = fcos.resized_hw(*dataset.hw[row].tolist(), min_size, max_size)
-        truth = dataset.truth(row, hw)
-        alike.setdefault(fcos.padded_hw([hw]), []).append(truth)
-        work += hw[0] * hw[1] * len(truth["boxes"])
+    for i in np.random.default_rng(0).permutation(np.concatenate(batches.groups))[:300].tolist():
+        height, width = dataset.hw[i].tolist()
+        hw = fcos.resized_hw(height, width, min_size, max_size)
+        truth = to_device(dataset.truth(i, hw), device)
+        boxes = truth["boxes"]
+        index = model.targets(fcos.padded_hw([hw]), [truth])["index"]
+        lost = torch.isin(torch.arange(len(boxes), device=device), index, invert=True)
+        sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
+        measured.append(torch.stack([truth["labels"], lost, sides], 1))
+        work += hw[0] * hw[1] * len(boxes)
         if work > 5e8 and device.type == "cpu":
             break
-    found = []
-    for hw, truths in alike.items():
-        for k in range(0, len(truths), 16):
-            chunk = [to_device(truth, device) for truth in truths[k : k + 16]]
-            for truth, index in zip(chunk, model.targets(hw, chunk)["index"]):
-                boxes = truth["boxes"]
-                assigned = torch.zeros(len(boxes), device=device)
-                assigned[index[index >= 0]] = 1
-                sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
-                found.append(torch.stack([truth["labels"], sides, assigned], 1))
-    labels, sides, assigned = torch.cat(found).cpu().T
-    measured = []
-    for label in labels.unique():
-        of = labels == label
-        lost = 1 - assigned[of].mean().item()
-        measured.append((int(label), sides[of].median().item(), lost, int(of.sum())))
-    return sorted(measured, key=lambda row: -row[2])
+    table = torch.cat(measured).cpu()
+    classes = []
+    for label in table[:, 0].unique():
+        _, lost, sides = table[table[:, 0] == label].T
+        classes.append((lost.mean().item(), int(label), len(lost), sides.median().item()))
+    return sorted(classes, reverse=True)
 
 
 def find_weights(name, keywords):
@@ -707,26 +708,24 @@ def find_weights(name, keywords):
         return None
     if name in ("imagenet", "coco"):
         return fcos.hub_file(name, keywords["imagenet"])
-    path = Path(name)
     cached = Path.home() / ".torch" / "models" / name
-    if path.exists():
-        return path
-    if path.name == name and cached.exists():
-        return cached
+    for path in Path(name), cached:
+        if path.exists():
+            return path
     raise UserError(
         f"{name}: no such weights, neither here nor in {cached.parent}; the README says where to "
         "get the weights of a recipe; coco is torchvision's detector, none a random start"
     )
 
 
-def make_model(settings, dataset, say):
+def make_model(settings: dict, dataset) -> fcos.FCOS:
     """Build the recipe's model for the classes of a data set, with its initial weights."""
     keywords = settings["keywords"]
     from_timm = settings["weights"] == "imagenet" and keywords["backbone"] == "timm"
     path = None if from_timm else find_weights(settings["weights"], keywords)
     weights = fcos.open_weights(path) if path else None
     if not from_timm:
-        keywords |= settled_keywords(keywords, weights, say)
+        keywords = keywords | keywords_for(weights, keywords)
     torch.manual_seed(settings["seed"])
     try:
         model = fcos.FCOS(len(dataset.classes), **keywords)
@@ -737,24 +736,14 @@ def make_model(settings, dataset, say):
         model.backbone.load_pretrained()
         say(f"timm's pretrained weights of {keywords['arch']}; random: fpn, head")
     if weights:
-        report = fcos.load_weights(model, weights, dataset.classes)
-        random = {".".join(name.split(".")[:2]) for name in report["missing"]}
-        random = {name for name in random if not name.startswith("backbone.")}
-        random |= {f"class {name}" for name in report["new_classes"]}
-        say(
-            f"{path}: {len(report['loaded'])} tensors of the {report['family']} family; random: "
-            f"{', '.join(sorted(random)) or 'nothing'}"
-        )
-        say(", ".join(f"{name} {value}" for name, value in report["convention"].items()))
+        report_weights(path, fcos.load_weights(model, weights, dataset.classes))
     model.set_convention(inclusive=False, score="fcos")  # the data set's boxes are continuous
     model.classes = dataset.classes
     model.category_ids = dataset.category_ids
-    del settings["keywords"]
-    settings |= model.keywords
     return model
 
 
-def settled_keywords(keywords, weights, say):
+def keywords_for(weights, keywords):
     """Return the keywords that the initial weights decide.
 
     One of our own checkpoints says which norms it has. Without weights nothing can be frozen.
@@ -772,19 +761,30 @@ def settled_keywords(keywords, weights, say):
     return changes
 
 
-def make_network(model, settings, batches, say):
+def report_weights(path, report):
+    """Print what fcos.load_weights has loaded, and which parts keep their random start."""
+    parts = {".".join(name.split(".")[:2]) for name in report["missing"]}
+    random = {part for part in parts if not part.startswith("backbone.")}
+    random |= {f"class {name}" for name in report["new_classes"]}
+    say(
+        f"{path}: {len(report['loaded'])} tensors of the {report['family']} family; random: "
+        f"{', '.join(sorted(random)) or 'nothing'}"
+    )
+    say(", ".join(f"{name} {value}" for name, value in report["convention"].items()))
+
+
+def make_network(model, settings, batches):
     """Return what computes the forward pass of a step: the model, or DDP around it.
 
     It has run once: see `rehearse`.
     """
-    rank, world_size = evaluate.rank_and_world_size()
     network = model
-    if world_size > 1:
-        if settings.get("norm") == "syncbn":
-            if next(model.parameters()).is_cuda:
-                torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            else:
+    if evaluate.rank_and_world_size()[1] > 1:
+        if settings["keywords"].get("norm") == "syncbn":
+            if next(model.parameters()).device.type == "cpu":
                 say("SyncBN needs GPUs: every process normalizes by its own images alone")
+            else:
+                torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # Buffers are no use in training, so none is broadcast; torch 2.15 deprecates the flag.
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
         network = DistributedDataParallel(
@@ -817,8 +817,8 @@ class Graphs:
         return run_and_count
 
 
-def compile_model(model, batches):
-    """Compile a model in place, with a graph for each padded size of the run; return its Graphs."""
+def compile_model(model, batches) -> Graphs:
+    """Compile a model in place, with a graph for each padded size of the run."""
     config = torch._dynamo.config
     most = 8 + 2 * batches.count_padded_sizes()  # micro-batches may differ by an image
     config.recompile_limit = max(config.recompile_limit, most)
@@ -859,7 +859,7 @@ def rehearse(network, model, batches, settings):
 # ---- optimization ------------------------------------------------------------------------------
 
 
-def parameter_groups(model):
+def parameter_groups(model: torch.nn.Module) -> list[dict]:
     """Return the optimizer's groups. Biases, those of the norms included, have no weight decay
     and twice the learning rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -869,17 +869,46 @@ def parameter_groups(model):
     ]
 
 
-def make_optimizer(model, settings):
+def make_optimizer(model: torch.nn.Module, settings: dict) -> torch.optim.Optimizer:
     """Return the optimizer. A group's learning rate at a step is what `lr_at` makes of the rate
     given here, times the group's "rate" if it has one."""
     return torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
 
 
-def lr_at(step, lr, iters, warmup, decays=DECAYS):
+def lr_at(step: int, lr: float, iters: int, warmup: int, decays=DECAYS) -> float:
     """Return the learning rate of a step, counted from 0: constant warm-up, then decays (see
     RECIPES)."""
     passed = sum(step >= iters * eighteenths // 18 for eighteenths in decays)
     return lr * (1 / 3 if step < warmup else 1) * 0.1**passed
+
+
+def rate_at(step, group, settings):
+    """Return the learning rate of an optimizer's group at a step."""
+    lr = group.setdefault("initial_lr", group["lr"])
+    rate = lr_at(step, lr, settings["iters"], settings["warmup"], settings["decays"])
+    return rate * group.get("rate", 1)
+
+
+def describe(optimizer, model, settings):
+    """Return what the code makes of the optimizer, as settings: its class, its groups with their
+    constant hyper-parameters, and the learning rate of the first group wherever it changes.
+
+    It is stored with a run, so that one with another optimizer or schedule is not resumed.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    found = {"class": type(optimizer).__name__}
+    for number, group in enumerate(optimizer.param_groups, 1):
+        group.setdefault("initial_lr", group["lr"])
+        parameters = [names.get(p, f"{tuple(p.shape)}") for p in group["params"]]
+        digest = zlib.crc32(" ".join(parameters).encode())
+        used = [(name, value) for name, value in group.items() if value not in (None, False)]
+        values = [f"{name} {value}" for name, value in used if name not in ("params", "lr")]
+        found[f"group {number}"] = f"{', '.join(values)}, {len(parameters)} tensors ({digest:x})"
+    rates = [rate_at(k, optimizer.param_groups[0], settings) for k in range(settings["iters"])]
+    changes = [k for k in range(len(rates)) if k == 0 or rates[k] != rates[k - 1]]
+    shown = changes[:: math.ceil(len(changes) / 20)]  # some of them, if the rate always changes
+    schedule = {f"from step {k + 1}": rates[k] for k in shown}
+    return {"optimizer": found, "learning rate": schedule, "last_rate_change": changes[-1]}
 
 
 class MovingAverage:
@@ -911,7 +940,7 @@ class MovingAverage:
         self.model.load_state_dict(state)
 
 
-def make_companions(model, settings):
+def make_companions(model: torch.nn.Module, settings: dict) -> dict:
     """Return what changes with the weights after every step, by name: a moving average, a teacher.
 
     Each has `update(step)`, and `state_dict` and `load_state_dict`, by which it is saved and
@@ -932,13 +961,13 @@ def to_device(batch, device):
 
 
 def split_columns(batch):
-    """Return the truths of a batch of TrainBatches: for each image, its rows of every column."""
+    """Return the truths of a batch of TrainBatches: for each image, its part of every column."""
     columns = {
         name: values.split(batch["counts"])
         for name, values in batch.items()
         if name not in ("images", "sizes", "counts")
     }
-    return [dict(zip(columns, rows)) for rows in zip(*columns.values())]
+    return [dict(zip(columns, parts)) for parts in zip(*columns.values())]
 
 
 def read_step(loader, micro_batches, device):
@@ -946,22 +975,20 @@ def read_step(loader, micro_batches, device):
     return [to_device(next(loader), device) for _ in range(micro_batches)]
 
 
-def compute_gradients(model, network, batches, settings, stop_requested):
+def compute_gradients(model, network, batches, settings):
     """Compute the gradients of one step from its micro-batches on this rank.
 
     Targets do not depend on predictions, so the normalizers of the whole step, over all
-    micro-batches and ranks, are summed while the first forward pass runs. The same sum tells every
-    rank whether any of them was asked to stop.
+    micro-batches and ranks, are summed while the first forward pass runs.
 
-    Returns {name: this rank's part of the loss} and the number of ranks that were asked to stop,
-    as tensors without dimensions: nothing is read from the device.
+    Returns {name: this rank's part of the loss}, tensors without dimensions: nothing is read from
+    the device.
     """
     targets = [model.targets(batch["images"].shape[2:], split_columns(batch)) for batch in batches]
     device = targets[0]["labels"].device
     _, world_size = evaluate.rank_and_world_size()
-    stops = torch.full((1,), float(bool(stop_requested)), device=device)
-    sums = torch.cat([sum(map(fcos.loss_normalizers, targets)), stops])
-    reduction = dist.all_reduce(sums, async_op=True) if world_size > 1 else None
+    normalizers = sum(map(fcos.loss_normalizers, targets))
+    reduction = dist.all_reduce(normalizers, async_op=True) if world_size > 1 else None
     step_losses = 0
     for m, batch in enumerate(batches):
         add_only = world_size > 1 and m < len(batches) - 1  # DDP reduces with the last one
@@ -970,39 +997,11 @@ def compute_gradients(model, network, batches, settings, stop_requested):
                 outputs = network(batch["images"], batch["sizes"])
             if reduction and m == 0:
                 reduction.wait()
-            losses = fcos.fcos_loss(outputs, targets[m], sums[:-1], **model.loss)
+            losses = fcos.fcos_loss(outputs, targets[m], normalizers, **model.loss)
             values = torch.stack(list(losses.values()))
             (values.sum() * world_size).backward()  # DDP averages what is to be added
         step_losses = step_losses + values.detach()
-    return dict(zip(losses, step_losses)), sums[-1]
-
-
-def rate_at(step, group, settings):
-    """Return the learning rate of an optimizer's group at a step."""
-    schedule = settings["iters"], settings["warmup"], settings["decays"]
-    return lr_at(step, group["initial_lr"], *schedule) * group.get("rate", 1)
-
-
-def describe(optimizer, model, settings):
-    """Return what the code makes of the optimizer: its class, the groups with their constant
-    hyper-parameters, and {step: learning rate of the first group} wherever that changes.
-
-    It is stored with a run, so that one with another optimizer or schedule is not resumed.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = {"class": type(optimizer).__name__}
-    for number, group in enumerate(optimizer.param_groups, 1):
-        group["initial_lr"] = group["lr"]
-        parameters = [names.get(id(p), f"{tuple(p.shape)}") for p in group["params"]]
-        digest = hashlib.sha256(" ".join(parameters).encode()).hexdigest()[:8]
-        values = {name: value for name, value in group.items() if name not in ("params", "lr")}
-        found[f"group {number}"] = values | {"parameters": f"{len(parameters)} ({digest})"}
-    steps = range(settings["iters"])
-    rates = [rate_at(step, optimizer.param_groups[0], settings) for step in steps]
-    changes = [step for step in steps if step == 0 or rates[step] != rates[step - 1]]
-    changes = changes[:: -(-len(changes) // 100)]  # some of them, if the rate always changes
-    schedule = {f"step {step + 1}": rates[step] for step in changes}
-    return {"optimizer": found, "schedule": schedule}
+    return dict(zip(losses, step_losses))
 
 
 def update(step, optimizer, companions, settings):
@@ -1016,7 +1015,7 @@ def update(step, optimizer, companions, settings):
 
 
 class Meter:
-    """The losses of the last step, and the speed since the last row of the log.
+    """The losses of the last step, and the speed since they were read before.
 
     Reading a number from a GPU waits for all of its work, so `add` reads nothing. `read` does, and
     is called every few steps.
@@ -1055,7 +1054,7 @@ class Meter:
         losses = dict(zip(self.losses, values.tolist()))
         bad = self.first_bad.item()
         if bad < len(self.batches.group):
-            ids = self.batches.dataset.image_ids[self.batches.plan(bad).rows].tolist()
+            ids = self.batches.dataset.image_ids[self.batches.plan(bad).indices].tolist()
             raise UserError(
                 f"the loss or its gradient is not finite since step {bad + 1}, of the images "
                 f"{ids}; the losses are now {loss_text(losses)}; last.pt is from before that"
@@ -1092,7 +1091,7 @@ def validate(step, model, companions, val_set, best, files, workers):
     if files.active:
         metrics = evaluate.score(results, val_set.annotations)
         files.log(step, **metrics)
-        tqdm.write(f"step {step}: AP {metrics['AP']:.3f}{peak_memory(device)}", file=sys.stderr)
+        warn(f"step {step}: AP {metrics['AP']:.3f}{peak_memory(device)}")
         if not files.has_model() or metrics["AP"] < 0:  # the latter: there is nothing to find
             best = None
         if best is None or metrics["AP"] > best["AP"]:
@@ -1113,55 +1112,47 @@ def out_of_patience(step, best, settings):
     """
     if not settings["patience"] or best is None:
         return False
-    last_change = int(list(settings["schedule"])[-1].removeprefix("step ")) - 1
     every = settings["eval_every"]
-    return step // every - max(best["step"], last_change) // every >= settings["patience"]
+    start = max(best["step"], settings["last_rate_change"])
+    return step // every - start // every >= settings["patience"]
 
 
 def peak_memory(device):
-    """Return the peak memory of the GPU, or of the process on Linux, as text for the log."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    elif sys.platform == "linux":
-        from resource import RUSAGE_SELF, getrusage  # Windows has none, macOS other units
-
-        peak = getrusage(RUSAGE_SELF).ru_maxrss / 2**20
-    else:
+    """Return the peak memory of a GPU as text for the log."""
+    if device.type not in ("cuda", "xpu"):
         return ""
-    return f", peak {peak:.1f} GiB"
+    return f", peak {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB"
 
 
 # ---- main --------------------------------------------------------------------------------------
 
 
-def main(args):
+def main(args: Namespace):
     """Train as the command line says."""
     # Set up. Every mistake is found before anything is written.
     settings = resolve(args)
     rank, world_size, device = evaluate.start_process(args.device, fresh_store)
-    say = print if rank == 0 else lambda text: None
-    check_batch_size(settings, world_size, args.accumulate)
-    train_set, val_set = load_data(find_data(args), settings, say)
-    model = make_model(settings, train_set, say).to(device)
-    evaluate.check_classes(model, val_set)
+    train_set, val_set = load_data(args, settings)
+    model = make_model(settings, train_set).to(device)
     optimizer = make_optimizer(model, settings)
     companions = make_companions(model, settings)
-    settings |= describe(optimizer, model, settings)
-    print_settings(settings, args, say)
+    settings |= {"train_data": fingerprint(train_set), "val_data": fingerprint(val_set)}
+    settings |= {"keywords": model.keywords} | describe(optimizer, model, settings)
+    print_settings(settings)
     batches = TrainBatches(train_set, settings, rank, world_size, args.accumulate)
-    report_sizes(model, batches, say)
-    network = make_network(model, settings, batches, say)
+    report_sizes(model, batches)
+    network = make_network(model, settings, batches)
     graphs = compile_model(model, batches) if args.compile else None
+    workers = (1 if device.type == "cpu" else 4) if args.workers is None else args.workers
+    check_room(batches, workers)
 
     # Train. The last turn of the loop only evaluates.
     iters = settings["iters"]
     out = Path(args.out or f"runs/{args.recipe}")
     inputs = settings["weights"], train_set.annotations.path, val_set.annotations.path
     saved = {"optimizer": optimizer} | companions
-    workers = (1 if device.type == "cpu" else 4) if args.workers is None else args.workers
-    check_room(batches, workers)
     with evaluate.one_writer(out), evaluate.no_worker_left(), stop_signals() as signals:
-        files, start, best = open_run(out, args, settings, model, saved, inputs, say)
+        files, start, best = open_run(out, args, settings, model, saved, inputs)
         loader = start_loader(batches, start, workers, device)
         meter = Meter(start, batches, device, graphs)
         bar = progress_bar(args.recipe, start, iters)
@@ -1173,14 +1164,14 @@ def main(args):
             if step == iters or out_of_patience(step, best, settings):
                 break
             micro_batches = read_step(loader, args.accumulate, device)
-            losses, stops = compute_gradients(model, network, micro_batches, settings, signals)
+            losses = compute_gradients(model, network, micro_batches, settings)
             meter.add(step, losses, model)
             update(step, optimizer, companions, settings)
 
             done = step + 1
             saving = must_save(done, args, iters)
             logging = saving or is_due(done, max(1, min(20, iters // 100)))
-            stopping = (logging or device.type == "cpu") and stops.item() > 0
+            stopping = (logging or device.type == "cpu") and asked_to_stop(signals)
             if logging or stopping:
                 report(done, meter, optimizer, files, bar)
             if saving or stopping:
@@ -1195,44 +1186,20 @@ def main(args):
         dist.barrier()
 
 
-def check_batch_size(settings, world_size, micro_batches):
-    """Raise UserError unless every micro-batch of every rank gets an image."""
-    batch_size = settings["batch_size"]
-    if batch_size < world_size * micro_batches:
-        raise UserError(
-            f"--batch-size {batch_size}: less than an image for each of {world_size} "
-            f"processes and {micro_batches} micro-batches"
-        )
-
-
-def print_settings(settings, args, say):
-    """Print what runs: the learning rates from the optimizer, not from the settings behind them."""
-    for name, value in settings.items():
-        if name not in ("lr", "warmup", "decays", "optimizer", "schedule"):
-            say(f"{name:18s} {abbreviated(value)}")
-    say(f"{'optimizer':18s} {settings['optimizer']['class']}")
-    for name, group in settings["optimizer"].items():
-        if name != "class":
-            used = [f"{key} {value}" for key, value in group.items() if value not in (None, False)]
-            say(f"{name:18s} {', '.join(used)}")
-    rates = [f"{rate:.3g} from {step}" for step, rate in settings["schedule"].items()]
-    say(f"{'learning rate':18s} {', '.join(rates[:8])}{', ...' if len(rates) > 8 else ''}")
-    recipe = RECIPES[args.recipe]
-    if settings["lr"] != recipe["lr"] and args.lr is None:
-        say(
-            f"the learning rate {recipe['lr']} for {recipe['batch_size']} images a step becomes "
-            f"{settings['lr']:g} for {settings['batch_size']}"
-        )
-
-
 def check_room(batches, workers):
-    """Raise UserError unless the machine has room for what dataloader workers read ahead."""
+    """Raise UserError unless every micro-batch of every rank gets an image, and the machine has
+    room for what dataloader workers read ahead."""
+    shares = batches.world_size * batches.micro_batches
+    if batches.batch_size < shares:
+        raise UserError(
+            f"--batch-size {batches.batch_size}: less than an image for each of "
+            f"{batches.world_size} processes and {batches.micro_batches} micro-batches"
+        )
     evaluate.check_open_files(workers)
     if os.path.isdir("/dev/shm"):
-        shares = batches.world_size * batches.micro_batches
         pixels = max(h * w for h, w in batches.largest_hw)
-        batch = -(-batches.batch_size // shares) * 3 * pixels
-        needed = evaluate.launch_number("LOCAL_WORLD_SIZE", 1) * workers * 2 * batch
+        size = math.ceil(batches.batch_size / shares) * 3 * pixels
+        needed = evaluate.launch_number("LOCAL_WORLD_SIZE", 1) * workers * 2 * size
         free = shutil.disk_usage("/dev/shm").free
         if needed > free:
             raise UserError(
@@ -1244,7 +1211,7 @@ def check_room(batches, workers):
 def start_loader(batches, start, workers, device):
     """Return the iterator over all micro-batches from step `start` on; its workers begin now."""
     items = range(start * batches.micro_batches, len(batches))
-    pinned = device.type == "cuda"
+    pinned = device.type in ("cuda", "xpu")
     loader = evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=pinned)
     return evaluate.raise_errors(iter(loader))
 
@@ -1266,6 +1233,14 @@ def is_due(step, every):
 def must_save(done, args, iters):
     """Return whether a checkpoint is written after `done` steps; before an evaluation it is."""
     return done == iters or is_due(done, args.checkpoint_every) or is_due(done, args.eval_every)
+
+
+def asked_to_stop(signals):
+    """Return whether any rank has received a signal to stop. Every rank calls this."""
+    stops = torch.tensor(len(signals))
+    if dist.is_initialized():
+        dist.all_reduce(stops)
+    return stops.item() > 0
 
 
 def report(done, meter, optimizer, files, bar):
@@ -1302,80 +1277,84 @@ class RunFiles:
     """The files of a run: log.jsonl, last.pt, previous.pt, model.pt and metrics.json.
 
     Only rank 0 writes. If the disk is full, training continues, the older file stays, and a warning
-    is printed. A run that starts over writes log.new.jsonl and then last.new.pt: see `replace_run`.
+    is printed. Checkpoints hold the log, and a run that resumes writes it again, so that both agree
+    after a kill at any moment. A run that starts over touches no file of the older run before it
+    has written a checkpoint in its place.
     """
 
-    NAMES = ("last.pt", "previous.pt", "model.pt", "metrics.json", "log.jsonl")
-    NEW_NAMES = ("last.new.pt", "log.new.jsonl")
-
-    def __init__(self, out, start, launch):
+    def __init__(self, out, start, best, lines, launch):
         self.out = out
         self.active = evaluate.rank_and_world_size()[0] == 0
         self.made_with = {"launch": launch, "torch": str(torch.__version__)}
         self.saved_step = start or None  # of the checkpoint that is there
-        self.owns_model = start > 0  # whether model.pt is not an older run's
-        self.path = out / "log.jsonl"
-        if not self.active:
-            return
-        rows = []
-        if start == 0 and self.path.exists():
-            self.path = out / "log.new.jsonl"
-        elif self.path.is_file():
-            rows = log_rows(self.path, start)
-        with fcos.atomic_write(self.path, "w") as file:
-            file.writelines(rows)
+        self.owns_model = best is not None  # whether model.pt is not an older run's
+        self.lines = lines  # of the log
+        older = any((out / name).exists() for name in ("last.pt", "previous.pt", "model.pt"))
+        self.replaces = start == 0 and older
+        if self.active and not self.replaces:
+            self.write_log()
+
+    def write_log(self):
+        with fcos.atomic_write(self.out / "log.jsonl", "w") as file:
+            file.writelines(self.lines)
+
+    @contextlib.contextmanager
+    def unless_full(self, consequence):
+        """Turn an error of writing into a warning."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            warn(f"{error}; {consequence}")
 
     def log(self, step, **values):
-        """Write a row of the log: losses or metrics. Another logger takes them here."""
+        """Write a line of the log: losses or metrics. Another logger takes them here."""
         if not self.active:
             return
-        try:
-            evaluate.make_folder(self.out)  # in case someone has removed it
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        except (OSError, UserError) as error:
-            tqdm.write(f"{self.path}: {error}", file=sys.stderr)
+        self.lines.append(json.dumps({"step": step, **values}) + "\n")
+        if not self.replaces:
+            with self.unless_full("the log lacks a line"):
+                evaluate.make_folder(self.out)  # in case someone has removed it
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(self.lines[-1])
 
     def checkpoint(self, step, settings, model, saved, best):
         """Write all that a run needs to resume after `step` steps."""
         if not self.active:
             return
+        states = {name: thing.state_dict() for name, thing in saved.items()}
         content = {
             "settings": settings,
             "step": step,
             "best": best,
+            "log": "".join(self.lines),
             "made_with": self.made_with,
+            "layout": layout(states),
             "model": fcos.checkpoint(model),
         }
-        if saved.keys() & content.keys():
-            raise UserError(f"{', '.join(saved)}: one has a name of the checkpoint's own")
-        content |= {name: thing.state_dict() for name, thing in saved.items()}
-        first = self.saved_step is None
-        path = self.out / ("last.new.pt" if first else "last.pt")
-        try:
-            evaluate.make_folder(self.out)
-            with fcos.atomic_write(path, keep=None if first else self.out / "previous.pt") as file:
-                torch.save(content, file)
-        except UserError as error:
-            tqdm.write(f"{error}; the older checkpoint stays", file=sys.stderr)
-            return
-        if first:
-            replace_run(self.out, self.owns_model)
-            self.path = self.out / "log.jsonl"
-        self.saved_step = step
+        if states.keys() & content.keys():
+            raise UserError(f"{', '.join(states)}: one has a name of the checkpoint's own")
+        keep = None if self.replaces else self.out / "previous.pt"
+        with self.unless_full("the older checkpoint stays"):
+            with fcos.atomic_write(self.out / "last.pt", keep=keep) as file:
+                torch.save(content | states, file)
+            self.saved_step = step
+            if self.replaces:
+                self.replaces = False
+                (self.out / "previous.pt").unlink(missing_ok=True)
+                if not self.owns_model:
+                    (self.out / "model.pt").unlink(missing_ok=True)
+                    (self.out / "metrics.json").unlink(missing_ok=True)
+                self.write_log()
 
     def best(self, model, metrics):
         """Write model.pt and metrics.json. Returns whether that succeeded."""
-        try:
-            evaluate.make_folder(self.out)
+        with self.unless_full("the older model stays"):
             fcos.save(model, self.out / "model.pt")
             with fcos.atomic_write(self.out / "metrics.json", "w") as file:
                 json.dump(metrics, file)
-        except UserError as error:
-            tqdm.write(f"{error}; the older model stays", file=sys.stderr)
-            return False
-        self.owns_model = True
-        return True
+            self.owns_model = True
+            return True
+        return False
 
     def has_model(self):
         """Return whether the run has written a model.pt that is still there."""
@@ -1390,40 +1369,7 @@ class RunFiles:
         return f"the same command resumes after step {self.saved_step}"
 
 
-def log_rows(path, start):
-    """Return the lines of a log that a run which resumes after `start` steps will not write again.
-
-    Its evaluation at `start` is repeated. Torn lines are left out.
-    """
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            if row["step"] < start or (row["step"] == start and "AP" not in row):
-                rows.append(line + "\n")
-    return rows
-
-
-def replace_run(out, keep_model=False):
-    """Delete the older run in a folder if a newer one has written its first checkpoint there.
-
-    last.new.pt marks that. Every start calls this first, so that a kill at any moment leaves files
-    of one run only. With `keep_model`, model.pt and metrics.json are the newer run's.
-    """
-    if (out / "last.new.pt").exists():
-        for name in (
-            "last.pt",
-            "previous.pt",
-            *(() if keep_model else ("model.pt", "metrics.json")),
-        ):
-            (out / name).unlink(missing_ok=True)
-        if (out / "log.new.jsonl").exists():
-            os.replace(out / "log.new.jsonl", out / "log.jsonl")
-        os.replace(out / "last.new.pt", out / "last.pt")
-    (out / "log.new.jsonl").unlink(missing_ok=True)
-
-
-def open_run(out, args, settings, model, saved, inputs, say):
+def open_run(out, args, settings, model, saved, inputs):
     """Resume the run in `out`, or start one. With --fresh, only a run of the same launch resumes.
 
     inputs: files that the run must not write over.
@@ -1432,74 +1378,69 @@ def open_run(out, args, settings, model, saved, inputs, say):
     rank, world_size = evaluate.rank_and_world_size()
     if rank == 0:
         fcos.remove_leftovers(out)
-        replace_run(out)
-    agree(0, out)  # on rank 0 being done
     launch = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
     # --fresh is for the first start of a launch: torchrun's restarts and Slurm's resume from it
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("SLURM_RESTART_COUNT")
-    restarted = any(count and count.isdigit() and int(count) for count in restarts)
+    counts = [os.environ.get(f"{name}_RESTART_COUNT", "") for name in ("TORCHELASTIC", "SLURM")]
+    restarted = any(count.isdecimal() and int(count) > 0 for count in counts)
     start = 0
     best = None
-    damaged = False
+    lines = []
     if restarted or not args.fresh:
-        start, best, damaged = resume(out, settings, model, saved, say, args.fresh and launch)
-    if start == 0 and not args.fresh and (out / "model.pt").exists():
-        raise UserError(
-            f"{out}: holds a model.pt and no checkpoint; choose another --out, or "
-            "--fresh to replace it"
-        )
-    agree(start, out)
-    if start == 0:
-        for name in RunFiles.NAMES + RunFiles.NEW_NAMES:
-            evaluate.check_target(out / name, inputs)
-    if damaged and rank == 0:  # or the next checkpoint would keep it as previous.pt
-        os.replace(out / "last.pt", out / "damaged.pt")
-    return RunFiles(out, start, launch), start, best
-
-
-def agree(start, out):
-    """Wait for all ranks, and raise UserError unless all have found the same number of steps."""
-    if dist.is_initialized():
-        starts = [None] * dist.get_world_size()
+        start, best, lines = resume(out, settings, model, saved, launch if args.fresh else None)
+    if world_size > 1:
+        starts = [None] * world_size
         dist.all_gather_object(starts, start)
         if len(set(starts)) > 1:
             raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
+    if start == 0:
+        if (out / "model.pt").exists() and not args.fresh:
+            raise UserError(
+                f"{out}: holds a model.pt and no checkpoint; choose another --out, or "
+                "--fresh to replace it"
+            )
+        for name in "last.pt", "previous.pt", "model.pt", "metrics.json", "log.jsonl":
+            evaluate.check_target(out / name, inputs)
+    return RunFiles(out, start, best, lines, launch), start, best
 
 
-def resume(out, settings, model, saved, say, launch=None):
+def resume(out, settings, model, saved, launch=None):
     """Load the model and what is saved beside it from the last checkpoint of the run in `out`.
 
     With `launch`, only from one that this launch has written. Returns the number of steps done, 0
-    without a checkpoint; the metrics of the best evaluation; and whether last.pt is damaged.
+    without a checkpoint; the metrics of the best evaluation; and the lines of the log.
     Raises UserError if the checkpoint and the code disagree.
     """
     path, content, problems = find_checkpoint(out)
     if content is None:
         if problems and not launch:
             raise UserError(f"{'; '.join(problems)}; --fresh starts over")
-        return 0, None, False
-    if launch and (content.get("made_with") or {}).get("launch") != launch:
-        return 0, None, False
+        return 0, None, []
     try:
-        there = content["settings"] | fcos.stored_keywords(content["model"])
-        there |= {"classes": content["model"]["classes"], "model": settings["model"]}
+        if launch and content["made_with"]["launch"] != launch:
+            return 0, None, []
+        keywords = fcos.stored_keywords(content["model"])
+        there = content["settings"] | {"model": settings["model"], "keywords": keywords}
+        there["classes"] = content["model"]["classes"]
         changed = differences(there, settings | {"classes": model.classes})
         if not changed:
             step, best = restore(path, content, settings, model, saved)
+            lines = content["log"].splitlines(keepends=True)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        what = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        what = printable(f"{type(error).__name__} {error}", 200)
         raise UserError(f"{path}: cannot be resumed ({what}); --fresh starts over") from None
     if changed:
-        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        rest = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(
-            f"{out}: holds a run of other settings ({'; '.join(changed[:5])}{more}); repeat "
+            f"{out}: holds a run of other settings ({'; '.join(changed[:5])}{rest}); repeat "
             "them, start over with --fresh, or choose another --out (and --weights "
             f"{path}, to train on with a schedule of its own)"
         )
     for problem in problems:
         say(f"{problem}; {path} takes its place")
+        if evaluate.rank_and_world_size()[0] == 0:  # or the next save would keep it as previous.pt
+            os.replace(out / "last.pt", out / "damaged.pt")
     say(f"{out}: resumes after step {step} of {settings['iters']}")
-    return step, best, len(problems) > 0
+    return step, best, lines
 
 
 def find_checkpoint(out):
@@ -1511,12 +1452,11 @@ def find_checkpoint(out):
     for path in filter(Path.exists, (out / "last.pt", out / "previous.pt")):
         try:
             content = fcos.read_checkpoint(path)
+            if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+                return path, content, problems
+            problems.append(f"{path}: not a checkpoint of this trainer")
         except UserError as error:
             problems.append(str(error))
-            continue
-        if isinstance(content, dict) and isinstance(content.get("settings"), dict):
-            return path, content, problems
-        problems.append(f"{path}: not a checkpoint of this trainer")
     return None, None, problems
 
 
@@ -1528,46 +1468,32 @@ def restore(path, content, settings, model, saved):
     """
     step = content["step"]
     held = content["model"]
-    best = content.get("best")
+    best = content["best"]
     if type(step) is not int or step not in range(settings["iters"] + 1):
         raise ValueError(f"step {step!r}")
     if best is not None:
         best |= {"AP": float(best["AP"]), "step": int(best["step"])}
-    for name, thing in saved.items():
-        odd = layout(content[name]).items() ^ layout(state_after_a_step(thing)).items()
-        if odd:
-            raise ValueError(f"{name} does not fit at {min(place for place, _ in odd)}")
-        for value in torch.utils._pytree.tree_leaves(content[name]):
+    states = {name: content[name] for name in saved}
+    odd = layout(states).items() ^ content["layout"].items()
+    if odd:
+        raise ValueError(f"{min(place for place, _ in odd)} does not fit")
+    for name, state in states.items():
+        for value in torch.utils._pytree.tree_leaves(state):
             if isinstance(value, torch.Tensor) and not value.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity")
     fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos"))
     for name, thing in saved.items():
-        groups = [dict(group) for group in getattr(thing, "param_groups", [])]
-        thing.load_state_dict(content[name])
-        for group, ours in zip(getattr(thing, "param_groups", []), groups):
-            group |= {key: value for key, value in ours.items() if key != "params"}
+        if "param_groups" in states[name]:  # the code's own, with which the settings agree
+            states[name]["param_groups"] = thing.state_dict()["param_groups"]
+        thing.load_state_dict(states[name])
     return step, best
 
 
-def state_after_a_step(thing):
-    """Return the state_dict of an optimizer once it has made a step; of other things, of now.
-
-    The weights may change: call it before they are loaded.
-    """
-    if isinstance(thing, torch.optim.Optimizer):
-        for group in thing.param_groups:
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p)
-        thing.step()
-        thing.zero_grad()
-    return thing.state_dict()
-
-
 def layout(state):
-    """Return {place in a state_dict: shape of the tensor there, None for other values}."""
+    """Return {place in nested containers: shape of the tensor there, () for other values}."""
     leaves, _ = torch.utils._pytree.tree_flatten_with_path(state)
     place = torch.utils._pytree.keystr
-    return {place(path): getattr(leaf, "shape", None) for path, leaf in leaves}
+    return {place(path): tuple(getattr(leaf, "shape", ())) for path, leaf in leaves}
 
 
 # ---- signals and processes ---------------------------------------------------------------------
@@ -1575,31 +1501,31 @@ def layout(state):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Collect the signals that ask a run to stop in the list that this yields.
+    """Collect the names of the signals that ask a run to stop, in the list that this yields.
 
     Without this they would end the process. Signals that are ignored stay so: SIGHUP under nohup.
     A second signal ends the process, unless it comes at once: Slurm and torchrun both pass the same
     one on.
     """
     received = []
-    before = {}
+    handlers = {}
     last = 0.0
 
     def handle(number, _frame):
         nonlocal last
         if received and time.monotonic() > last + 1:
-            signal.signal(number, before[number])
+            signal.signal(number, handlers[number])
             signal.raise_signal(number)
         received.append(signal.Signals(number).name)
         last = time.monotonic()
 
     for number in evaluate.STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, handle)
+            handlers[number] = signal.signal(number, handle)
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -1607,27 +1533,27 @@ def fresh_store(rank, world_size, timeout):
     """Return a part of torchrun's store that no process has used before.
 
     torchrun keeps one store through all its restarts, where a rank may find the address of another
-    that has died, and wait for it (PyTorch issue 135712). Also sets TORCHELASTIC_RESTART_COUNT,
-    since torchrun's own counts for each node, and TORCHELASTIC_RUN_ID, since torchrun's own is the
-    same for several launches.
+    that has died, and wait for it (PyTorch issue 135712). So rank 0 counts the starts and tells
+    every rank the number, under a name that belongs to that process alone.
+
+    Also sets TORCHELASTIC_RESTART_COUNT, since torchrun's own counts for each node, and
+    TORCHELASTIC_RUN_ID, since torchrun's own is the same for several launches.
     """
     env = os.environ
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), None, False, timeout)
-    if (
-        rank == 0
-    ):  # answer every rank, under the name by which it asks, with the number of the start
+    if rank == 0:
         number = str(store.add("starts", 1))
         if number == "1":
             store.set("launch", uuid.uuid4().hex)
         waiting = set(range(1, world_size))
         while waiting:
-            for r in waiting:
-                if store.check([f"name of {r}"]):
-                    store.set(store.get(f"name of {r}").decode(), number)
-            waiting = {r for r in waiting if not store.check([f"{number} reached {r}"])}
+            for other in waiting:
+                if store.check([f"name of {other}"]):
+                    store.set(store.get(f"name of {other}").decode(), number)
+            waiting = {other for other in waiting if not store.check([f"{number} reached {other}"])}
             time.sleep(0.01)
     else:
-        name = uuid.uuid4().hex  # of this process, not of one that had its rank before
+        name = uuid.uuid4().hex
         store.set(f"name of {rank}", name)
         number = store.get(name).decode()
         store.set(f"{number} reached {rank}", "")
