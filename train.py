@@ -146,14 +146,17 @@ def make_parser():
     add("--augment", action="store_true", help="vary colours and crop, for small data sets")
     add("--batch-size", type=positive_int, help="images a step, over all GPUs and micro-batches")
     add("--iters", type=positive_int, help="steps; the schedule keeps its proportions")
-    add("--lr", type=float, help="by default in proportion to --batch-size")
+    add(
+        "--lr",
+        type=evaluate.number(float, 1e-12, 1e38),
+        help="by default in proportion to --batch-size",
+    )
     add("--min-size", type=positive_int, nargs="+", help="choices for the short side, in pixels")
     add("--max-size", type=positive_int, help="most pixels of the long side")
     add("--multiple", type=positive_int, help="pad to multiples of this (32; 128 with --compile)")
-    add("--ema", type=float, metavar="DECAY", help="average the weights, as 0.999 (none)")
-    add(
-        "--patience", type=positive_int, metavar="N", help="end after N evaluations in vain (never)"
-    )
+    decay = evaluate.number(float, 1e-9, 1 - 1e-9)
+    add("--ema", type=decay, metavar="DECAY", help="average the weights, as 0.999 (none)")
+    add("--patience", type=positive_int, metavar="N", help="end after N evaluations in vain (no)")
     add("--seed", type=not_negative, default=0, help="(%(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
     add = parser.add_argument_group(HOW_IT_RUNS).add_argument
@@ -196,9 +199,13 @@ def resolve(args: Namespace) -> dict:
     settings["warmup"] = min(settings["warmup"], settings["iters"] // 10)  # of a short run
     if settings["multiple"] is None:
         settings["multiple"] = 128 if args.compile else 32
-    if settings["patience"]:  # then it decides where the run stops
-        settings["eval_every"] = args.eval_every
-    check_settings(settings)
+    if settings["multiple"] % 32:
+        raise UserError(f"--multiple {settings['multiple']}: expected a multiple of 32")
+    if settings["patience"]:
+        settings["eval_every"] = args.eval_every  # decides where the run stops
+        if not args.eval_every:
+            raise UserError("--patience needs --eval-every")
+    fcos.resized_hw(1, 1, max(settings["min_size"]), settings["max_size"])  # raises if too small
     overrides = dict(settings.pop("set"))
     if "test_size" not in fcos.MODELS.get(settings["model"], {}) | overrides:  # as it is trained
         overrides["test_size"] = max(settings["min_size"]), settings["max_size"]
@@ -213,29 +220,16 @@ def check_recipe(name):
     needed = {"model", "weights"} | X1.keys()
     missing = needed - RECIPES[name].keys()
     unknown = RECIPES[name].keys() - needed - {"data", "decays"}
-    if missing or unknown:
-        raise UserError(
-            f"recipe {name}: lacks {missing or 'nothing'}; has no use for {unknown or 'nothing'}"
-        )
-
-
-def check_settings(settings):
-    """Raise UserError for a number that cannot be trained with."""
-    for name, limit in ("lr", 1e38), ("ema", 1):
-        value = settings[name]
-        if value is not None and not 0 < value < limit:
-            raise UserError(f"--{name} {value}: must be a number over 0 and below {limit}")
-    if settings["multiple"] % 32:
-        raise UserError(f"--multiple {settings['multiple']}: expected a multiple of 32")
-    if settings["patience"] and not settings["eval_every"]:
-        raise UserError("--patience needs --eval-every")
-    fcos.resized_hw(1, 1, max(settings["min_size"]), settings["max_size"])  # raises if too small
+    if missing:
+        raise UserError(f"recipe {name}: lacks {missing}")
+    if unknown:
+        raise UserError(f"recipe {name}: has no use for {unknown}")
 
 
 def find_data(args: Namespace) -> dict:
     """Return {"train": (annotation file, image folder), "val": ...} as the flags or the recipe say.
 
-    Raises UserError if only some of the four flags for one's own data are given.
+    Raises UserError if only some of the four flags for own data are given.
     """
     own = {
         "train": (args.train_annotations, args.train_images),
@@ -246,10 +240,8 @@ def find_data(args: Namespace) -> dict:
         data = args.data or RECIPES[args.recipe].get("data", "data/coco")
         return {split: evaluate.coco_paths(data, f"{split}2017") for split in own}
     if args.data or len(given) < 4:
-        raise UserError(
-            "own data needs all of --train-images, --train-annotations, --val-images "
-            "and --val-annotations, and no --data"
-        )
+        flags = "--train-images, --train-annotations, --val-images and --val-annotations"
+        raise UserError(f"own data: expected all of {flags}, and no --data")
     return own
 
 
@@ -265,10 +257,7 @@ def flatten(settings):
 
 
 def differences(there, here):
-    """Return a text for each setting in which a checkpoint and the code differ.
-
-    A checkpoint may hold anything; the texts are short and printable.
-    """
+    """Return a short, printable text for each setting in which a checkpoint and the code differ."""
     there = flatten(there)
     here = flatten(here)
     found = []
@@ -276,9 +265,8 @@ def differences(there, here):
         old = there.get(name, "nothing")
         new = here.get(name, "nothing")
         if old != new:
-            found.append(
-                f"{printable(name)} {printable(old, 200)} there, {printable(new, 200)} here"
-            )
+            values = f"{printable(old, 200)} there, {printable(new, 200)} here"
+            found.append(f"{printable(name)} {values}")
     return found
 
 
@@ -286,7 +274,7 @@ def print_settings(settings):
     """Print what runs. The learning rates are the optimizer's, not the settings behind them."""
     for name, value in flatten(settings).items():
         if name not in ("lr", "warmup", "decays"):
-            say(f"{name:24s} {printable(value, 200)}")
+            say(f"{name:28s} {printable(value, 200)}")
     original = RECIPES[settings["recipe"]]
     if settings["batch_size"] != original["batch_size"]:
         say(f"the recipe has learning rate {original['lr']} for {original['batch_size']} images")
@@ -305,15 +293,9 @@ def warn(text):
 
 # ---- batches and augmentation ------------------------------------------------------------------
 
-# The number of a random stream in its seed, by its purpose and the length of its positions. Other
-# streams get a number from their name: see TrainBatches.rng.
-STREAMS = {
-    ("group", 0): 0,
-    ("order", 2): 1,
-    ("sizes", 1): 2,
-    ("augment", 2): 3,
-    ("augment_more", 2): 4,
-}
+# Random streams by their purpose and the length of their positions. The place in this list is part
+# of the seed; a stream that is not in it is seeded by its name: see TrainBatches.rng.
+STREAMS = [("group", 0), ("order", 2), ("sizes", 1), ("augment", 2), ("augment_more", 2)]
 
 
 class Plan(NamedTuple):
@@ -331,13 +313,12 @@ class TrainBatches(Dataset):
 
     All images of a step belong to one aspect group (height < width, or not), which keeps the
     padding small. A step draws its group in proportion to the groups' lengths. A group is an
-    endless stream of seeded permutations, so that no batch is short, even if the data set is
-    smaller than a batch. The images of a step are dealt to micro-batches and ranks like cards.
+    endless stream of seeded permutations, so no batch is short, even if the data set is smaller
+    than a batch. The images of a step are dealt to micro-batches and ranks like cards.
 
-    All images of a step are padded to one size, which every rank computes for itself. Padding is
-    background to the loss and enters the GroupNorms, so it must not depend on how a step is
-    divided. Sizes are multiples of the setting "multiple", but no larger than the largest image of
-    the group can need.
+    All images of a step are padded to one size, which every rank computes for itself, because
+    padding is background to the loss and enters the GroupNorms. Sizes are multiples of the setting
+    "multiple", but no larger than the largest image of the group can need.
     """
 
     def __init__(self, dataset, settings, rank=0, world_size=1, micro_batches=1):
@@ -366,7 +347,8 @@ class TrainBatches(Dataset):
         ValueError if an item takes a stream twice, because both would get the same numbers.
         """
         stream = purpose, len(position)  # NumPy fills short seeds with zeros: (2, 5) is (2, 5, 0)
-        number = STREAMS.get(stream, zlib.crc32(repr(stream).encode()))
+        known = stream in STREAMS
+        number = STREAMS.index(stream) if known else zlib.crc32(repr(stream).encode())
         if (purpose, position) in self.drawn:
             raise ValueError(f"stream {purpose!r} at {position} is taken twice: use another name")
         self.drawn.add((purpose, position))
@@ -482,9 +464,8 @@ def check_sample(sample, num_classes):
     good = good and ((0 <= labels) & (labels < num_classes)).all()
     good = good and {len(sample[name]) for name in sample if name != "image"} == {len(boxes)}
     if not good:
-        pixels = f"{tuple(image.shape)} {image.dtype} pixels"
-        made = f"{pixels}, boxes {boxes.tolist()}, labels {labels.tolist()}"
-        raise UserError(f"augment made {made:.300}")
+        made = f"{tuple(image.shape)} {image.dtype} pixels, boxes {boxes.tolist()}"
+        raise UserError(f"augment made {made:.250}, labels {labels.tolist()}")
 
 
 def collate(samples, padded_hw):
@@ -577,15 +558,15 @@ def load_data(args: Namespace, settings: dict):
     paths = find_data(args)
     if str(paths["train"][1]) == "data/shapes/train2017":
         draw_shapes("data/shapes")
-    train_set = load_split(*paths["train"], None)
-    val_set = load_split(*paths["val"], train_set.classes)
+    train_set = load_split(paths["train"])
+    val_set = load_split(paths["val"], train_set.classes)
     path = train_set.annotations
-    unlabeled = int((~train_set.trainable).sum())
-    if unlabeled == len(train_set) or not len(train_set.boxes):
+    bare = int((~train_set.trainable).sum())
+    if bare == len(train_set) or not len(train_set.boxes):
         raise UserError(f"{path}: has no image with a box to learn; {'; '.join(train_set.notes)}")
-    if unlabeled:
+    if bare:
         use = "negatives" if settings["negatives"] else "left out; --negatives trains on them"
-        say(f"{path}: {unlabeled} of {len(train_set)} images have no boxes to learn and are {use}")
+        say(f"{path}: {bare} of {len(train_set)} images have no boxes to learn and are {use}")
     path = val_set.annotations
     if not len(val_set.boxes):
         say(f"{path}: has no box to find, so every AP will be -1")
@@ -596,17 +577,15 @@ def load_data(args: Namespace, settings: dict):
     return train_set, val_set
 
 
-def load_split(annotations, image_dir, classes):
+def load_split(paths, classes=None):
     """Read a data set and report its size and what is odd about it.
 
-    classes: the names that were trained on; None in training, where the annotations decide.
+    classes: the names that are trained on; by default the annotations decide.
     """
+    annotations, image_dir = paths
     if not Path(annotations).exists():
-        raise UserError(
-            f"{annotations}: no such file; {evaluate.what_is_there(annotations)}; "
-            "--train-annotations, --train-images, --val-annotations and --val-images name other "
-            "places"
-        )
+        there = evaluate.what_is_there(annotations)
+        raise UserError(f"{annotations}: no such file; {there}; --help shows --train-images ...")
     dataset = evaluate.load_dataset(annotations, image_dir, classes)
     names = printable(", ".join(map(str, dataset.classes)), 100)
     counts = f"{len(dataset)} images, {len(dataset.boxes)} boxes"
@@ -642,49 +621,44 @@ def draw_shapes(folder):
 
 
 def report_sizes(model, batches):
-    """Print for each class how large its boxes are after resizing, and how many are not learned,
-    because no location is assigned to them.
-
-    If these are more than a tenth of a class, print a --min-size that would help.
-    """
+    """Print for each class how large its boxes are after resizing, and how many have no location
+    and are not learned. If these are more than a tenth, print a --min-size that would help."""
     if evaluate.rank_and_world_size()[0] > 0:
         return
     min_sizes = sorted(batches.settings["min_size"])
     sizes = min_sizes[len(min_sizes) // 2], batches.settings["max_size"]
-    for lost, label, count, side in measure_boxes(model, batches, *sizes)[:10]:
-        say(
-            f"{printable(batches.dataset.classes[label])}: boxes of {side:.0f} pixels at "
-            f"--min-size {sizes[0]} (median), {lost:.0%} of {count} without a location"
-        )
-    if worst_loss(model, batches, sizes) > 0.1:
-        remedy = "a finer level (--set levels=[2,3,4,5,6] with ranges) or cutting images into tiles"
+    found = measure_boxes(model, batches, sizes)
+    for lost, label, count, side in found[:10]:
+        name = printable(batches.dataset.classes[label])
+        size = f"{side:.0f} pixels at --min-size {sizes[0]} (median)"
+        say(f"{name}: boxes of {size}, {lost:.0%} of {count} without a location")
+    if len(found) > 10:
+        say(f"... of the other {len(found) - 10} classes no more than {found[10][0]:.0%}")
+    if largest_loss(found) > 0.1:
+        remedy = "a finer level (--set levels=[2,3,4,5,6] with ranges) or tiles of the images"
         for factor in (4, 3, 2, 1.5, 1.25):
             larger = [round(factor * size / 32) * 32 for size in sizes]
-            if worst_loss(model, batches, larger) > 0.1:
+            if largest_loss(measure_boxes(model, batches, larger)) > 0.1:
                 break
             remedy = f"--min-size {larger[0]} --max-size {larger[1]}"
-        say(f"warning: many boxes are too small to be learned; what would help is {remedy}")
+        say(f"warning: many boxes are too small to be learned; try {remedy}")
 
 
-def worst_loss(model, batches, sizes):
+def largest_loss(found):
     """Return the largest share of boxes without a location, of classes with 10 boxes or more."""
-    classes = measure_boxes(model, batches, *sizes)
-    return max((lost for lost, _, count, _ in classes if count >= 10), default=0)
+    return max((lost for lost, _, count, _ in found if count >= 10), default=0)
 
 
-def measure_boxes(model, batches, min_size, max_size):
-    """Return (share of boxes without a location, label, number of boxes, their median side in
-    pixels) for each class, the largest share first.
-
-    It is measured on up to 300 images, and on few enough for a CPU to take a second or two.
-    """
+def measure_boxes(model, batches, sizes):
+    """Return (share of boxes without a location, label, number of boxes, median side in pixels) of
+    each class, the largest share first, on as many images as a CPU measures in a second or two."""
     dataset = batches.dataset
     device = next(model.parameters()).device
     measured = []
     work = 0
     for i in np.random.default_rng(0).permutation(np.concatenate(batches.groups))[:300].tolist():
         height, width = dataset.hw[i].tolist()
-        hw = fcos.resized_hw(height, width, min_size, max_size)
+        hw = fcos.resized_hw(height, width, *sizes)
         truth = to_device(dataset.truth(i, hw), device)
         boxes = truth["boxes"]
         index = model.targets(fcos.padded_hw([hw]), [truth])["index"]
@@ -695,11 +669,11 @@ def measure_boxes(model, batches, min_size, max_size):
         if work > 5e8 and device.type == "cpu":
             break
     table = torch.cat(measured).cpu()
-    classes = []
+    found = []
     for label in table[:, 0].unique():
         _, lost, sides = table[table[:, 0] == label].T
-        classes.append((lost.mean().item(), int(label), len(lost), sides.median().item()))
-    return sorted(classes, reverse=True)
+        found.append((lost.mean().item(), int(label), len(lost), sides.median().item()))
+    return sorted(found, reverse=True)
 
 
 def find_weights(name, keywords):
@@ -712,10 +686,8 @@ def find_weights(name, keywords):
     for path in Path(name), cached:
         if path.exists():
             return path
-    raise UserError(
-        f"{name}: no such weights, neither here nor in {cached.parent}; the README says where to "
-        "get the weights of a recipe; coco is torchvision's detector, none a random start"
-    )
+    choices = "coco (torchvision's detector), imagenet, none, or a file that the README names"
+    raise UserError(f"{name}: no such weights, nor {cached}; expected {choices}")
 
 
 def make_model(settings: dict, dataset) -> fcos.FCOS:
@@ -816,6 +788,10 @@ class Graphs:
 
         return run_and_count
 
+    def counts(self, passes):
+        """Return the graphs and, of so many forward passes, those that ran eager, for the log."""
+        return {"graphs": self.made, "eager_passes": max(passes - self.calls, 0)}
+
 
 def compile_model(model, batches) -> Graphs:
     """Compile a model in place, with a graph for each padded size of the run."""
@@ -829,23 +805,18 @@ def compile_model(model, batches) -> Graphs:
 
 
 def rehearse(network, model, batches, settings):
-    """Run one forward and backward pass that trains nothing, on the smallest image of the run.
+    """Run a step that trains nothing, on the smallest image of the run, and decode its outputs.
 
     What does not fit together fails here, before anything is written. DDP sums gradients in
     another order after its first backward pass; with this pass behind it, a resumed run sums in
     the same order as one that never stopped. Raises UserError if no loss depends on a parameter,
     or if a loss has a name that the log uses.
     """
-    device = next(model.parameters()).device
-    batch = to_device(batches.smallest(), device)
+    batch = to_device(batches.smallest(), next(model.parameters()).device)
     network.eval()  # running statistics stay as they are
-    with torch.autocast(device.type, torch.bfloat16, settings["precision"] == "bf16"):
-        outputs = network(batch["images"], batch["sizes"])
-    targets = model.targets(batch["images"].shape[2:], split_columns(batch))
-    losses = fcos.fcos_loss(outputs, targets, fcos.loss_normalizers(targets), **model.loss)
-    sum(losses.values()).backward()
+    losses = compute_gradients(model, network, [batch], settings)
     with torch.no_grad():
-        model.decode(outputs, batch["sizes"])
+        model.decode(model(batch["images"], batch["sizes"]), batch["sizes"])
     network.train()
     named = model.named_parameters()
     unused = [name for name, p in named if p.requires_grad and p.grad is None]
@@ -890,11 +861,8 @@ def rate_at(step, group, settings):
 
 
 def describe(optimizer, model, settings):
-    """Return what the code makes of the optimizer, as settings: its class, its groups with their
-    constant hyper-parameters, and the learning rate of the first group wherever it changes.
-
-    It is stored with a run, so that one with another optimizer or schedule is not resumed.
-    """
+    """Return the optimizer as settings, so that a run with another one is not resumed: its class,
+    its groups, and the learning rate of the first group wherever that changes."""
     names = {p: name for name, p in model.named_parameters()}
     found = {"class": type(optimizer).__name__}
     for number, group in enumerate(optimizer.param_groups, 1):
@@ -914,8 +882,7 @@ def describe(optimizer, model, settings):
 class MovingAverage:
     """The moving average of a model's weights, which is evaluated and kept in its place (--ema).
 
-    Its memory is short at first, so that the random start is forgotten: step k, counted from 0,
-    weighs at least 9 / (9 + k).
+    Step k, counted from 0, weighs at least 9 / (9 + k), so that the random start is forgotten.
     """
 
     def __init__(self, model, decay):
@@ -970,11 +937,6 @@ def split_columns(batch):
     return [dict(zip(columns, parts)) for parts in zip(*columns.values())]
 
 
-def read_step(loader, micro_batches, device):
-    """Return the micro-batches of the next step on the device."""
-    return [to_device(next(loader), device) for _ in range(micro_batches)]
-
-
 def compute_gradients(model, network, batches, settings):
     """Compute the gradients of one step from its micro-batches on this rank.
 
@@ -1017,15 +979,14 @@ def update(step, optimizer, companions, settings):
 class Meter:
     """The losses of the last step, and the speed since they were read before.
 
-    Reading a number from a GPU waits for all of its work, so `add` reads nothing. `read` does, and
-    is called every few steps.
+    Reading a number from a GPU waits for all of its work, so `add` reads nothing, and `read` is
+    called every few steps.
     """
 
     def __init__(self, step, batches, device, graphs=None):
         self.batches = batches
         self.graphs = graphs
         self.first_step = step
-        self.losses = {}
         self.first_bad = torch.tensor(len(batches.group), device=device)
         self.restart(step)
 
@@ -1043,7 +1004,7 @@ class Meter:
         self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
 
     def read(self, step):
-        """Return {name: loss} over all ranks and the images per second up to now.
+        """Return what is logged after `step` steps: the losses over all ranks, and the speed.
 
         Raises UserError on every rank if a loss or a gradient of any was not finite.
         """
@@ -1057,22 +1018,14 @@ class Meter:
             ids = self.batches.dataset.image_ids[self.batches.plan(bad).indices].tolist()
             raise UserError(
                 f"the loss or its gradient is not finite since step {bad + 1}, of the images "
-                f"{ids}; the losses are now {loss_text(losses)}; last.pt is from before that"
+                f"{ids}; the losses are now {losses}; last.pt is from before that"
             )
         speed = (step - self.step) * self.batches.batch_size / (time.perf_counter() - self.clock)
         self.restart(step)
-        return losses, speed
-
-    def graph_counts(self, step):
-        """Return the graphs and the eager forward passes of a compiled run, for the log."""
-        if self.graphs is None:
-            return {}
-        passes = (step - self.first_step) * self.batches.micro_batches
-        return {"graphs": self.graphs.made, "eager_passes": max(passes - self.graphs.calls, 0)}
-
-
-def loss_text(losses):
-    return " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        row = {"loss": sum(losses.values())} | losses | {"images_per_second": round(speed, 2)}
+        if self.graphs:
+            row |= self.graphs.counts((step - self.first_step) * self.batches.micro_batches)
+        return row
 
 
 def validate(step, model, companions, val_set, best, files, workers):
@@ -1091,12 +1044,16 @@ def validate(step, model, companions, val_set, best, files, workers):
     if files.active:
         metrics = evaluate.score(results, val_set.annotations)
         files.log(step, **metrics)
-        warn(f"step {step}: AP {metrics['AP']:.3f}{peak_memory(device)}")
+        message = f"step {step}: AP {metrics['AP']:.3f}"
+        if device.type in ("cuda", "xpu"):
+            message += f", peak {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB"
+        warn(message)
         if not files.has_model() or metrics["AP"] < 0:  # the latter: there is nothing to find
             best = None
-        if best is None or metrics["AP"] > best["AP"]:
-            candidate = metrics | {"step": step}
-            best = candidate if files.best(evaluated, candidate) else best
+        metrics["step"] = step
+        better = best is None or metrics["AP"] > best["AP"]
+        if better and files.best(evaluated, metrics):
+            best = metrics
     if dist.is_initialized():
         shared = [best]
         dist.broadcast_object_list(shared, 0)
@@ -1115,13 +1072,6 @@ def out_of_patience(step, best, settings):
     every = settings["eval_every"]
     start = max(best["step"], settings["last_rate_change"])
     return step // every - start // every >= settings["patience"]
-
-
-def peak_memory(device):
-    """Return the peak memory of a GPU as text for the log."""
-    if device.type not in ("cuda", "xpu"):
-        return ""
-    return f", peak {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB"
 
 
 # ---- main --------------------------------------------------------------------------------------
@@ -1155,7 +1105,8 @@ def main(args: Namespace):
         files, start, best = open_run(out, args, settings, model, saved, inputs)
         loader = start_loader(batches, start, workers, device)
         meter = Meter(start, batches, device, graphs)
-        bar = progress_bar(args.recipe, start, iters)
+        steps = range(start, iters + 1)
+        bar = tqdm(steps, args.recipe, iters, initial=start, disable=rank > 0, unit="step")
         for step in bar:
             # The model of an evaluation has been saved: a run that is stopped here repeats it.
             if step == iters or is_due(step, args.eval_every):
@@ -1163,7 +1114,7 @@ def main(args: Namespace):
                 meter.restart(step)
             if step == iters or out_of_patience(step, best, settings):
                 break
-            micro_batches = read_step(loader, args.accumulate, device)
+            micro_batches = [to_device(next(loader), device) for _ in range(args.accumulate)]
             losses = compute_gradients(model, network, micro_batches, settings)
             meter.add(step, losses, model)
             update(step, optimizer, companions, settings)
@@ -1191,10 +1142,8 @@ def check_room(batches, workers):
     room for what dataloader workers read ahead."""
     shares = batches.world_size * batches.micro_batches
     if batches.batch_size < shares:
-        raise UserError(
-            f"--batch-size {batches.batch_size}: less than an image for each of "
-            f"{batches.world_size} processes and {batches.micro_batches} micro-batches"
-        )
+        each = f"{batches.world_size} processes and {batches.micro_batches} micro-batches"
+        raise UserError(f"--batch-size {batches.batch_size}: less than an image for each of {each}")
     evaluate.check_open_files(workers)
     if os.path.isdir("/dev/shm"):
         pixels = max(h * w for h, w in batches.largest_hw)
@@ -1202,10 +1151,8 @@ def check_room(batches, workers):
         needed = evaluate.launch_number("LOCAL_WORLD_SIZE", 1) * workers * 2 * size
         free = shutil.disk_usage("/dev/shm").free
         if needed > free:
-            raise UserError(
-                f"/dev/shm has {free / 2**20:.0f} MB free, and the dataloader workers may need "
-                f"{needed / 2**20:.0f}; make it larger (docker run --shm-size), or use --workers 0"
-            )
+            room = f"/dev/shm has {free >> 20} MB free, and workers may need {needed >> 20}"
+            raise UserError(f"{room}; enlarge it (docker run --shm-size) or use --workers 0")
 
 
 def start_loader(batches, start, workers, device):
@@ -1214,15 +1161,6 @@ def start_loader(batches, start, workers, device):
     pinned = device.type in ("cuda", "xpu")
     loader = evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=pinned)
     return evaluate.raise_errors(iter(loader))
-
-
-def progress_bar(name, start, iters):
-    """Return the steps from `start` to `iters`, both included, shown as a bar on rank 0."""
-    rank, _ = evaluate.rank_and_world_size()
-    steps = range(start, iters + 1)
-    return tqdm(
-        steps, name, iters, initial=start, disable=rank != 0, unit="step", dynamic_ncols=True
-    )
 
 
 def is_due(step, every):
@@ -1245,12 +1183,9 @@ def asked_to_stop(signals):
 
 def report(done, meter, optimizer, files, bar):
     """Log the losses after `done` steps and show them beside the progress bar."""
-    losses, speed = meter.read(done)
-    rate = optimizer.param_groups[0]["lr"]
-    total = sum(losses.values())
-    counts = meter.graph_counts(done)
-    files.log(done, loss=total, **losses, lr=rate, images_per_second=round(speed, 2), **counts)
-    bar.set_postfix_str(f"{loss_text(losses)} lr {rate:.2g} {speed:.1f} img/s")
+    row = meter.read(done) | {"lr": optimizer.param_groups[0]["lr"]}
+    files.log(done, **row)
+    bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in row.items()))
 
 
 def print_result(best, files):
@@ -1261,11 +1196,9 @@ def print_result(best, files):
     path = files.out / "model.pt"
     if best is None or not files.has_model():
         raise UserError(f"{path}: cannot be written; {files.resumes_from()}")
-    print(
-        f"AP {best['AP']:.3f} after step {best['step']}, the best, is of {path}; "
-        f"{time.process_time():.0f} s of CPU time. To see what it finds:\n"
-        f"python evaluate.py {path} --images PHOTO.jpg --out drawn/"
-    )
+    seconds = time.process_time()
+    print(f"{path}: AP {best['AP']:.3f} after step {best['step']}; {seconds:.0f} s of CPU time")
+    print(f"python evaluate.py {path} --images PHOTO.jpg --out drawn/")
     print(json.dumps(best))
     files.resumes_from()
 
@@ -1394,10 +1327,8 @@ def open_run(out, args, settings, model, saved, inputs):
             raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
     if start == 0:
         if (out / "model.pt").exists() and not args.fresh:
-            raise UserError(
-                f"{out}: holds a model.pt and no checkpoint; choose another --out, or "
-                "--fresh to replace it"
-            )
+            remedy = "choose another --out, or --fresh to replace it"
+            raise UserError(f"{out}: holds a model.pt and no checkpoint; {remedy}")
         for name in "last.pt", "previous.pt", "model.pt", "metrics.json", "log.jsonl":
             evaluate.check_target(out / name, inputs)
     return RunFiles(out, start, best, lines, launch), start, best
@@ -1430,11 +1361,8 @@ def resume(out, settings, model, saved, launch=None):
         raise UserError(f"{path}: cannot be resumed ({what}); --fresh starts over") from None
     if changed:
         rest = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(
-            f"{out}: holds a run of other settings ({'; '.join(changed[:5])}{rest}); repeat "
-            "them, start over with --fresh, or choose another --out (and --weights "
-            f"{path}, to train on with a schedule of its own)"
-        )
+        remedy = f"--fresh, or another --out (and --weights {path}, to train on)"
+        raise UserError(f"{out}: other settings ({'; '.join(changed[:5])}{rest}); use {remedy}")
     for problem in problems:
         say(f"{problem}; {path} takes its place")
         if evaluate.rank_and_world_size()[0] == 0:  # or the next save would keep it as previous.pt

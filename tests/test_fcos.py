@@ -2104,7 +2104,7 @@ def test_maps_with_channels_last_are_permuted_and_pretrained_weights_come_when_a
     for weights, expected in ("none", False), ("imagenet", True):
         keywords = fcos.model_keywords("shapes", dict(backbone="timm", arch="any"))
         settings = {"keywords": keywords, "weights": weights, "seed": 0, "model": "shapes"}
-        model = train.make_model(settings, dataset, lambda text: None)
+        model = train.make_model(settings, dataset)
         assert model.backbone.body.layers[0].weight.eq(1).all() == expected
         assert model.convention["mean"] == (127.5,) * 3
         assert len(model.predict(picture(64, 96))) == 1
