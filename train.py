@@ -273,11 +273,8 @@ def differences(there, here):
 def print_settings(settings):
     """Print what runs. The learning rates are the optimizer's, not the settings behind them."""
     for name, value in flatten(settings).items():
-        if name not in ("lr", "warmup", "decays"):
+        if value is not None and name not in ("lr", "warmup", "decays"):
             say(f"{name:28s} {printable(value, 200)}")
-    original = RECIPES[settings["recipe"]]
-    if settings["batch_size"] != original["batch_size"]:
-        say(f"the recipe has learning rate {original['lr']} for {original['batch_size']} images")
 
 
 def say(text):
@@ -738,18 +735,13 @@ def report_weights(path, report):
     parts = {".".join(name.split(".")[:2]) for name in report["missing"]}
     random = {part for part in parts if not part.startswith("backbone.")}
     random |= {f"class {name}" for name in report["new_classes"]}
-    say(
-        f"{path}: {len(report['loaded'])} tensors of the {report['family']} family; random: "
-        f"{', '.join(sorted(random)) or 'nothing'}"
-    )
+    loaded = f"{len(report['loaded'])} tensors of the {report['family']} family"
+    say(f"{path}: {loaded}; random: {', '.join(sorted(random)) or 'nothing'}")
     say(", ".join(f"{name} {value}" for name, value in report["convention"].items()))
 
 
 def make_network(model, settings, batches):
-    """Return what computes the forward pass of a step: the model, or DDP around it.
-
-    It has run once: see `rehearse`.
-    """
+    """Return the model, or DDP around it, after a rehearsal."""
     network = model
     if evaluate.rank_and_world_size()[1] > 1:
         if settings["keywords"].get("norm") == "syncbn":
@@ -773,10 +765,8 @@ class Graphs:
     """
 
     backend = "inductor"
-
-    def __init__(self):
-        self.made = 0
-        self.calls = 0
+    made = 0
+    calls = 0
 
     def __call__(self, module, example_inputs):
         run = torch._dynamo.lookup_backend(self.backend)(module, example_inputs)
@@ -841,8 +831,8 @@ def parameter_groups(model: torch.nn.Module) -> list[dict]:
 
 
 def make_optimizer(model: torch.nn.Module, settings: dict) -> torch.optim.Optimizer:
-    """Return the optimizer. A group's learning rate at a step is what `lr_at` makes of the rate
-    given here, times the group's "rate" if it has one."""
+    """Return the optimizer. `lr_at` starts from a group's "lr", and the result is multiplied by the
+    group's "rate", if it has one."""
     return torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
 
 
@@ -875,7 +865,7 @@ def describe(optimizer, model, settings):
     rates = [rate_at(k, optimizer.param_groups[0], settings) for k in range(settings["iters"])]
     changes = [k for k in range(len(rates)) if k == 0 or rates[k] != rates[k - 1]]
     shown = changes[:: math.ceil(len(changes) / 20)]  # some of them, if the rate always changes
-    schedule = {f"from step {k + 1}": rates[k] for k in shown}
+    schedule = {f"from step {k + 1}": float(f"{rates[k]:.9g}") for k in shown}
     return {"optimizer": found, "learning rate": schedule, "last_rate_change": changes[-1]}
 
 
@@ -910,8 +900,8 @@ class MovingAverage:
 def make_companions(model: torch.nn.Module, settings: dict) -> dict:
     """Return what changes with the weights after every step, by name: a moving average, a teacher.
 
-    Each has `update(step)`, and `state_dict` and `load_state_dict`, by which it is saved and
-    resumed under its name. The one called "ema" is evaluated in place of the model.
+    Each has `update(step)`, `state_dict` and `load_state_dict`, and is saved and resumed. The one
+    called "ema" is evaluated in place of the model.
     """
     return {"ema": MovingAverage(model, settings["ema"])} if settings["ema"] else {}
 
@@ -943,8 +933,7 @@ def compute_gradients(model, network, batches, settings):
     Targets do not depend on predictions, so the normalizers of the whole step, over all
     micro-batches and ranks, are summed while the first forward pass runs.
 
-    Returns {name: this rank's part of the loss}, tensors without dimensions: nothing is read from
-    the device.
+    Returns {name: this rank's part of the loss}, tensors that are not read from the device.
     """
     targets = [model.targets(batch["images"].shape[2:], split_columns(batch)) for batch in batches]
     device = targets[0]["labels"].device
@@ -1062,11 +1051,9 @@ def validate(step, model, companions, val_set, best, files, workers):
 
 
 def out_of_patience(step, best, settings):
-    """Return whether as many evaluations as --patience says have not been better than the best.
-
-    Those count that came after the last change of the learning rate. The number follows from the
-    steps alone, so that a resumed run stops where one would that was never interrupted.
-    """
+    """Return whether --patience evaluations since the last change of the learning rate have found
+    nothing better. This follows from the steps alone, so that a resumed run stops where one would
+    that was never interrupted."""
     if not settings["patience"] or best is None:
         return False
     every = settings["eval_every"]
@@ -1218,7 +1205,7 @@ class RunFiles:
     def __init__(self, out, start, best, lines, launch):
         self.out = out
         self.active = evaluate.rank_and_world_size()[0] == 0
-        self.made_with = {"launch": launch, "torch": str(torch.__version__)}
+        self.launch = launch
         self.saved_step = start or None  # of the checkpoint that is there
         self.owns_model = best is not None  # whether model.pt is not an older run's
         self.lines = lines  # of the log
@@ -1260,7 +1247,7 @@ class RunFiles:
             "step": step,
             "best": best,
             "log": "".join(self.lines),
-            "made_with": self.made_with,
+            "launch": self.launch,
             "layout": layout(states),
             "model": fcos.checkpoint(model),
         }
@@ -1337,8 +1324,8 @@ def open_run(out, args, settings, model, saved, inputs):
 def resume(out, settings, model, saved, launch=None):
     """Load the model and what is saved beside it from the last checkpoint of the run in `out`.
 
-    With `launch`, only from one that this launch has written. Returns the number of steps done, 0
-    without a checkpoint; the metrics of the best evaluation; and the lines of the log.
+    launch: resume only what this launch has written. Returns the number of steps done, the metrics
+    of the best evaluation, and the lines of the log; (0, None, []) without a checkpoint.
     Raises UserError if the checkpoint and the code disagree.
     """
     path, content, problems = find_checkpoint(out)
@@ -1347,7 +1334,7 @@ def resume(out, settings, model, saved, launch=None):
             raise UserError(f"{'; '.join(problems)}; --fresh starts over")
         return 0, None, []
     try:
-        if launch and content["made_with"]["launch"] != launch:
+        if launch and content["launch"] != launch:
             return 0, None, []
         keywords = fcos.stored_keywords(content["model"])
         there = content["settings"] | {"model": settings["model"], "keywords": keywords}
@@ -1389,10 +1376,9 @@ def find_checkpoint(out):
 
 
 def restore(path, content, settings, model, saved):
-    """Load a checkpoint of these settings into the model and what is saved beside it.
+    """Load a checkpoint of these settings -> number of steps done, metrics of the best evaluation.
 
-    Returns the number of steps done and the metrics of the best evaluation. Raises ValueError and
-    others if something is missing or does not fit.
+    Raises ValueError and others if something is missing or does not fit.
     """
     step = content["step"]
     held = content["model"]
@@ -1431,9 +1417,8 @@ def layout(state):
 def stop_signals():
     """Collect the names of the signals that ask a run to stop, in the list that this yields.
 
-    Without this they would end the process. Signals that are ignored stay so: SIGHUP under nohup.
-    A second signal ends the process, unless it comes at once: Slurm and torchrun both pass the same
-    one on.
+    Signals that are ignored stay so: SIGHUP under nohup. A second signal ends the process, unless
+    it comes at once: Slurm and torchrun both pass the same one on.
     """
     received = []
     handlers = {}
@@ -1462,10 +1447,8 @@ def fresh_store(rank, world_size, timeout):
 
     torchrun keeps one store through all its restarts, where a rank may find the address of another
     that has died, and wait for it (PyTorch issue 135712). So rank 0 counts the starts and tells
-    every rank the number, under a name that belongs to that process alone.
-
-    Also sets TORCHELASTIC_RESTART_COUNT, since torchrun's own counts for each node, and
-    TORCHELASTIC_RUN_ID, since torchrun's own is the same for several launches.
+    every rank the number, under a name that belongs to that process alone. The number and an id of
+    the launch also replace torchrun's own variables, which differ between nodes and repeat.
     """
     env = os.environ
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), None, False, timeout)

@@ -18,7 +18,7 @@ def shared():
     return SHARED
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     """Two are slower on networks as small as these, by far if the second core is busy."""
     before = torch.get_num_threads()

@@ -273,7 +273,7 @@ def random_place(rng, path):
     """Keys of a leaf or a branch of a JSON file or checkpoint, and what is there."""
     here = torch.load(path) if path.endswith(".pt") else json.loads(Path(path).read_text())
     keys = []
-    for free in ("info", "licenses", "made_with") if isinstance(here, dict) else ():
+    for free in ("info", "licenses", "launch", "log") if isinstance(here, dict) else ():
         here.pop(free, None)
     while isinstance(here, (dict, list, tuple)) and here and (not keys or rng.random() < 0.85):
         keys.append(rng.choice(list(here) if isinstance(here, dict) else range(len(here))))

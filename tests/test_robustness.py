@@ -26,7 +26,7 @@ from PIL import Image
 import fcos
 import train
 
-HANGS = 60  # seconds; the slowest row takes 2
+HANGS = 240  # seconds; the slowest row takes 2 on an idle machine
 LOG, PREVIOUS, DRAWN = "run/log.jsonl", "run/previous.pt", "drawn/000001000001.jpg"
 LONG, BOX, FRESH = "x" * 5000, "annotations 0", TRAIN + " --fresh"
 OWN = (
