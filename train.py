@@ -1388,13 +1388,13 @@ def restore(path, content, settings, model, saved):
     if best is not None:
         best |= {"AP": float(best["AP"]), "step": int(best["step"])}
     states = {name: content[name] for name in saved}
-    odd = layout(states).items() ^ content["layout"].items()
-    if odd:
-        raise ValueError(f"{min(place for place, _ in odd)} does not fit")
     for name, state in states.items():
         for value in torch.utils._pytree.tree_leaves(state):
             if isinstance(value, torch.Tensor) and not value.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity")
+    odd = layout(states).items() ^ content["layout"].items()
+    if odd:
+        raise ValueError(f"{min(place for place, _ in odd)} does not fit")
     fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos"))
     for name, thing in saved.items():
         if "param_groups" in states[name]:  # the code's own, with which the settings agree
