@@ -29,6 +29,7 @@ on images, checkpoints, weights of other projects and ONNX export follow.
 """
 
 import contextlib
+import copy
 import errno
 import inspect
 import io
@@ -42,13 +43,16 @@ import secrets
 import threading
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -1722,50 +1726,132 @@ def replay(function):
 # ---- checkpoints --------------------------------------------------------------------------------
 
 
-# The instructions of a pickle that plain values need; not those that create objects of classes,
-# sets and extension codes, or that read buffers outside the file.
-INSTRUCTIONS = """
-    PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
-    FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8
-    UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3
-    LIST EMPTY_LIST APPEND APPENDS DICT EMPTY_DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE
-    GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID""".split()
+class SafeUnpickler(pickle._Unpickler):
+    """Read a pickle of plain values and arrays without calling anything that it names.
 
-
-class PlainUnpickler(pickle._Unpickler):
-    """Read a pickle without calling anything that the file names.
-
-    A pickle is a program. Subclasses answer the names in it (`find_class`) with functions of ours
-    that check their arguments, and finish the values that they return (`build`). Dictionary keys
-    must be plain, because hashing a deeply nested tuple overflows the interpreter's stack.
+    A pickle is a program, and numpy's constructors trust it: a forged one makes them read and write
+    at any address. Here `call` and `build` do what its functions would do, and make an array only
+    of bytes that fit its shape and element type. Tensors become None: once a file of torch.save has
+    been read like this, torch.load can read it. Keys must be plain, because hashing a deeply nested
+    tuple overflows the interpreter's stack. The file's size limits what functions receive:
+    otherwise a small file that passes a part of itself many times would fill the memory.
     """
+
+    # not those that create objects of classes, sets and extension codes, or read other buffers
+    INSTRUCTIONS = """
+        PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
+        FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8
+        UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3
+        LIST EMPTY_LIST APPEND APPENDS EMPTY_DICT PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET
+        LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BINPERSID""".split()
+    FUNCTIONS = (
+        r"_codecs\.encode|__builtin__\.(bytes|set)|collections\.(OrderedDict|Counter)"
+        r"|numpy\.(dtype|scalar|_reconstruct|_frombuffer)"
+        r"|torch\.(device|Size|serialization\._get_layout)|torch\._utils\._rebuild_"
+        r"(parameter|tensor|tensor_v[23]|(q|sparse_|nested_)tensor|meta_tensor_no_storage)"
+    )
+    TYPES = r"numpy\.ndarray|torch\.((storage\.)?\w+Storage|[a-z]+\d\w*|bool|per_\w+)"
 
     def __init__(self, file, size):
         super().__init__(file, encoding="latin1")
-        self.left = 2 * size  # bytes; an array may be stored as text, which becomes bytes first
+        self.memo = Memo()
+        self.left = 3 * size  # an array may be stored as text, which becomes bytes first
 
-    def use(self, size):
-        """Count bytes that become values. Raises UnpicklingError beyond what a sound file holds:
-        otherwise a small file that refers to a part of itself many times would fill the memory."""
-        if type(size) is not int or not 0 <= size <= self.left:
+    def find_class(self, module, name):
+        package = re.sub(r"^numpy\._?core\.(multiarray|numeric)$", "numpy", module)
+        full_name = f"{package}.{name}"
+        if re.fullmatch(self.FUNCTIONS, full_name):
+            return partial(self.call, full_name)
+        if re.fullmatch(self.TYPES, full_name):
+            return None
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+    def call(self, function, *arguments):
+        """Return what one of FUNCTIONS would return, or None in place of a tensor."""
+        self.spend(arguments)
+        match function, arguments:
+            case "_codecs.encode", (str(text), "latin1" | "latin-1"):
+                return text.encode("latin1")
+            case "__builtin__.bytes", ():
+                return b""
+            case "numpy.dtype", (str(code), _, _):
+                return StoredType(code)
+            case "numpy.scalar", (kind, raw):
+                return self.make_array((), kind, "C", raw)[()]
+            case "numpy._reconstruct", (None, (0,), b"b" | "b"):
+                return StoredArray()
+            case "numpy._frombuffer", (raw, kind, shape, order) | (raw, kind, shape, order, None):
+                return self.make_array(shape, kind, order, raw)
+            case "numpy._frombuffer", (raw, kind, shape, order, axes):
+                return self.make_array(shape, kind, order, raw).transpose(axes)
+            case "collections.OrderedDict", ():
+                return OrderedDict()
+            case "collections.OrderedDict", (pairs,):
+                return self.fill(OrderedDict(), [x for key, value in pairs for x in (key, value)])
+            case "collections.Counter" | "__builtin__.set", (keys,):
+                self.check_plain(keys)
+                return None
+        if function.startswith("torch."):
+            return None
+        raise pickle.UnpicklingError(f"arguments of {function}")
+
+    def build(self, value, state):
+        """Return what a value becomes when it is given its state."""
+        self.spend(state)
+        match value, state:
+            case OrderedDict(), dict():
+                return value
+            case StoredType(), (3, "<" | ">" | "=" | "|", None, None, None, int(), int(), int()):
+                value.order = state[1]
+                return value
+            case StoredArray(array=None), (1, shape, kind, int(fortran), raw):
+                value.array = self.make_array(shape, kind, "F" if fortran else "C", raw)
+                return value.array
+        raise pickle.UnpicklingError(f"a state of a {type(value).__name__}")
+
+    def make_array(self, shape, kind, order, raw):
+        """Return an array of the bytes `raw`; raises UnpicklingError unless they fit exactly, and
+        UserError if the elements are no numbers."""
+        if not re.fullmatch(r"f[248]|[iu][1248]|b1|[SU][1-9]\d{0,8}", kind.code):
+            name = printable(self.stack[-2], 99)  # the key of the array
+            found = printable(kind.code, 20)
+            raise UserError(f"{name}: expected an array of numbers, found {found}")
+        dtype = np.dtype(kind.order + kind.code)
+        fits = type(raw) in (bytes, str) and type(shape) is tuple and len(shape) <= 32
+        fits = fits and all(type(side) is int and side >= 0 for side in shape)
+        if not fits or math.prod(shape) * dtype.itemsize != len(raw):
+            raise pickle.UnpicklingError("an array whose shape does not fit its bytes")
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        if dtype.kind == "U":
+            raw.decode("utf-32-be" if kind.order == ">" else "utf-32-le")  # raises if it is no text
+        return np.frombuffer(raw, dtype).reshape(shape, order="F" if order == "F" else "C")
+
+    def persistent_load(self, storage):
+        match storage:
+            case "storage", None, *parts:  # its key, device and number of elements
+                self.check_plain(parts)
+                return None
+        raise pickle.UnpicklingError("a reference to something else than a storage")
+
+    def spend(self, values):
+        self.left -= len(values) + sum(len(value) for value in values if hasattr(value, "__len__"))
+        if self.left < 0:
             raise pickle.UnpicklingError("values larger than the file")
-        self.left -= size
 
-    def encode(self, text, encoding):
-        """Return text as bytes: the protocols of Python 2 store bytes as text."""
-        if encoding not in ("latin1", "latin-1"):
-            raise pickle.UnpicklingError("bytes in another encoding")
-        self.use(len(text))
-        return text.encode("latin1")
+    def check_plain(self, values):
+        for value in values:
+            if type(value) not in (str, bytes, int, float, bool, NoneType):
+                raise pickle.UnpicklingError(f"a key of type {type(value).__name__}")
 
     def fill(self, target, items):
         """Add a list of keys and values, in turn, to a dict, and return it."""
-        if type(target) is not dict:
+        keys, values = items[::2], items[1::2]
+        self.check_plain(keys)
+        if any(callable(value) or isinstance(value, (StoredArray, StoredType)) for value in values):
+            raise pickle.UnpicklingError("a part of an array in place of an array")
+        if type(target) not in (dict, OrderedDict):
             raise pickle.UnpicklingError(f"items of a {type(target).__name__}")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in (str, bytes, int, float, bool, type(None)):
-                raise pickle.UnpicklingError(f"a key of type {type(key).__name__}")
-            target[key] = value
+        target.update(zip(keys, values, strict=True))
         return target
 
     def load_dict(self):
@@ -1785,7 +1871,7 @@ class PlainUnpickler(pickle._Unpickler):
         state = self.stack.pop()
         self.stack[-1] = self.build(self.stack[-1], state)
 
-    dispatch = {
+    dispatch: ClassVar[dict] = {
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
         for name in INSTRUCTIONS
     }
@@ -1794,14 +1880,23 @@ class PlainUnpickler(pickle._Unpickler):
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.BUILD[0]: load_build,
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,  # its own fills any size with zeros
+        pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]],  # its own fills any size with zeros
     }
 
 
-class StoredArray:
-    """A numpy array in a pickle between the instructions that create it and fill it."""
+@dataclass
+class StoredType:
+    """The element type of an array in a pickle, and its byte order."""
 
-    array = None
+    code: str
+    order: str = "|"
+
+
+@dataclass
+class StoredArray:
+    """An array in a pickle between the instructions that create it and fill it."""
+
+    array: object = None
 
 
 class Memo(dict):
@@ -1812,159 +1907,49 @@ class Memo(dict):
         return value.array if isinstance(value, StoredArray) else value
 
 
-class StoredKind:
-    """The element type of an array in a pickle, called as numpy.dtype is: "f4", False, True."""
-
-    CODES = r"f[248]|[iu][1248]|b1|[SU][1-9]\d{0,8}"
-
-    def __init__(self, code, align, copy):
-        self.code = code
-        self.order = "|"
-        self.plain = re.fullmatch(self.CODES, code) is not None
-
-    def set_state(self, version, order, *parts):
-        """Take the byte order from the state of a numpy.dtype, and note if elements have parts."""
-        self.order = order
-        self.plain &= version == 3 and order in ("<", ">", "=", "|") and len(parts) == 6
-        self.plain &= [type(part) for part in parts] == 3 * [type(None)] + 3 * [int]
-
-
-class ArrayUnpickler(PlainUnpickler):
-    """Read plain Python values and numpy arrays of numbers or strings, as Caffe2 and Detectron2
-    store them. numpy's own constructors trust a pickle, and a forged one makes them read and write
-    at any address. Here an array is made of bytes that fit its shape and its element type."""
-
-    def __init__(self, file, size):
-        super().__init__(file, size)
-        self.memo = Memo()
-
-    def fill(self, target, items):
-        if any(callable(item) or isinstance(item, (StoredArray, StoredKind)) for item in items):
-            raise pickle.UnpicklingError("a part of an array in place of an array")
-        return super().fill(target, items)
-
-    def find_class(self, module, name):
-        if (module, name) == ("_codecs", "encode"):
-            return self.encode
-        if (module, name) == ("__builtin__", "bytes"):  # without arguments: empty
-            return lambda: b""
-        functions = {
-            "ndarray": "numpy.ndarray",
-            "dtype": StoredKind,
-            "_reconstruct": self.reconstruct,
-            "_frombuffer": self.from_buffer,
-            "scalar": lambda kind, raw: self.make_array((), kind, "C", raw)[()],
-        }
-        if re.fullmatch(r"numpy(\._?core\.(multiarray|numeric))?", module) and name in functions:
-            return functions[name]
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-
-    def build(self, value, state):
-        if isinstance(value, StoredKind):
-            value.set_state(*state)
-            return value
-        if not isinstance(value, StoredArray):
-            raise pickle.UnpicklingError(f"a state of a {type(value).__name__}")
-        version, shape, kind, fortran, raw = state
-        if version != 1 or type(fortran) not in (bool, int) or value.array is not None:
-            raise pickle.UnpicklingError("a state of an array of another version")
-        if isinstance(kind, StoredKind) and not kind.plain:
-            name = self.stack[-2] if isinstance(self.stack[-2], str) else "an array"
-            found = printable(kind.code, 20)
-            raise UserError(f"{printable(name, 99)}: expected an array of numbers, found {found}")
-        value.array = self.make_array(shape, kind, "F" if fortran else "C", raw)
-        return value.array
-
-    def reconstruct(self, kind, shape, code):
-        if (kind, shape) != ("numpy.ndarray", (0,)) or code not in (b"b", "b"):
-            raise pickle.UnpicklingError("another class than numpy.ndarray")
-        return StoredArray()
-
-    def from_buffer(self, raw, kind, shape, order, axes=None):
-        array = self.make_array(shape, kind, order, raw)
-        if axes is None:
-            return array
-        if sorted(axes) != list(range(array.ndim)):
-            raise pickle.UnpicklingError("axes that are not the array's")
-        return array.transpose(axes)
-
-    def make_array(self, shape, kind, order, raw):
-        """Return an array of the bytes `raw`; raises UnpicklingError unless they fit exactly."""
-        if not kind.plain:
-            raise pickle.UnpicklingError("elements that are no numbers")
-        dtype = np.dtype(kind.order + kind.code)
-        fits = type(raw) in (bytes, str) and type(shape) is tuple and len(shape) <= 32
-        fits = fits and all(type(side) is int and side >= 0 for side in shape)
-        if not fits or math.prod(shape) * dtype.itemsize != len(raw):
-            raise pickle.UnpicklingError("an array whose shape does not fit its bytes")
-        self.use(len(raw))
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw
-        if dtype.kind == "U":
-            raw.decode("utf-32-be" if kind.order == ">" else "utf-32-le")  # raises if it is no text
-        return np.frombuffer(raw, dtype).reshape(shape, order="F" if order == "F" else "C")
-
-
-class TensorOutline(PlainUnpickler):
-    """Check the pickle in a file of torch.save before torch.load reads it. That refuses functions
-    that do harm, but a small file can make it fill the memory. The values do not matter here."""
-
-    def find_class(self, module, name):
-        checked = {
-            "collections.OrderedDict": self.fill_pairs,
-            "collections.Counter": self.fill_keys,
-            "set": self.fill_keys,
-            "bytearray": lambda text, *_: self.use(len(text)),
-            "complex": lambda *_: None,
-            "_codecs.encode": self.encode,
-        }
-        full_name = f"{module}.{name}".removeprefix("builtins.").removeprefix("__builtin__.")
-        if full_name not in checked and module.split(".")[0] != "torch":
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        return checked.get(full_name, lambda *_: None)
-
-    def fill_pairs(self, pairs=()):
-        return self.fill({}, [part for pair in pairs for part in pair])
-
-    def fill_keys(self, keys=()):
-        return self.fill({}, [part for key in keys for part in (key, None)])
-
-    def build(self, value, state):
-        return value
-
-    def persistent_load(self, storage):
-        return None
-
-
 def check_archive(file, size):
     """Raise an error if the zip archive of torch.save is damaged, or holds more than its size."""
     archive = zipfile.ZipFile(file)
-    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+    members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise UserError("expected a file of torch.save, found a compressed archive; unpack it")
-    if sum(member.file_size for member in archive.infolist()) > size:
+    if sum(member.file_size for member in members) > size:
         raise ValueError("members overlap")
     if damaged := archive.testzip():  # torch.load verifies no checksum
         raise ValueError(f"the checksum of {damaged} is wrong")
-    for member in archive.infolist():
+    for member in members:
         if member.filename.endswith("data.pkl"):
             with archive.open(member) as pickled:
-                TensorOutline(pickled, size).load()
+                SafeUnpickler(pickled, size).load()
 
 
 def read_safetensors(path):
     """Return the tensors of a file by name; if `save` wrote it, the content of a checkpoint."""
-    with import_safetensors().safe_open(path, "pt") as file:
+    from safetensors import safe_open  # needed only for these files
+
+    with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         stored = (file.metadata() or {}).get("fcos")
     return tensors if stored is None else json.loads(stored) | {"model": tensors}
 
 
-def import_safetensors():
-    """Import safetensors, which is needed only for its files. Raises UserError if it is missing."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise UserError(f"expected safetensors; pip install safetensors ({error})") from None
-    return safetensors
+def read_torch_or_pickle(file):
+    """Return the content of an open file of torch.save, or of a pickle of arrays."""
+    size = os.fstat(file.fileno()).st_size
+    if zipfile.is_zipfile(file):
+        check_archive(file, size)
+    else:
+        file.seek(0)
+        content = SafeUnpickler(file, size).load()
+        if type(content) is not int or content != torch.serialization.MAGIC_NUMBER:
+            return content
+        # torch.save before 1.6: protocol version, system, content, and the keys of the storages
+        *_, storages = [SafeUnpickler(file, size).load() for _ in range(4)]
+        if any(type(key) is not str for key in storages):
+            raise ValueError("a key of a storage is not text")
+    file.seek(0)
+    with warnings.catch_warnings(action="ignore"):  # about rare kinds of tensors
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def read_checkpoint(path):
@@ -1974,37 +1959,25 @@ def read_checkpoint(path):
     Raises UserError if it is missing or damaged, or if it holds more than tensors, arrays and plain
     values.
     """
-    where = printable(path)
     try:
         with open(regular_file(path), "rb") as file:
             if str(path).endswith(".safetensors"):
                 return read_safetensors(path)
-            size = os.fstat(file.fileno()).st_size
-            if zipfile.is_zipfile(file):
-                check_archive(file, size)
-            else:
-                file.seek(0)
-                content = ArrayUnpickler(file, size).load()
-                if type(content) is not int or content != torch.serialization.MAGIC_NUMBER:
-                    return content
-                for _ in range(4):  # torch.save before 1.6: version, system, content, storages
-                    TensorOutline(file, size).load()
-            file.seek(0)
-            with warnings.catch_warnings(action="ignore"):  # about rare kinds of tensors
-                return torch.load(file, map_location="cpu", weights_only=True)
+            return read_torch_or_pickle(file)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        why = error
+    except ImportError as error:
+        why = f"pip install safetensors ({error})"
     except OSError as error:
         why = "damaged" if error.errno == errno.EINVAL else error.strerror or error  # torn files
-        raise UserError(f"{where}: {why}") from None
     except Exception as error:  # junk makes the readers raise nearly anything
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise UserError(
-                f"{where}: refused, because it holds {printable(refused[1], 99)} and could run any "
-                "program; save its state dict alone"
-            ) from None
-        raise UserError(f"{where}: not a checkpoint or damaged ({type(error).__name__})") from None
+        why = f"not a checkpoint or damaged ({type(error).__name__})"
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            why = (
+                f"refused, because it holds {printable(refused[1], 99)} and could run any program; "
+                "save its state dict alone"
+            )
+    raise UserError(f"{printable(path)}: {why}")
 
 
 def stored_keywords(content: dict) -> dict:
@@ -2030,20 +2003,12 @@ def checkpoint(model: "FCOS") -> dict:
     return content | {"model": state}
 
 
-def lock(file):
-    """Lock a file until it is closed. Raises OSError if another process has locked it."""
-    import fcntl  # Windows has none
-
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 @contextlib.contextmanager
 def atomic_write(path, mode="wb", keep=None):
     """Open a file for writing that appears whole at `path`, or not at all.
 
     A temporary file in the same folder replaces what is at `path`, a link itself and not its
-    target, and the old file moves to `keep` if given. A missing folder is created. A process that
-    is killed leaves the temporary file: see `remove_leftovers`.
+    target, and the old file moves to `keep` if given. A missing folder is created.
 
     Raises UserError if the file cannot be written.
     """
@@ -2053,8 +2018,6 @@ def atomic_write(path, mode="wb", keep=None):
         regular_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode.replace("w", "x")) as file:
-            with contextlib.suppress(ImportError, OSError):  # not every file system can lock
-                lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -2072,10 +2035,12 @@ def atomic_write(path, mode="wb", keep=None):
 
 
 def remove_leftovers(folder):
-    """Remove the temporary files of `atomic_write` in a folder whose processes were killed."""
+    """Remove temporary files of `atomic_write` that killed processes left in a folder.
+
+    Call it only while no other process writes there.
+    """
     for path in Path(folder).glob(".fcos-*.tmp"):
-        with contextlib.suppress(ImportError, OSError), open(path, "rb") as file:
-            lock(file)
+        with contextlib.suppress(OSError):
             path.unlink()
 
 
@@ -2086,14 +2051,16 @@ def save(model: "FCOS", path):
     JSON in its metadata.
     """
     content = checkpoint(model)
-    as_safetensors = str(path).endswith(".safetensors")
-    if as_safetensors:
+    if str(path).endswith(".safetensors"):
+        try:
+            from safetensors.torch import save as pack
+        except ImportError as error:
+            raise UserError(f"{path}: pip install safetensors ({error})") from None
         tensors = {name: tensor.contiguous() for name, tensor in content.pop("model").items()}
-        data = import_safetensors().torch.save(tensors, {"fcos": json.dumps(content)})
-    with atomic_write(path) as file:
-        if as_safetensors:
-            file.write(data)
-        else:
+        with atomic_write(path) as file:
+            file.write(pack(tensors, {"fcos": json.dumps(content)}))
+    else:
+        with atomic_write(path) as file:
             torch.save(content, file)
 
 
@@ -2106,100 +2073,68 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
 
     Raises UserError if the file cannot be read or does not fit.
     """
-    path = hub_file("coco") if path == "coco" else path
-    weights = open_weights(path)
-    if weights.family not in DETECTORS:
-        mark = printable(weights.mark, 60)
-        raise UserError(
-            f"{printable(path)}: is an ImageNet classifier, as {mark} tells, and no detector"
-        )
+    weights = open_weights(hub_file("coco") if path == "coco" else path)
     try:
-        if "keywords" in weights.content:
-            model = rebuild(weights, name, backbone)
-        else:
-            model = build_for(weights, name)
+        name, classes, keywords = find_description(weights, name)
+        if keywords["backbone"] is None:
+            if backbone is None:
+                raise UserError("has a backbone of its own: pass the module as `backbone=`")
+            keywords["backbone"] = backbone
+        check_size(classes, keywords, weights.size)
+        model = FCOS(classes, **keywords)
     except UserError as error:
-        raise UserError(f"{printable(path)}: {error}") from None
+        raise UserError(f"{printable(weights.path)}: {error}") from None
+    model.name = name
+    if "keywords" in weights.content:
+        model.classes = weights.content.get("classes")
+        model.category_ids = weights.content.get("category_ids")
     load_weights(model, weights)
     return model.eval()
 
 
-def count_classes(weights):
-    """Return the number of rows of the classifier in a file of weights."""
-    rows = len(as_dense(weights.mark, weights.state[weights.mark], torch.empty(0)))
-    if rows > 10**5:
-        raise UserError(f"{weights.mark}: expected at most 100000 classes, found {rows}")
-    return rows
+def find_description(weights, name):
+    """Return the name, number of classes and keywords of the model that a file of weights holds.
 
-
-def build_for(weights, name):
-    """Build the row `name` of MODELS for a file that does not say which model it holds."""
-    classes = count_classes(weights)
-    if weights.family == "torchvision":
-        name = name or "fcos_torchvision_R_50_FPN"
-        classes = len(COCO) if classes == 91 else classes  # its rows are category ids
-    if name is None:
-        raise UserError(f"does not say which model it is; name one of {', '.join(MODELS)}")
-    return build(name, classes)
-
-
-def rebuild(weights, name, backbone):
-    """Build the model that one of our checkpoints describes, without its weights."""
+    name: the row of MODELS, for a file that does not tell.
+    """
+    if weights.family not in DETECTORS:
+        raise UserError(f"is an ImageNet classifier ({weights.family}) and no detector")
     content = weights.content
-    classes = count_classes(weights)
-    stored_name, number = (content.get(entry) for entry in ("name", "num_classes"))
+    rows = len(as_dense(weights.mark, weights.state[weights.mark], torch.empty(0)))
+    if "keywords" not in content:
+        if weights.family == "torchvision":
+            name = name or "fcos_torchvision_R_50_FPN"
+            rows = len(COCO) if rows == 91 else rows  # its rows are category ids
+        if name is None:
+            raise UserError(f"does not say which model it is; name one of {', '.join(MODELS)}")
+        return name, rows, model_keywords(name, {})
+    stored_name, number = content.get("name"), content.get("num_classes")
     if not isinstance(stored_name, str) or name not in (None, stored_name):
         raise UserError(f"is a model {short_repr(stored_name)}, expected {name or 'a name'}")
-    if type(number) is not int or number != classes:
-        raise UserError(f"num_classes {short_repr(number)}: expected {classes} as in its weights")
-    keywords = stored_keywords(content)
-    if keywords["backbone"] is None:
-        if backbone is None:
-            raise UserError("this model was built with a custom backbone: pass it as `backbone=`")
-        keywords["backbone"] = backbone
-    with limited_size(weights.state):
-        model = FCOS(classes, **keywords)
-    model.name = stored_name
+    if type(number) is not int or number != rows:
+        raise UserError(f"num_classes {short_repr(number)}: expected {rows} as in its weights")
     for entry, kind in ("classes", str), ("category_ids", int):
         values = content.get(entry)
-        if values is not None:
-            fits = isinstance(values, (list, tuple)) and len(values) == classes
-            if not fits or any(type(value) is not kind for value in values):
-                expected = f"{classes} values of type {kind.__name__}"
-                raise UserError(f"{entry} {short_repr(values)}: expected {expected}")
-        setattr(model, entry, values)
-    return model
+        fits = isinstance(values, (list, tuple)) and len(values) == rows
+        if values is not None and not (fits and all(type(value) is kind for value in values)):
+            expected = f"{rows} values of type {kind.__name__}"
+            raise UserError(f"{entry} {short_repr(values)}: expected {expected}")
+    return stored_name, rows, stored_keywords(content)
 
 
-@contextlib.contextmanager
-def limited_size(state):
-    """Stop building a model that becomes far larger than the tensors it is built for.
-
-    A file of a few bytes can describe a model that fills the memory. There is a margin for layers
-    that are built and not stored. Raises UserError.
-    """
-    storages = {}  # by address: tensors may share one, and may repeat its elements
-    for value in state.values():
-        if isinstance(value, Tensor) and value.layout == torch.strided:
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    left = 10**7 + sum(storages.values())
-
-    def count(module, name, parameter):
-        nonlocal left
-        left -= 0 if parameter is None else parameter.numel()
-        if left < 0:
-            raise UserError("its keywords describe a model far larger than its tensors")
-
-    hook = nn.modules.module.register_module_parameter_registration_hook(count)
+def check_size(classes, keywords, size):
+    """Raise UserError if the keywords in a file of `size` bytes describe no model, or a far larger
+    one: it would fill the memory."""
+    backbone = keywords["backbone"]
+    if isinstance(backbone, nn.Module):
+        keywords = keywords | {"backbone": copy.deepcopy(backbone).to("meta")}
     try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        with torch.device("meta"):  # takes no memory
+            described = FCOS(classes, **keywords).state_dict()
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"its keywords describe no model ({printable(error, 99)})") from None
-    finally:
-        hook.remove()
+    if sum(value.numel() for value in described.values()) > 10**7 + size:
+        raise UserError("its keywords describe a model far larger than its tensors")
 
 
 # ---- weights of other projects ------------------------------------------------------------------
@@ -2234,8 +2169,8 @@ NAMES = [
     (r"^head\.classification_head\.conv\.", "head.cls_tower."),
     (r"^head\.regression_head\.conv\.", "head.bbox_tower."),
     (r"^head\.\w+_head\.", "head."),
-    (r"^head\.cls_tower\.(\d+)\.", lambda m: f"head.cls_tower.{layer(m[1])}."),
-    (r"^head\.bbox_tower\.(\d+)\.", lambda m: f"head.box_tower.{layer(m[1])}."),
+    (r"^head\.cls_tower\.(\d\d?)\.", lambda m: f"head.cls_tower.{layer(m[1])}."),
+    (r"^head\.bbox_tower\.(\d\d?)\.", lambda m: f"head.box_tower.{layer(m[1])}."),
     (r"^head\.cls_convs\.", "head.cls_tower."),
     (r"^head\.reg_convs\.", "head.box_tower."),
     (r"\.gn\.", ".norm."),
@@ -2278,7 +2213,7 @@ MOBILENET_NAMES = [
     (r"^(backbone\.body\.)?features\.(\d|1[0-7])\.", r"backbone.features.\2."),
     (r"\.features\.0\.0\.", ".features.0.conv."),
     (r"\.features\.0\.1\.", ".features.0.norm."),
-    (r"\.features\.(\d+)\.conv\.(\d+)\.", lambda m: f".features.{m[1]}.{layer(m[2])}."),
+    (r"\.features\.(\d\d?)\.conv\.(\d\d?)\.", lambda m: f".features.{m[1]}.{layer(m[2])}."),
 ]
 
 # torchvision nests its layers, and so counts them in twos.
@@ -2293,7 +2228,8 @@ NESTED_MOBILENET_NAMES = [
 
 BACKBONE_NAMES = {ResNet: RESNET_NAMES, MobileNetV2: MOBILENET_NAMES}
 
-DETECTORS = {  # family: (a key by which its files are known, the convention of its weights)
+# family: (the key by which its files are known, the convention of its weights)
+FAMILIES = {
     "fcos": (r"head\.cls\.weight", {}),
     "official": (r"rpn\.head\.cls_logits\.weight", CONVENTION | dict(inclusive=True)),
     "adelaidet": (r"proposal_generator\.fcos_head\.cls_logits\.weight", CONVENTION | MSRA),
@@ -2305,11 +2241,7 @@ DETECTORS = {  # family: (a key by which its files are known, the convention of 
         r"bbox_head\.(conv|fcos)_cls\.weight",
         CONVENTION | dict(bn_eps=1e-5, score="mmdetection"),
     ),
-}
-
-
-# ImageNet classifiers: the key that tells the family, and the convention of its weights.
-CLASSIFIERS = {
+    # ImageNet classifiers
     "detectron2": (r"res_conv1_bn_(gamma|rm)", MSRA),
     "caffe2": (r"res_conv1_bn_s", CAFFE),
     "torchvision_in_detectron2": (r"stem\.conv1\.norm\.weight", TORCH),
@@ -2317,11 +2249,7 @@ CLASSIFIERS = {
     "torchvision_mobilenet": (r"features\.1\.conv\.0\.0\.weight", TORCH),
     "mobilenet": (r"features\.1\.conv\.3\.weight", CAFFE),
 }
-
-
-def families():
-    """Return {family: (key, convention)} of detectors and ImageNet classifiers."""
-    return DETECTORS | CLASSIFIERS
+DETECTORS = "fcos", "official", "adelaidet", "torchvision", "mmdetection"
 
 
 def rename_key(key: str, names: list) -> str:
@@ -2334,48 +2262,55 @@ def rename_key(key: str, names: list) -> str:
 class Weights(NamedTuple):
     """A file of weights, opened."""
 
-    path: object  # or "weights" for a dict
+    path: Any  # or "weights" for a dict
     content: dict  # the dict around the state dict, or the state dict itself
-    state: dict  # tensors or arrays by name, without the prefixes of wrappers
-    family: str  # one of DETECTORS or CLASSIFIERS
-    mark: str | None = None  # the key by which the family is known
-    copies: list[str] | tuple = ()  # keys of further copies of the model, such as a teacher's
+    state: dict  # tensors or arrays by name, without the prefix of wrappers
+    family: str  # one of FAMILIES
+    mark: str = ""  # the key by which the family is known
+    size: float = math.inf  # of the file, in bytes
 
 
-# Entries in which training programs keep the state dict, the preferred ones first, and names that
-# wrappers put before every key.
+# Entries in which training programs keep the state dict, the preferred ones first. Wrappers put
+# such names before every key.
 HOLDERS = """model state_dict blobs net network model_state_dict model_state weights module ema
-    model_ema ema_model ema_state_dict state_dict_ema student teacher""".split()
-WRAPPERS = """module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module model net network
-    detector ema ema_model model_ema student teacher""".split()
-PREFIX = rf"(?:(?:{'|'.join(WRAPPERS)})\.)*"
+    model_ema ema_model ema_state_dict state_dict_ema student teacher detector _orig_mod
+    _fsdp_wrapped_module _checkpoint_wrapped_module""".split()
+WRAPPER = rf"(?:{'|'.join(HOLDERS)})\."
 
 
 def open_weights(source) -> Weights:
     """Open a path or a dict of any family; raises UserError if it holds no state dict of one."""
     is_path = isinstance(source, (str, os.PathLike))
     path = source if is_path else "weights"
-    content, state = find_state(read_checkpoint(source) if is_path else source)
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        found = "other keys" if isinstance(state, dict) else f"a {type(state).__name__}"
+    size = math.inf
+    if is_path:
+        source = read_checkpoint(path)
+        size = os.path.getsize(path)
+    content, state = find_state(source)
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or len(state) > 20_000:  # files have up to 2,000, and renaming takes time
+        found = f"a {type(state).__name__}"
+        if isinstance(state, dict):
+            found = f"{len(state)} keys such as {short_repr(next(iter(state)), 60)}"
         raise UserError(f"{printable(path)}: expected a state dict, tensors by name, found {found}")
-    family, prefix, mark = find_family(state, PREFIX)
+    family, prefix, mark = find_family(state, f"(?:{WRAPPER})*")
     if family is None:
-        known = ", ".join(families())
-        raise UserError(f"{printable(path)}: of no family known here ({known}); {describe(state)}")
-    tensors, copies = {}, []
-    for key in sorted(state, key=lambda key: not key.startswith(prefix)):
-        name = key.removeprefix(prefix)
-        if name in tensors or (name == key and re.sub(f"^{PREFIX}", "", key) in tensors):
-            copies.append(key)
-        else:
-            tensors[name] = state[key]
-    return Weights(path, content, tensors, family, mark, copies)
+        family, prefix, _ = find_family(state, r".*[./]")
+        first = ", ".join(printable(key, 60) for key in list(state)[:3])
+        known = ", ".join(FAMILIES)
+        why = f"of no family known here ({known}); its first keys are {first or 'none'}"
+        if family:
+            why = f"remove the prefix {printable(prefix, 60)!r} before the keys of {family}"
+        raise UserError(f"{printable(path)}: {why}")
+    # the keys with the prefix come last, and so replace others of the same name
+    keys = sorted(state, key=lambda key: key.startswith(prefix))
+    tensors = {key.removeprefix(prefix): state[key] for key in keys}
+    return Weights(path, content, tensors, family, mark, size)
 
 
 def find_state(content):
     """Return the dict around the state dict in the content of a file, and the state dict."""
-    around, state = content, content
+    around = state = content
     for _ in range(4):  # last.pt of train.py holds a checkpoint that holds the weights
         inner = [state.get(key) for key in HOLDERS] if isinstance(state, dict) else []
         inner = [value for value in inner if isinstance(value, dict)]
@@ -2384,69 +2319,18 @@ def find_state(content):
     return around, state
 
 
-def describe(state):
-    """Tell which keys a state dict of an unknown family has, for an error message."""
-    family, prefix, _ = find_family(state, r".*[./]")
-    if family:
-        return f"keys of {family} stand behind the prefix {printable(prefix, 60)!r}: remove it"
-    keys = [printable(key, 60) for key in list(state)[:3]]
-    return f"its first keys are {', '.join(keys) or 'none'}"
-
-
 def find_family(state, prefix):
     """Return the family of a state dict, the prefix of its keys and the key that tells the family.
 
     prefix: a pattern of what may stand before that key. The family is None if no key tells it.
     """
-    for family, (mark, _) in families().items():
+    keys = [key for key, value in state.items() if getattr(value, "ndim", 0)]
+    for family, (mark, _) in FAMILIES.items():
         pattern = re.compile(f"({prefix})({mark})")
-        for key, value in state.items():
-            match = pattern.fullmatch(key)
-            if match and getattr(value, "ndim", 0):
+        for key in keys:
+            if match := pattern.fullmatch(key):
                 return family, match[1], match[2]
     return None, "", ""
-
-
-def stored_convention(model, weights):
-    """Return what weights expect of pixels and boxes, as keywords of CONVENTION."""
-    if weights.family == "fcos":
-        return weights.content.get("convention", {})
-    return families()[weights.family][1] | stored_pixels(model, weights)
-
-
-def stored_pixels(model, weights):
-    """Return what a file of another project says about its pixels beyond its family."""
-    family, state = weights.family, weights.state
-    if "pixel_mean" in state and "pixel_std" in state:  # AdelaiDet's
-        names = "pixel_mean", "pixel_std"
-        pixels = [as_dense(name, state[name], model.pixel_mean) for name in names]
-        if any(values.numel() != 3 for values in pixels):
-            raise UserError("pixel_mean and pixel_std: expected 3 numbers each")
-        mean, std = (tuple(values.flatten().tolist()) for values in pixels)
-        return dict(bgr=mean[0] < mean[2], mean=mean, std=std)
-    if family in ("adelaidet", "detectron2") and model.keywords.get("groups") == 32:
-        return dict(std=(57.375, 57.12, 58.395))  # for this backbone alone
-    if family == "mmdetection":
-        return mmdetection_pixels(model, weights)
-    return {}
-
-
-def mmdetection_pixels(model, weights):
-    """Return the pixels of an mmdetection model, from its configuration if the file has it."""
-    meta = weights.content.get("meta")
-    texts = [meta.get(key) for key in ("cfg", "config")] if isinstance(meta, dict) else []
-    for text in texts:
-        if isinstance(text, str):
-            found = [re.search(name + r"=\[([^\]]*)\]", text) for name in ("mean", "std")]
-            if all(found):
-                values = [re.findall(r"\d+(?:\.\d+)?", match[1]) for match in found]
-                mean, std = (tuple(map(float, numbers)) for numbers in values)
-                return dict(bgr="to_rgb=True" not in text, mean=mean, std=std)
-    if not model.keywords.get("stride_in_1x1", True):
-        return TORCH
-    if "bbox_head.cls_convs.0.conv.bias" in weights.state:
-        return MSRA
-    return {}
 
 
 def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dict:
@@ -2471,17 +2355,13 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
         complete_tensors(model, weights.family, tensors)
         missing = [name for name in model.state_dict() if name not in tensors]
         check_keywords(model, weights)
-        check_names(weights, tensors, missing, unknown, fine_tuned=bool(classes))
+        check_names(weights.family, tensors, missing, unknown, fine_tuned=bool(classes))
         new_classes = choose_rows(model, weights, tensors, classes)
-        check_shapes_and_values(model, tensors)
+        check_tensors(model.state_dict(), tensors)
         convention = checked_convention(stored_convention(model, weights))
     except UserError as error:
-        row = weights.content.get("name")
-        if weights.family == "torchvision":
-            row = "fcos_torchvision_R_50_FPN"
-        hint = "" if row in (None, model.name) else f"; it is a {printable(row, 60)}"
         where = printable(weights.path)
-        raise UserError(f"{where}: does not fit {model.name}: {error}{hint}") from None
+        raise UserError(f"{where}: does not fit {model.name}: {error}") from None
     model.set_convention(**convention)
     model.load_state_dict(tensors, strict=False)
     of_coco = weights.family in DETECTORS and weights.family != "fcos" and model.num_classes == 80
@@ -2492,7 +2372,7 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
         "family": weights.family,
         "convention": model.convention,
         "loaded": list(tensors),
-        "ignored": [*unknown, *weights.copies],
+        "ignored": list(unknown),
         "missing": missing,
         "new_classes": new_classes,
     }
@@ -2527,9 +2407,8 @@ def as_dense(key, value, own):
     dense = dense and not (value.is_meta or value.is_nested or value.is_quantized)
     if not dense or value.is_floating_point() != own.is_floating_point():
         kind = "floating-point" if own.is_floating_point() else "integer"
-        raise UserError(
-            f"{printable(key, 99)}: expected a dense {kind} tensor, found {short_repr(value, 60)}"
-        )
+        found = short_repr(value, 60)
+        raise UserError(f"{printable(key, 99)}: expected a dense {kind} tensor, found {found}")
     return value
 
 
@@ -2540,9 +2419,8 @@ def complete_tensors(model, family, tensors):
             tensors[name] = torch.full_like(own, name.endswith("var"))  # its norms are affine only
         elif family == "mmdetection" and re.fullmatch(r"head\.\w+_tower\.\d\.conv\.bias", name):
             tensors.setdefault(name, torch.zeros_like(own))  # its plain models have none
-        elif family == "mmdetection" and name.startswith("head.scale.") and name in tensors:
-            if tensors[name].numel() == 1:
-                tensors[name] = tensors[name].reshape(1)
+        elif name.startswith("head.scale.") and name in tensors and tensors[name].numel() == 1:
+            tensors[name] = tensors[name].reshape(1)  # mmdetection's have no axis
 
 
 def check_keywords(model, weights):
@@ -2552,7 +2430,7 @@ def check_keywords(model, weights):
         stored = stored_keywords(weights.content)
         hidden = "activation", "ctr_on", "quality", "levels", "scales", "stride_in_1x1"
         expected = {keyword: stored.get(keyword) for keyword in hidden}
-    elif weights.family in CLASSIFIERS and isinstance(model.backbone, ResNet):
+    elif weights.family not in DETECTORS and isinstance(model.backbone, ResNet):
         if "res3.0.conv3.conv.weight" in model.backbone.state_dict():
             caffe = weights.family in ("caffe2", "detectron2")
             expected["stride_in_1x1"] = caffe and model.keywords["groups"] == 1
@@ -2564,20 +2442,21 @@ def check_keywords(model, weights):
             raise UserError(f"{keyword} is {there} in the file, {here} in the model")
 
 
-def check_names(weights, tensors, missing, unknown, fine_tuned):
+def check_names(family, tensors, missing, unknown, fine_tuned):
     """Raise UserError if keys are missing or unknown. A classifier fills only the backbone."""
-    if weights.family in DETECTORS:
+    spare = r".*num_batches_tracked"
+    if family in DETECTORS:  # may hold further copies of the model, such as a teacher's
         wrong = missing + list(unknown)
-        spare = r".*num_batches_tracked|pixel_(mean|std)|n_averaged"
+        spare += rf"|pixel_(mean|std)|n_averaged|{WRAPPER}.*"
     else:  # the rest of the file is the classifier; Caffe2's also keep the optimizer's momentum
         wrong = missing + [key for key, name in unknown.items() if name.startswith("backbone.")]
-        spare = r".*num_batches_tracked|(fpn|head)\..*|.*\.offset\..*|.*_momentum"
-    if weights.family == "fcos" and fine_tuned:  # an output that the head got since starts anew
+        spare += r"|(fpn|head)\..*|.*\.offset\..*|.*_momentum"
+    if family == "fcos" and fine_tuned:  # an output that the head got since starts anew
         layers = {name.rpartition(".")[0] for name in tensors}
         wrong = [n for n in wrong if n[:5] != "head." or n.rpartition(".")[0] in layers]
-    wrong = [printable(name, 80) for name in wrong if not re.fullmatch(spare, name)]
+    wrong = [name for name in wrong if not re.fullmatch(spare, name)]
     if wrong:
-        first = ", ".join(wrong[:5])
+        first = ", ".join(printable(name, 80) for name in wrong[:5])
         raise UserError(f"{len(wrong)} keys are missing or unknown, among them {first}")
 
 
@@ -2586,61 +2465,85 @@ def choose_rows(model, weights, tensors, classes):
 
     Returns the classes that the file does not know; their rows stay those of the model.
     """
-    own = model.state_dict()
-    layers = [name for name in ("head.cls.weight", "head.cls.bias") if name in tensors]
-    for name in layers:
-        rows = tensors[name].shape[:1]
-        if not rows or tensors[name].shape != rows + own[name].shape[1:]:
-            check_shape(name, tensors[name], own[name])
-        by_category = weights.family == "torchvision" and rows == (91,)  # row numbers are ids
-        if by_category and (classes or model.num_classes != 91):
-            tensors[name] = tensors[name][list(COCO)]
-    if not classes or len(layers) < 2:
+    layers = ("head.cls.weight", "head.cls.bias")
+    if layers[0] not in tensors:
         return []
-    known = known_classes(model, weights, tensors, classes)
-    for name in layers:
-        theirs = tensors[name]
-        tensors[name] = own[name].clone()
-        for row, c in enumerate(classes):
-            if c in known:
-                tensors[name][row] = theirs[known.index(c)]
-    return [name for name in classes if name not in known]
-
-
-def known_classes(model, weights, tensors, classes):
-    """Return the names of the classifier's rows in a file, or [] if nothing tells them.
-
-    Raises UserError if names and rows differ in number.
-    """
+    own = model.state_dict()
+    rows = tensors[layers[0]].shape[:1]
+    if not rows or any(tensors[name].shape != rows + own[name].shape[1:] for name in layers):
+        return []  # check_tensors refuses them
+    if weights.family == "torchvision" and rows == (91,) and (classes or model.num_classes != 91):
+        for name in layers:
+            tensors[name] = tensors[name][list(COCO)]  # row numbers are category ids
+    if not classes:
+        return []
+    rows = len(tensors[layers[0]])
     known = weights.content.get("classes") or []
-    rows = {len(tensors["head.cls.weight"]), len(tensors["head.cls.bias"])}
-    named = isinstance(known, (list, tuple)) and {len(known) or min(rows)} == rows
+    if not known and rows in (80, len(classes)):
+        known = list(COCO.values()) if rows == 80 else classes
+    named = isinstance(known, (list, tuple)) and len(known) in (0, rows)
     if len(classes) != model.num_classes or not named:
         here = f"{len(classes)} classes for {model.num_classes} rows"
-        raise UserError(f"{here}, {short_repr(known)} for {' and '.join(map(str, rows))}")
-    if known:
-        return known
-    return {len(classes): classes, 80: list(COCO.values())}.get(min(rows), [])
+        raise UserError(f"{here}, {short_repr(known)} for {rows}")
+    for name in layers:
+        chosen = own[name].clone()
+        for row, c in enumerate(classes):
+            if c in known:
+                chosen[row] = tensors[name][known.index(c)]
+        tensors[name] = chosen
+    return [c for c in classes if c not in known]
 
 
-def check_shape(name, value, own):
-    if value.shape != own.shape:
-        hint = "; `classes` says whose rows to take" if name.startswith("head.cls.") else ""
-        shapes = f"{tuple(value.shape)} in the file and {tuple(own.shape)} in the model"
-        raise UserError(f"{name} is {shapes}{hint}")
-
-
-def check_shapes_and_values(model, tensors):
-    """Raise UserError for another shape than the model's, or for NaN and infinity.
+def check_tensors(own, tensors):
+    """Raise UserError for another shape than our own tensors', or for NaN and infinity.
 
     All shapes come first: values of a wrong shape may be too many to look at.
     """
-    own = model.state_dict()
     for name, value in tensors.items():
-        check_shape(name, value, own[name])
+        if value.shape != own[name].shape:
+            hint = "; `classes` says whose rows to take" if name.startswith("head.cls.") else ""
+            there, here = short_repr(tuple(value.shape)), tuple(own[name].shape)
+            raise UserError(f"{name} is {there} in the file and {here} in the model{hint}")
     for name, value in tensors.items():
-        if not value.isfinite().all():
+        if not value.float().isfinite().all():  # as the model holds it
             raise UserError(f"{name}: expected finite values, found NaN or infinity")
+
+
+def stored_convention(model, weights):
+    """Return what weights expect of pixels and boxes, as keywords of CONVENTION."""
+    family, state = weights.family, weights.state
+    if family == "fcos":
+        return weights.content.get("convention", {})
+    pixels = {}
+    if "pixel_mean" in state and "pixel_std" in state:  # AdelaiDet's
+        for name in ("mean", "std"):
+            key = f"pixel_{name}"
+            value = as_dense(key, state[key], model.pixel_mean)
+            if value.numel() != 3:
+                raise UserError(f"{key}: expected 3 numbers, found {value.numel()}")
+            pixels[name] = tuple(value.flatten().tolist())
+        pixels["bgr"] = pixels["mean"][0] < pixels["mean"][2]
+    elif family in ("adelaidet", "detectron2") and model.keywords.get("groups") == 32:
+        pixels = dict(std=(57.375, 57.12, 58.395))  # for this backbone alone
+    elif family == "mmdetection":
+        pixels = mmdetection_pixels(model, weights)
+    return FAMILIES[family][1] | pixels
+
+
+def mmdetection_pixels(model, weights):
+    """Return the pixels of an mmdetection model, from its configuration if the file has it."""
+    meta = weights.content.get("meta")
+    for key in ("cfg", "config"):
+        text = meta.get(key) if isinstance(meta, dict) else None
+        if isinstance(text, str):
+            found = [re.search(rf"{name}=\[([\d.,\s]{{,200}})\]", text) for name in ("mean", "std")]
+            if all(found):
+                values = [re.findall(r"\d+(?:\.\d+)?", match[1]) for match in found]
+                mean, std = (tuple(map(float, numbers)) for numbers in values)
+                return dict(bgr="to_rgb=True" not in text, mean=mean, std=std)
+    if not model.keywords.get("stride_in_1x1", True):
+        return TORCH
+    return MSRA if "bbox_head.cls_convs.0.conv.bias" in weights.state else {}
 
 
 def hub_file(name: str, classifier: str | None = None) -> Path:
@@ -2759,6 +2662,7 @@ def export_onnx(model: "FCOS", path, height: int, width: int):
             dynamic_shapes={"images": {0: B, 2: 32 * h, 3: 32 * w}, "sizes": {0: B}},
             custom_translation_table={torch.ops.fcos.nms.default: onnx_nms},
         )
+    assert program is not None  # it is None only for the old exporter
     for name in ("classes", "category_ids", "test_size"):
         program.model.metadata_props[name] = json.dumps(getattr(model, name))
     with atomic_write(path) as file:

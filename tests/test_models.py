@@ -1,0 +1,296 @@
+"""The rows of fcos.MODELS against the official facts, their parts, and their keywords."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+import torchvision
+from conftest import HUGE, NAN, assert_refused, small
+from foreign import (
+    AFFINE,
+    GAMMA,
+    INVERSE,
+    adelaidet,
+    caffe2,
+    detectron2,
+    mmdetection,
+    official,
+    resnet,
+    vision,
+)
+from golden.synth_image import image as synth_image
+
+import fcos
+import train
+from fcos import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROWS = {  # model: parameters, trainable ones, keys of the official state dict
+    "fcos_R_50_FPN": (32_244_250, 32_021_850, 324),
+    "fcos_R_101_FPN": (51_184_154, 50_961_754, 579),
+    "fcos_X_101_32x8d_FPN": (95_328_794, 94_903_642, 579),
+    "fcos_X_101_64x4d_FPN": (89_992_730, 89_595_226, 579),
+    "fcos_imprv_R_50_FPN": (32_244_250, 32_021_850, 324),
+    "fcos_imprv_R_101_FPN": (51_184_154, 50_961_754, 579),
+    "fcos_imprv_X_101_32x8d_FPN": (95_328_794, 94_903_642, 579),
+    "fcos_imprv_X_101_64x4d_FPN": (89_992_730, 89_595_226, 579),
+    "fcos_imprv_dcnv2_R_50_FPN": (33_239_983, 33_017_583, 354),
+    "fcos_imprv_dcnv2_R_101_FPN": (53_237_882, 53_015_482, 643),
+    "fcos_imprv_dcnv2_X_101_32x8d_FPN": (102_670_094, 102_244_942, 635),
+    "fcos_imprv_dcnv2_X_101_64x4d_FPN": (97_334_030, 96_936_526, 635),
+    "fcos_bn_MNV2_FPN": (9_798_234, 9_798_234, 365),
+    "fcos_syncbn_MNV2_FPN": (9_798_234, 9_798_234, 365),
+    "fcos_syncbn_c128_MNV2_FPN": (3_888_090, 3_888_090, 365),
+}
+FURTHER_ROWS = "fcos_torchvision_R_50_FPN", "shapes"
+RECIPES = """
+    fcos_R_50_FPN_1x fcos_R_101_FPN_2x fcos_X_101_32x8d_FPN_2x fcos_X_101_64x4d_FPN_2x
+    fcos_imprv_R_50_FPN_1x fcos_imprv_R_101_FPN_1x fcos_imprv_R_101_FPN_2x
+    fcos_imprv_X_101_32x8d_FPN_2x fcos_imprv_X_101_64x4d_FPN_2x fcos_imprv_dcnv2_R_50_FPN_1x
+    fcos_imprv_dcnv2_R_101_FPN_1x fcos_imprv_dcnv2_R_101_FPN_2x fcos_imprv_dcnv2_X_101_32x8d_FPN_2x
+    fcos_imprv_dcnv2_X_101_64x4d_FPN_2x fcos_bn_bs16_MNV2_FPN_1x fcos_syncbn_bs32_MNV2_FPN_1x
+    fcos_syncbn_bs32_c128_MNV2_FPN_1x fcos_syncbn_bs32_c128_ms_MNV2_FPN_1x
+    fcos_syncbn_bs64_c128_ms_MNV2_FPN_1x""".split()
+
+
+def official_recipe(name):
+    """Model, iterations, images a step and the choices of the short side, as the name tells."""
+    many = "_ms_" in name or name.endswith("_2x")
+    batch = re.search(r"_bs(\d+)", name)
+    return (
+        re.sub(r"_bs\d+|_ms|_[12]x$", "", name),
+        90_000 * int(name[-2]),
+        int(batch[1]) if batch else 16,
+        list(range(640, 801)) if many else [800],
+    )
+
+
+# ---- the rows ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ROWS)
+def test_row_has_the_official_parameters(name):
+    with torch.device("meta"):
+        model = fcos.build(name)
+    parameters = list(model.parameters())
+    trainable = [p for p in parameters if p.requires_grad]
+    counts = (
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in trainable),
+        len(model.state_dict()),
+    )
+    assert counts == ROWS[name]
+
+
+@pytest.mark.parametrize("name", [*ROWS, *FURTHER_ROWS])
+def test_keys_of_every_family_become_ours(name):
+    with torch.device("meta"):
+        model = fcos.build(name)
+    state, pairs = model.state_dict(), []
+    for rule in (official, adelaidet, vision, mmdetection):
+        if rule is official or "MNV2" not in name:
+            pairs += [
+                (rule(key, state), key)
+                for key in state
+                if not (rule is vision and re.search("offset|scale", key))
+            ]
+    for key in [key for key in state if key.startswith("backbone.")]:
+        if "MNV2" in name:
+            pairs.append((official(key, state).removeprefix("backbone.body."), key))
+        else:
+            pairs += [(resnet(key), key), (detectron2(key), key)]
+            if ".offset." not in key:
+                pairs += [
+                    (caffe2(key, norms), key)
+                    for norms in (AFFINE, GAMMA, INVERSE)
+                    if norms != AFFINE or ".running_" not in key
+                ]
+    assert len(pairs) >= len(state)
+    for theirs, ours in pairs:
+        assert (
+            fcos.rename_key(theirs, fcos.BACKBONE_NAMES[type(model.backbone)] + fcos.NAMES) == ours
+        ), theirs
+
+
+def test_rows_have_the_official_keys(shared):
+    golden = json.loads((shared / "golden/state_dicts.json").read_text())
+    assert sorted(golden) == sorted(RECIPES)
+    for recipe, rows in golden.items():
+        with torch.device("meta"):
+            model = fcos.build(official_recipe(recipe)[0])
+        state = model.state_dict()
+        learns = {name: p.requires_grad for name, p in model.named_parameters()}
+        ours = {
+            official(name, state): [list(value.shape), learns.get(name)]
+            for name, value in state.items()
+        }
+        assert ours == {key: [shape, learns] for key, shape, _, learns in rows}, recipe
+
+
+def test_further_rows_have_the_parameters_of_their_backbones():
+    with torch.device("meta"):
+        counts = {
+            name: sum(p.numel() for p in fcos.build(name).parameters()) for name in FURTHER_ROWS[:3]
+        }
+        theirs = torchvision.models.detection.fcos_resnet50_fpn(
+            weights=None, weights_backbone=None, num_classes=80
+        )
+    batch_norms = 2 * sum(m.num_features for m in theirs.modules() if hasattr(m, "running_mean"))
+    theirs = sum(p.numel() for p in theirs.parameters()) - batch_norms
+    assert list(counts.values()) == [theirs, 1_223_530]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_is_the_official_one(recipe):
+    settings = train.RECIPES[recipe]
+    found = (settings["model"], settings["iters"], settings["batch_size"], settings["min_size"])
+    assert found == official_recipe(recipe)
+    assert settings["lr"] == 0.01 and settings["warmup"] == 500 and settings["max_size"] == 1333
+    part = re.search(r"R_\d+|X_101_\d+x\dd|MNV2", recipe)[0].replace("_", "-", 2)
+    assert settings["weights"].startswith(part.replace("MNV2", "mobilenet_v2"))
+
+
+def test_initial_values_are_the_official_ones():
+    torch.manual_seed(0)
+    model = fcos.build("fcos_imprv_dcnv2_X_101_32x8d_FPN", blocks=(1, 1, 1, 1))
+    dcn = model.backbone.res5[0].conv2.conv
+    bound = 1 / math.sqrt(9 * 2048)  # of all channels, not of one of the 32 groups
+    assert dcn.weight.abs().max() <= bound and dcn.weight.std() > bound / 2
+    assert not isinstance(model.backbone.res3[0].conv2.conv, fcos.DeformConv)
+    bound = math.sqrt(3 / (9 * 2048))  # kaiming_uniform(a=1), not zero
+    assert bound / 2 < dcn.offset.weight.std() and dcn.offset.weight.abs().max() <= bound
+    last = model.head.box_tower[3].conv
+    assert isinstance(last, fcos.DeformConv)
+    assert abs(last.offset.weight.std() - 0.01) < 1e-3 and last.weight.std() > 0.011
+    assert not dcn.offset.bias.any() and not last.bias.any()
+    mobile = fcos.build("fcos_bn_MNV2_FPN").backbone.features[13]
+    assert abs(mobile[0].conv.weight.std() / math.sqrt(2 / 576) - 1) < 0.05
+    assert abs(mobile[1].conv.weight.std() / math.sqrt(2 / (9 * 576)) - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", fcos.MODELS)
+def test_one_step_reaches_every_parameter(name):
+    """Of the row with at most two blocks in a stage: others are the same again."""
+    torch.manual_seed(0)
+    blocks = fcos.resolve(fcos.MODELS[name]).get("blocks")
+    less = {"blocks": tuple(min(depth, 2) for depth in blocks)} if blocks else {}
+    model = fcos.build(name, num_classes=3, **less).train()
+    torch.nn.init.ones_(model.head.box.bias)  # relu passes gradients on where distances are over 0
+    images = torch.from_numpy(synth_image(3, 128, 128)).permute(2, 0, 1)[None]
+    boxes = torch.tensor([[4.0, 4, 34, 44], [20, 10, 125, 120], [60, 30, 122, 80]])
+    truth = {"boxes": boxes, "labels": torch.tensor([0, 1, 2])}
+    targets = model.targets((128, 128), [truth])
+    outputs = model(images, torch.tensor([[128, 128]]))
+    losses = fcos.fcos_loss(outputs, targets, fcos.loss_normalizers(targets), **model.loss)
+    sum(losses.values()).backward()
+    assert torch.isfinite(sum(losses.values()))
+    idle = []
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None
+            continue
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+        if not parameter.grad.any():
+            idle.append(parameter_name)
+    # no box is matched on P6 and P7
+    assert all(name.startswith("head.scale.") for name in idle), idle
+    optimizer = torch.optim.SGD(train.parameter_groups(model), lr=1e-3, momentum=0.9)
+    optimizer.step()
+
+
+# ---- deformable convolution and batch norm -----------------------------------------------------
+def test_deformable_convolution_has_the_right_gradients():
+    torch.manual_seed(0)
+    layer = fcos.DeformConv(2, 4, 3, 2, 1, groups=2).double()
+    torch.nn.init.normal_(layer.offset.weight, std=0.3)
+    torch.nn.init.normal_(layer.offset.bias)  # positions between the pixels, some outside
+    names, parameters = zip(*layer.named_parameters())
+
+    def function(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values)), x)
+
+    x = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (x, *parameters))
+
+
+def test_deformable_convolution_without_offsets_is_half_a_convolution():
+    layer = fcos.DeformConv(8, 4, 3, 1, 1)
+    torch.nn.init.zeros_(layer.offset.weight)
+    torch.nn.init.zeros_(layer.offset.bias)
+    torch.nn.init.zeros_(layer.bias)
+    x = torch.randn(2, 8, 6, 7)
+    expected = torch.nn.functional.conv2d(x, layer.weight, padding=1) / 2  # sigmoid(0)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    with torch.no_grad():  # one pixel down and two to the right, for all taps
+        layer.offset.bias[0:18:2], layer.offset.bias[1:18:2] = 1, 2
+    moved = torch.nn.functional.pad(x, (0, 2, 0, 1))[:, :, 1:, 2:]
+    expected = torch.nn.functional.conv2d(moved, layer.weight, padding=1) / 2
+    assert torch.allclose(layer(x)[:, :, 1:-1, 1:-1], expected[:, :, 1:-1, 1:-1], atol=1e-5)
+
+
+def test_deformable_row_runs_in_bf16():
+    torch.manual_seed(0)
+    model = small("fcos_imprv_dcnv2_R_50_FPN").eval()
+    images, sizes = torch.rand(1, 3, 128, 192), torch.tensor([[128, 192]])
+    with torch.inference_mode():
+        full = model(images, sizes)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(images, sizes)
+        model.bfloat16()(images.bfloat16(), sizes)
+    assert (half["cls"] - full["cls"]).abs().max() < 0.1
+
+
+def test_sync_batch_norm_takes_over_every_batch_norm():
+    model = fcos.build("fcos_syncbn_c128_MNV2_FPN").eval()
+    x, sizes = torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]])
+    with torch.inference_mode():
+        before, keys = model(x, sizes)["cls"], list(model.state_dict())
+        parameters = [id(p) for p in model.parameters()]
+        converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        assert converted is model and list(model.state_dict()) == keys
+        assert [id(p) for p in model.parameters()] == parameters
+        assert torch.equal(model(x, sizes)["cls"], before)
+    kinds = [type(m) for m in model.modules() if hasattr(m, "running_mean")]
+    assert len(kinds) == 51 and set(kinds) == {torch.nn.SyncBatchNorm}
+
+
+# ---- keywords, to the last element ---------------------------------------------------------------
+WRONG = {  # keyword: values that are refused, before anything is built
+    "test_size": [(64, 32), ("a", "b"), (64.5, 99.5), (64,), (64, 65, 66), 64, (0, 64), None, "ab"],
+    "blocks": [(0, 0, 0, 0), (1, 1, 1), (1, 1, 1, 1, 1), (1.0, 1, 1, 1), (10**6, 1, 1, 1), "1111"],
+    "ranges": [(4, 3, 2, 1), (4, 4, 5, 6), (1, 2, 3), (NAN, 1, 2, 3), ("1", "2", "3", "4"), 5],
+    "levels": [(), (3, 5, 6), (3.0, 4.0), ("3",), (7, 6, 5), 3, (1, 2, 3), (9, 10, 11)],
+    "channels": [16, 48, 0, -32, 64.0, "64", True, None, 10**6],
+    "dcn": [(1,), ("a",), ([],), (2.0,), 3, None],
+    "radius": [-1, NAN, math.inf, "1.5", True, None],
+    "stem": [0, 16.0, "16", 10**9],
+    "width": [0, 1.5, "4"],
+    "groups": [0, "1", 10**9],
+    "frozen_stages": [-1, 6, 2.0, "2", True],
+    "candidate_threshold": [-0.1, 2, NAN, "0.05", True],
+    "topk": [0, -1, 1.5, "10", None],
+    "nms_threshold": [-1, 2, NAN, "x", None],
+    "max_detections": [0, 1.5, "x"],
+    "norm": [["gn"], None, {}, "GN", HUGE],
+    "activation": ["sigmoid", 1],
+    "box_weight": ["x", 0],
+    "scales": ["no", 1, None],
+    "backbone": [["resnet"], 3, "vgg"],
+    "imagenet": [3, ["resnet50"]],
+    "a\nkeyword\x1b[31m": [1],
+    HUGE: [1],
+}
+
+
+@pytest.mark.parametrize("keyword", WRONG, ids=lambda keyword: ascii(keyword)[:30])
+def test_keywords_are_checked_to_the_last_element(keyword):
+    for value in WRONG[keyword]:
+        call = lambda value=value: fcos.build("shapes", 2, **{keyword: value})  # noqa: E731
+        assert_refused(call, "" if "\n" in keyword else keyword[:20], "expected")
+    model = fcos.build("shapes", 2)
+    if keyword in ("topk", "nms_threshold", "max_detections", "candidate_threshold", "test_size"):
+        before = getattr(model, keyword)
+        for value in WRONG[keyword]:
+            with pytest.raises(UserError):
+                setattr(model, keyword, value)
+        assert getattr(model, keyword) == before
