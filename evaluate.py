@@ -388,22 +388,20 @@ def in_order(entries, where):
     return sorted(entries, key=operator.attrgetter("id"))
 
 
-def positions_of(ids):
-    return {id: position for position, id in enumerate(ids)}
+def look_up(known, entries, field):
+    """Return the positions among `known` of the ids in a field of M entries: int64 (M,), or -1.
 
-
-def look_up(positions, entries, field):
-    """Return the positions of the ids in a field of M entries: int64 (M,), -1 for an unknown id.
-
-    7 and "7" are the same id, since some tools write the ids of results as text.
+    known: ids in ascending order, int64 (N,) or text. 7 and "7" are the same id, since some tools
+    write the ids of results as text.
     """
     get_id = operator.attrgetter(field)
-    found = map(positions.get, map(get_id, entries), itertools.repeat(-1))
-    found = np.fromiter(found, np.int64, len(entries))
-    if (found < 0).any():
-        texts = {str(id): position for id, position in positions.items()}
-        found = np.array([texts.get(str(get_id(entry)), -1) for entry in entries], np.int64)
-    return found
+    if known.dtype == np.int64:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # some are text, or huge
+            ids = np.fromiter(map(get_id, entries), np.int64, len(entries))
+            found = np.searchsorted(known, ids).clip(max=len(known) - 1)  # a dict misses the cache
+            return np.where(known[found] == ids, found, -1)
+    position_of = {str(id): position for position, id in enumerate(known.tolist())}
+    return np.array([position_of.get(str(get_id(entry)), -1) for entry in entries], np.int64)
 
 
 def boxes_of(entries):
@@ -416,8 +414,8 @@ def take_columns(boxes, images, categories, path, size=20_000):
     """Return the columns of annotations as a dict of arrays, and empty their list.
 
     Blocks of `size` boxes stay in the cache of the processor while they are converted, and are
-    freed before the next block. images, categories: {id: position}. rows and categories of the
-    result are such positions; a row is -1 if the image is unknown.
+    freed before the next block. images, categories: their ids. rows and categories of the result
+    are positions among them; a row is -1 if the image is unknown.
     """
     fields = BoxEntry.__struct_fields__
     further = fields[fields.index("iscrowd") + 1 :]
@@ -436,7 +434,7 @@ def take_columns(boxes, images, categories, path, size=20_000):
             first = (columns["categories"] < 0).argmax()
             raise UserError(
                 f"{path}: annotations[{len(boxes) + first}]: category_id "
-                f"{block[first].category_id!r:.100} is not in {list(categories)!r:.200}"
+                f"{block[first].category_id!r:.100} is not in {categories.tolist()!r:.200}"
             )
         for name in further:
             values = np.array([getattr(box, name) for box in block])
@@ -489,27 +487,27 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
         content = read_json(path, Instances)
     images = in_order(content.images, f"{path}: images")
     categories = in_order(content.categories, f"{path}: categories")
+    image_ids = np.array([image.id for image in images])
     category_ids = [category.id for category in categories]
-    ids = [image.id for image in images]
     boxes = content.annotations
     first_id = boxes[0].image_id if boxes else None
-    columns = take_columns(boxes, positions_of(ids), positions_of(category_ids), path)
+    columns = take_columns(boxes, image_ids, np.array(category_ids), path)
     rows = columns.pop("rows")
     if len(rows) and (rows < 0).all():
         raise UserError(
             f"{path}: no annotation belongs to an image of the file; annotations[0] has image_id "
-            f"{first_id!r:.100}, an image has id {ids[0]!r:.100}"
+            f"{first_id!r:.100}, an image has id {image_ids[0].item()!r:.100}"
         )
     positions = columns.pop("categories")
     used = np.bincount(positions, minlength=len(categories)) > 0
     names = name_categories(categories, notes)
     classes = choose_classes(names, categories, used, path, classes, notes)
-    label_of_class = positions_of(classes)
+    label_of_class = {name: label for label, name in enumerate(classes)}
     labels = [label_of_class.get(name, -1) for name in names]
     id_of = dict(zip(names, category_ids))
     return Annotations(
         path=path,
-        image_ids=np.array(ids),
+        image_ids=image_ids,
         names=[str(image.file_name) for image in images],
         hw=np.array([[i.height for i in images], [i.width for i in images]], np.float64).T,
         classes=classes,
@@ -713,15 +711,9 @@ STOP_SIGNALS = [
     if hasattr(signal, name)  # Windows has not all of them
 ]
 FILES, FILES_PER_WORKER = 40, 16  # open files of a process, and those that each worker adds
-WORKER_ERRORS = (  # parts of PyTorch's errors about workers that died, hang, or lack open files
-    "DataLoader worker (pid",
-    "DataLoader timed out",
-    "ancillary data",
-    "Too many open files",
-)
-WORKER_HELP = (
-    "raise `ulimit -n`, make /dev/shm larger (docker run --shm-size=8g) or use --workers 0"
-)
+# parts of PyTorch's errors about workers that died, hang, or lack open files
+WORKER_ERRORS = r"DataLoader (worker \(pid|timed out)|ancillary data|Too many open files"
+WORKER_HELP = "raise `ulimit -n`, enlarge /dev/shm (docker run --shm-size=8g) or use --workers 0"
 
 
 def start_worker(_):
@@ -804,9 +796,8 @@ def no_worker_left():
             worker.join()
         if unix:
             signal.signal(signal.SIGCHLD, handler)
-        message = str(error)
         # "Caught" is in errors of the code that a worker runs
-        if "Caught" not in message and any(text in message for text in WORKER_ERRORS):
+        if re.search(WORKER_ERRORS, str(error)) and "Caught" not in str(error):
             raise UserError(f"{error}; {WORKER_HELP}") from None
         raise
 
@@ -955,15 +946,15 @@ def read_results(results, annotations):
         except msgspec.ValidationError:  # numbers of NumPy, or an error that decode describes
             data = msgspec.json.encode(results, enc_hook=operator.methodcaller("tolist"))
             entries = decode(data, list[ResultEntry], where)
-    images = annotations.image_ids.tolist()
+    first_id = annotations.image_ids[0].item()
     categories = list(annotations.label_of)
-    rows = look_up(positions_of(images), entries, "image_id")
-    positions = look_up(positions_of(categories), entries, "category_id")
+    rows = look_up(annotations.image_ids, entries, "image_id")
+    positions = look_up(np.array(categories), entries, "category_id")
     xywh = boxes_of(entries)
     scores = np.fromiter(map(operator.attrgetter("score"), entries), np.float64, len(entries))
     finite = (np.abs(xywh) < 1e300).all(1) & (np.abs(scores) < 1e300)
     for problem, wrong in (
-        (f"image_id is not in the annotations, whose first is {images[0]!r:.100}", rows < 0),
+        (f"image_id is not in the annotations, whose first is {first_id!r:.100}", rows < 0),
         (f"category_id is not in the categories {categories!r:.200}", positions < 0),
         ("bbox and score must be finite numbers", ~finite),
     ):
@@ -1212,8 +1203,8 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **how) -> l
         with fcos.atomic_write(out / "detections.json", "w") as file:
             json.dump(report, file, indent=1)
     boxes = sum(len(entry["detections"]) for entry in report)
-    counts = f"{len(report)} images, {boxes} boxes drawn, {len(left_out)} left out"
-    print(counts, file=sys.stderr)
+    drawn = f"{len(report)} images, {boxes} boxes drawn"
+    print(f"{drawn}, {len(left_out)} left out", file=sys.stderr)
     return left_out
 
 
@@ -1354,10 +1345,10 @@ def launch_number(name, default=None) -> int:
     return int(text)
 
 
-def launched() -> bool:
-    """Return whether a launcher started this process as one of several that can find each other.
+def launched() -> tuple[int, int] | None:
+    """Return (rank, number of processes) if a launcher started this process, else None.
 
-    Raises UserError if several processes were started that cannot.
+    Raises UserError if several processes were started that do not know of each other.
     """
     env = os.environ
     if not {"RANK", "WORLD_SIZE"} & env.keys():
@@ -1365,17 +1356,17 @@ def launched() -> bool:
         if tasks != "1":
             use = "start one torchrun for each node: srun --ntasks-per-node=1 torchrun ..."
             raise UserError(f"srun started {tasks} tasks that do not know of each other; {use}")
-        return False
+        return None
     rank = launch_number("RANK")
     world_size = launch_number("WORLD_SIZE")
     if rank >= world_size:
         raise UserError(f"RANK is {rank} of WORLD_SIZE {world_size}; start them with torchrun")
     if world_size == 1 and not dist.is_torchelastic_launched():
-        return False
+        return None
     if not env.get("MASTER_ADDR"):
         raise UserError("MASTER_ADDR is not set; start several processes with torchrun")
     launch_number("MASTER_PORT")
-    return True
+    return rank, world_size
 
 
 def start_process(device, make_store=None) -> tuple[int, int, torch.device]:
@@ -1384,18 +1375,18 @@ def start_process(device, make_store=None) -> tuple[int, int, torch.device]:
     make_store(rank, world_size, timeout): makes the store of a process that may be restarted.
     Returns rank, number of processes, torch.device.
     """
-    if os.environ.get("FCOS_KERNELS") not in (None, "", "cupy", "torch"):
-        raise UserError(f"FCOS_KERNELS is {os.environ['FCOS_KERNELS']}: choose cupy or torch")
-    join = not dist.is_initialized() and launched()
+    kernels = os.environ.get("FCOS_KERNELS")
+    if kernels not in (None, "", "cupy", "torch"):
+        raise UserError(f"FCOS_KERNELS is {kernels}: choose cupy or torch")
+    launch = None if dist.is_initialized() else launched()
     device = find_device(device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True  # deformable convolutions, as cuDNN's others
-    if join:
+    if launch:
+        rank, world_size = launch
         backend = "gloo"  # it carries detections, beside what the device needs for gradients
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-        rank = launch_number("RANK")
-        world_size = launch_number("WORLD_SIZE")
         timeout = datetime.timedelta(hours=2)  # long enough for rank 0 to score
         store = None
         if make_store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
