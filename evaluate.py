@@ -1108,7 +1108,7 @@ def place_label(box, wh, picture_wh, taken):
     """Return the top left corner (x, y) of a label of (width, height) pixels at its box.
 
     It starts above the box, and slides down past the labels in `taken`, a list of (x1, y1, x2, y2),
-    as far as the box and the picture reach.
+    as far as the box, or two labels below its top, and the picture reach.
     """
     x1, y1, _, y2 = box
     w, h = wh
@@ -1117,7 +1117,8 @@ def place_label(box, wh, picture_wh, taken):
     for left, top, right, bottom in sorted(taken, key=operator.itemgetter(1)):
         if x < right and left < x + w and y < bottom and top < y + h:
             y = bottom
-    return x, max(min(y, y2, picture_wh[1] - h), 0)
+    lowest = min(max(y2, y1 + 2 * h), picture_wh[1] - h)
+    return x, max(min(y, lowest), 0)
 
 
 def start_notebook():

@@ -1316,6 +1316,26 @@ def test_the_label_of_the_best_is_not_covered():
     assert alone.crop(label).tobytes() != grey.crop(label).tobytes()
 
 
+@pytest.mark.parametrize("corner", [(100, 0), (100, 100), (560, 290), (0, 290)])
+@pytest.mark.parametrize("side, count", [(12, 3), (200, 4)])
+def test_labels_of_one_box_do_not_cover_each_other(corner, side, count):
+    x, y = corner
+    labels = []
+    for _ in range(count):
+        left, top = evaluate.place_label((x, y, x + side, y + side), (60, 16), (600, 500), labels)
+        assert 0 <= left <= 540 and 0 <= top <= 484  # inside the picture
+        labels.append((left, top, left + 60, top + 16))
+    tops = sorted(label[1] for label in labels)
+    assert all(after - before >= 16 for before, after in zip(tops, tops[1:]))
+
+
+@pytest.mark.parametrize("ground", [*evaluate.COLORS, "white", "black"])
+def test_boxes_show_on_every_background(ground):
+    plain = Image.new("RGB", (600, 500), ground)
+    row = [100.0, 100.0, 200.0, 300.0]
+    assert all(changed(plain, evaluate.draw(plain, detections((row, 0.9, 0))), row))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
 def test_images_of_any_mode_can_be_drawn_on(mode):
     picture = evaluate.draw(Image.new(mode, (500, 480)), detections(([9.0, 9, 99, 99], 0.9, 0)))
