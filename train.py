@@ -582,7 +582,8 @@ def load_split(paths, classes=None):
     annotations, image_dir = paths
     if not Path(annotations).exists():
         there = evaluate.what_is_there(annotations)
-        raise UserError(f"{annotations}: no such file; {there}; --help shows --train-images ...")
+        flags = "--data, or --train-images and the three flags beside it"
+        raise UserError(f"{annotations}: no such file; {there}; use {flags}")
     dataset = evaluate.load_dataset(annotations, image_dir, classes)
     names = printable(", ".join(map(str, dataset.classes)), 100)
     counts = f"{len(dataset)} images, {len(dataset.boxes)} boxes"
@@ -1348,8 +1349,9 @@ def resume(out, settings, model, saved, launch=None):
         raise UserError(f"{path}: cannot be resumed ({what}); --fresh starts over") from None
     if changed:
         rest = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        remedy = f"--fresh, or another --out (and --weights {path}, to train on)"
-        raise UserError(f"{out}: other settings ({'; '.join(changed[:5])}{rest}); use {remedy}")
+        texts = "; ".join(changed[:5]) + rest
+        remedy = f"use --fresh, or choose another --out (with --weights {path}, to train on)"
+        raise UserError(f"{out}: holds a run of other settings ({texts}); repeat them, {remedy}")
     for problem in problems:
         say(f"{problem}; {path} takes its place")
         if evaluate.rank_and_world_size()[0] == 0:  # or the next save would keep it as previous.pt
