@@ -277,17 +277,6 @@ def print_settings(settings):
             say(f"{name:28s} {printable(value, 200)}")
 
 
-def say(text):
-    """Print a line on rank 0."""
-    if evaluate.rank_and_world_size()[0] == 0:
-        print(text)
-
-
-def warn(text):
-    """Print a warning above the progress bar."""
-    tqdm.write(str(text), file=sys.stderr)
-
-
 # ---- batches and augmentation ------------------------------------------------------------------
 
 # Random streams by their purpose and the length of their positions. The place in this list is part
@@ -432,12 +421,11 @@ class TrainBatches(Dataset):
         return self.dataset.sample(i, hw)
 
     def smallest(self):
-        """Return a batch of one image, the one with the fewest pixels after padding."""
+        """Return a batch of one image, the smallest one."""
         images = self.one_of_each_size(np.concatenate(self.groups))
-        sizes = [self.resized_hw(i, min(self.settings["min_size"])) for i in images]
-        padded = [fcos.padded_hw([size]) for size in sizes]
-        k = min(range(len(images)), key=lambda k: math.prod(padded[k]))
-        return collate([self.dataset.sample(images[k], sizes[k])], padded[k])
+        sizes = {image: self.resized_hw(image, min(self.settings["min_size"])) for image in images}
+        i = min(images, key=lambda image: math.prod(sizes[image]))
+        return collate([self.dataset.sample(i, sizes[i])], fcos.padded_hw([sizes[i]]))
 
 
 def aspect_groups(dataset, settings):
@@ -1019,7 +1007,7 @@ class Meter:
 
 
 def validate(step, model, companions, val_set, best, files, workers):
-    """Score the model after `step` steps, or its average; log the metrics, and keep the best.
+    """Score the model after `step` steps, or its average; log the metrics and keep the best model.
 
     Returns the metrics of the best evaluation so far, on every rank.
     """
@@ -1177,10 +1165,8 @@ def report(done, meter, optimizer, files, bar):
 
 
 def print_result(best, files):
-    """Print where the best model is, and its metrics as JSON in the last line.
-
-    Raises UserError if the model or a checkpoint could not be written.
-    """
+    """Print the best metrics, as JSON in the last line. Raises UserError if no model or checkpoint
+    could be written."""
     path = files.out / "model.pt"
     if best is None or not files.has_model():
         raise UserError(f"{path}: cannot be written; {files.resumes_from()}")
@@ -1413,6 +1399,17 @@ def layout(state):
 
 
 # ---- signals and processes ---------------------------------------------------------------------
+
+
+def say(text):
+    """Print a line on rank 0."""
+    if evaluate.rank_and_world_size()[0] == 0:
+        print(text)
+
+
+def warn(text):
+    """Print a warning above the progress bar."""
+    tqdm.write(str(text), file=sys.stderr)
 
 
 @contextlib.contextmanager
