@@ -497,14 +497,12 @@ class Timm(nn.Module):
 
     def freeze(self, stages):
         """Freeze the first `stages` child modules of the timm model, their BatchNorms included."""
-        from timm.layers import freeze_batch_norm_2d  # keeps an activation that is part of a norm
+        import timm.utils
 
-        children = list(self.body.named_children())
+        children = [name for name, _ in self.body.named_children()]
         if stages > len(children):
             raise UserError(f"frozen_stages {stages}: expected 0 to {len(children)}")
-        for name, child in children[:stages]:
-            child.requires_grad_(False)
-            setattr(self.body, name, freeze_batch_norm_2d(child))
+        timm.utils.freeze(self.body, children[:stages])
 
     def forward(self, x):
         maps = self.body(x)
@@ -702,28 +700,23 @@ def encode(points: Tensor, truths: list[dict], index: Tensor) -> dict:
     Returns {"labels": int64 (B, P), -1 in the background; "ltrb": (B, P, 4) pixels; "index"; and
     every further column, (B, P, ...)}. All but the labels and the index are 0 in the background.
     """
-    positive = index >= 0
-    gathered = {name: gather_column(truths, name, index) for name in truths[0]}
-    x1, y1, x2, y2 = gathered.pop("boxes").unbind(2)
+    columns = {}
+    for name in truths[0]:
+        column = pad_sequence([truth[name] for truth in truths], batch_first=True)  # (B, G, ...)
+        one_more_row = (0, 0) * (column.ndim - 2) + (0, 1)  # G may be 0 for all images
+        columns[name] = take(F.pad(column, one_more_row), index, -1 if name == "labels" else 0)
+    x1, y1, x2, y2 = columns.pop("boxes").unbind(2)
     x, y = points[:, 0], points[:, 1]
     ltrb = torch.stack([x - x1, y - y1, x2 - x, y2 - y], 2)
-    labels = gathered.pop("labels")
-    return gathered | {
-        "labels": labels.where(positive, -1),
-        "ltrb": ltrb.where(positive[..., None], 0),
-        "index": index,
-    }
+    return columns | {"ltrb": ltrb.where(index[..., None] >= 0, 0), "index": index}
 
 
-def gather_column(truths, name, index):
-    """Return the column `name` of the box of every location, (B, P, ...), 0 where there is none."""
-    column = pad_sequence([truth[name] for truth in truths], batch_first=True)  # (B, G, ...)
-    one_more_row = (0, 0) * (column.ndim - 2) + (0, 1)  # G may be 0 for all images
-    column = F.pad(column, one_more_row)
-    image = torch.arange(len(column), device=column.device)[:, None]
-    values = column[image, index.clamp(min=0)]
-    positive = (index >= 0).reshape(*index.shape, *[1] * (column.ndim - 2))
-    return values.where(positive, 0)
+def take(rows: Tensor, index: Tensor, fill=0) -> Tensor:
+    """Return the rows (B, N, ...) of each image at index (B, P), `fill` where the index is -1."""
+    image = torch.arange(index.shape[0], device=index.device)[:, None]
+    taken = rows[image, index.clamp(min=0)]
+    found = (index >= 0).reshape(*index.shape, *[1] * (taken.ndim - 2))
+    return taken.where(found, fill)
 
 
 def centerness(ltrb: Tensor) -> Tensor:
@@ -979,13 +972,11 @@ class FCOS(nn.Module):
         else the head returns, "points": (P, 5), "levels": the number of locations of each level}.
         """
         hw = images.shape[-2:]
-        if sizes is None:
-            sizes = torch.tensor([hw] * len(images))
-        if not isinstance(sizes, Tensor) and np.shape(sizes) != (len(images), 2):
+        if not isinstance(sizes, (Tensor, type(None))) and np.shape(sizes) != (len(images), 2):
             found = short_repr(sizes, 60)
             raise UserError(f"sizes {found}: expected (height, width) of each image, no targets")
         if not images.is_floating_point():
-            images = self.normalize(images, sizes)
+            images = self.normalize(images, [hw] * len(images) if sizes is None else sizes)
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         outputs = self.head(self.fpn(features))
         levels = [rows * columns for rows, columns in level_sizes(hw, self.strides)]
@@ -1011,15 +1002,10 @@ class FCOS(nn.Module):
         "labels": (B, D); and every further output of the head at the location of the detection,
         (B, D, ...)}. Rows after the last detection are padding: boxes 0, scores -inf, labels -1.
         """
-        candidates = self.candidates(outputs, sizes)
-        keep, scores = self.suppress(*(candidates[n] for n in ("boxes", "scores", "labels")))
-        image = torch.arange(keep.shape[0], device=keep.device)[:, None]
-        detections = {}
-        for name, values in candidates.items():
-            kept = values[image, keep.clamp(min=0)]
-            found = (keep >= 0).reshape(*keep.shape, *[1] * (kept.ndim - 2))
-            detections[name] = kept.where(found, -1 if name == "labels" else 0)
-        return detections | {"scores": scores}
+        found = self.candidates(outputs, sizes)
+        keep, scores = self.suppress(found["boxes"], found["scores"], found["labels"])
+        detections = {name: take(values, keep) for name, values in found.items()}
+        return detections | {"scores": scores, "labels": take(found["labels"], keep, -1)}
 
     def candidates(self, outputs: dict, sizes: Tensor) -> dict:
         """Return the best (location, class) pairs of every level as boxes, without suppression.
@@ -1033,26 +1019,21 @@ class FCOS(nn.Module):
         pairs = []
         first = 0
         for count in outputs["levels"]:
-            level = slice(first, first + count)
-            location, *pair = best_pairs(
-                outputs["cls"][:, level], outputs["ctr"][:, level], rule, self.topk
-            )
-            pairs.append((location + first, *pair))
+            cls = outputs["cls"][:, first : first + count]
+            ctr = outputs["ctr"][:, first : first + count]
+            location, label, product = best_pairs(cls, ctr, rule, self.topk)
+            pairs.append((location + first, label, product))
             first += count
-        location, labels, product = (torch.cat(column, 1) for column in zip(*pairs))
+        location, label, product = (torch.cat(column, 1) for column in zip(*pairs))
 
-        image = torch.arange(location.shape[0], device=location.device)[:, None]
-        ltrb = outputs["ltrb"][image, location].float()
+        ltrb = take(outputs["ltrb"], location).float()
         boxes = self.boxes_at(outputs["points"][location], ltrb, sizes)
         x1, y1, x2, y2 = boxes.unbind(-1)
         valid = (product >= 0) & (x2 > x1) & (y2 > y1)  # false for NaN, too
         scores = rule.final(product.clamp(min=0)).where(valid, -math.inf)
-        further = {
-            name: output[image, location]
-            for name, output in outputs.items()
-            if name not in ("cls", "ltrb", "ctr", "points", "levels")
-        }
-        return {"boxes": boxes, "scores": scores, "labels": labels} | further
+        used = "cls", "ltrb", "ctr", "points", "levels"
+        further = {name: take(x, location) for name, x in outputs.items() if name not in used}
+        return {"boxes": boxes, "scores": scores, "labels": label} | further
 
     def boxes_at(self, points: Tensor, ltrb: Tensor, sizes) -> Tensor:
         """Return the boxes (B, N, 4) of points (B, N, 5) and distances, clipped to sizes."""
@@ -1078,7 +1059,7 @@ class FCOS(nn.Module):
         (B, D), -inf where there is none.
         """
         keep = nms(boxes, scores, labels, self.nms_threshold, self.max_detections)
-        return keep, scores.gather(1, keep.clamp(min=0)).where(keep >= 0, -math.inf)
+        return keep, take(scores, keep, -math.inf)
 
     def detect(self, outputs: dict, sizes: Tensor, score_threshold: float = 0.0) -> list[dict]:
         """Return `decode` as a list with one dict per image, without padding and low scores."""
@@ -1153,8 +1134,7 @@ def best_pairs(cls, ctr, rule, topk):
     best_class = cls.amax(2).float().sigmoid().nan_to_num(nan=1.0)
     ranking, _ = rank(best_class, centerness)
     location = ranking.topk(torch.sym_min(topk, ranking.shape[1])).indices
-    image = torch.arange(cls.shape[0], device=cls.device)[:, None]
-    probability = cls[image, location].float().sigmoid()
+    probability = take(cls, location).float().sigmoid()
     ranking, product = rank(probability, centerness.gather(1, location)[..., None])
     ranking = ranking.flatten(1)
     best, pair = ranking.topk(torch.sym_min(topk, ranking.shape[1]))
@@ -1410,15 +1390,6 @@ def exif_turn(image):
         return None
 
 
-def open_image(source):
-    """Open a path, bytes or a file object with Pillow; a PIL image is returned as it is."""
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, (bytes, bytearray)):
-        return Image.open(io.BytesIO(source))
-    return Image.open(source if hasattr(source, "read") else regular_file(source))
-
-
 def read_image(source, hw=None) -> Tensor:
     """Read an image as 8-bit RGB and return it as a uint8 tensor (3, H, W).
 
@@ -1433,7 +1404,10 @@ def read_image(source, hw=None) -> Tensor:
     is_path = isinstance(source, (str, os.PathLike))
     name = printable(source) if is_path else short_repr(getattr(source, "name", source), 60)
     try:
-        image = open_image(source)
+        file = io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
+        if is_path:
+            regular_file(source)
+        image = source if isinstance(source, Image.Image) else Image.open(file)
         stored = image.size[::-1]
         image.load()  # before the orientation is read: Pillow turns TIFF files while it loads them
         turn = exif_turn(image)
@@ -1461,6 +1435,9 @@ def read_image(source, hw=None) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+FILES = str, bytes, bytearray, os.PathLike, Image.Image  # and anything with `read`
+
+
 def as_image(source) -> Tensor:
     """Return an image as a uint8 RGB tensor (3, H, W).
 
@@ -1480,9 +1457,6 @@ def as_image(source) -> Tensor:
             "(H, W, 3), an RGB uint8 tensor (3, H, W), or an image file as bytes"
         )
     return image.cpu()
-
-
-FILES = str, bytes, bytearray, os.PathLike, Image.Image
 
 
 def each_image(images):
