@@ -528,17 +528,16 @@ class FPN(nn.Module):
 
     def __init__(self, strides_in, channels_in, channels, levels):
         super().__init__()
-        backbone_levels = [stride.bit_length() - 1 for stride in strides_in]
-        self.lateral_levels = [level for level in levels if level in backbone_levels]
-        self.extra_levels = [level for level in levels if level not in backbone_levels]
-        self.used = [backbone_levels.index(level) for level in self.lateral_levels]
-        if levels[0] not in backbone_levels or self.lateral_levels + self.extra_levels != [*levels]:
-            found = f"levels {levels} of a backbone with levels {tuple(backbone_levels)}"
+        self.index = {stride.bit_length() - 1: i for i, stride in enumerate(strides_in)}
+        self.lateral = [level for level in levels if level in self.index]
+        self.further = [level for level in levels if level not in self.index]
+        if levels[0] not in self.index or self.lateral + self.further != [*levels]:
+            found = f"levels {levels} of a backbone with levels {tuple(self.index)}"
             raise UserError(f"{found}: expected one of these first, then all above it")
-        for level, index in zip(self.lateral_levels, self.used):
-            setattr(self, f"lateral{level}", nn.Conv2d(channels_in[index], channels, 1))
+        for level in self.lateral:
+            setattr(self, f"lateral{level}", nn.Conv2d(channels_in[self.index[level]], channels, 1))
             setattr(self, f"output{level}", nn.Conv2d(channels, channels, 3, padding=1))
-        for level in self.extra_levels:
+        for level in self.further:
             setattr(self, f"p{level}", nn.Conv2d(channels, channels, 3, 2, 1))
 
     def initialize(self):
@@ -547,15 +546,15 @@ class FPN(nn.Module):
     def forward(self, features):
         maps = []
         coarser = None
-        for level, index in reversed(list(zip(self.lateral_levels, self.used))):
-            x = getattr(self, f"lateral{level}")(features[index])
+        for level in reversed(self.lateral):
+            x = getattr(self, f"lateral{level}")(features[self.index[level]])
             if coarser is not None:
                 x = x + F.interpolate(coarser, x.shape[-2:])
             coarser = x
             maps.insert(0, getattr(self, f"output{level}")(x))
-        for level in self.extra_levels:
+        for level in self.further:
             x = maps[-1]
-            if level != self.extra_levels[0]:  # between two convolutions in a row
+            if level != self.further[0]:  # between two convolutions in a row
                 x = x.relu()
             maps.append(getattr(self, f"p{level}")(x))
         return maps
@@ -768,7 +767,6 @@ def fcos_loss(
     the GPU, and a batch without a box is an ordinary input.
     """
     positives = normalizers[0].clamp(min=1)
-    centerness_sum = normalizers[1].clamp(min=1e-6)
     labels = targets["labels"]
     positive = labels >= 0
 
@@ -788,7 +786,7 @@ def fcos_loss(
     if box_weight == "centerness":
         # Locations near the border of a box predict it poorly and will have low scores anyway.
         weight = centerness(targets["ltrb"])
-        box_normalizer = centerness_sum
+        box_normalizer = normalizers[1].clamp(min=1e-6)
     elif box_weight == "uniform":
         weight = positive.float()
         box_normalizer = positives
@@ -1102,14 +1100,8 @@ class FCOS(nn.Module):
         """
         min_size = self.test_size[0] if min_size is None else min_size
         max_size = self.test_size[1] if max_size is None else max_size
-        views_of = partial(
-            make_views, test_size=(min_size, max_size), tile=tile, overlap=overlap, tta=tta
-        )
-        # The official augmentation merges candidates; tiles suppress first, as there may be many.
-        decode = self.candidates if tta else self.decode
-        return predict_images(
-            self, each_image(images), views_of, decode, score_threshold, batch_size, graph
-        )
+        how = dict(test_size=(min_size, max_size), tile=tile, overlap=overlap, tta=tta)
+        return predict_images(self, each_image(images), score_threshold, batch_size, graph, how)
 
 
 def best_pairs(cls, ctr, rule, topk):
@@ -1503,22 +1495,23 @@ class View(NamedTuple):
     mirrored: bool
 
 
-def predict_images(model, images, views_of, decode, score_threshold, batch_size, graph=False):
+def predict_images(model, images, score_threshold, batch_size, graph, how):
     """Run `FCOS.predict`: make the views of each image, run them, map boxes back, and merge them.
 
-    views_of: from the (height, width) of an image to its views. decode: from the outputs of the
-    model and the sizes of a batch to a dict of (B, N, ...), with scores of -inf as padding.
+    how: the arguments of `make_views` beside the size of the image.
     """
 
     def detect(images, sizes):
-        return decode(model(images, sizes), sizes)
+        outputs = model(images, sizes)
+        # The official augmentation merges candidates; tiles suppress first, as there may be many.
+        return model.candidates(outputs, sizes) if how["tta"] else model.decode(outputs, sizes)
 
     if graph and model.pixel_mean.device.type == "cuda":
         detect = replay(detect)
     views = (
         (number, image, view)
         for number, image in enumerate(map(as_image, images))
-        for view in views_of(image.shape[-2:])
+        for view in make_views(image.shape[-2:], **how)
     )
     results = []
     with torch.no_grad(), inference(model):

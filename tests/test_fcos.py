@@ -1540,7 +1540,8 @@ def test_tiles_find_each_object_once_and_keep_those_longer_than_a_tile(monkeypat
     (found,) = model.predict(image, 64, 320, tile=96, overlap=0.25)
     assert [110, 300] in found["boxes"][:, [0, 2]].tolist() and len(found["boxes"]) == 3
     views = fcos.make_views((64, 320), (64, 320), tile=96, overlap=0.25)[1:]  # without the whole
-    (found,) = fcos.predict_images(model, [image], lambda hw: views, model.decode, 0.0, 4)
+    monkeypatch.setattr(fcos, "make_views", lambda hw, **how: views)
+    (found,) = model.predict(image, tile=96, batch_size=4)
     pieces = found["boxes"][2:, [0, 2]]  # no uncut box covers them: they stay
     assert len(pieces) and pieces.min() == 110 and pieces.max() == 300
 
