@@ -341,6 +341,9 @@ def read_yolo(path, image_dir):
     Their numbers are fractions of the image as a viewer shows it. An image without a file is
     background, and a file without an image is left out, as in YOLO.
     """
+    if image_dir is None:
+        raise ValueError("the folder of their images is needed, too")
+    sideways = [fcos.TURNS[orientation] for orientation in (5, 6, 7, 8)]
     places = [folder / "data.yaml" for folder in (path, *path.absolute().parents[:3])]
     yaml = next(filter(Path.is_file, places), places[0])
     names = msgspec.yaml.decode(yaml.read_bytes(), type=YoloClasses).names
@@ -348,13 +351,11 @@ def read_yolo(path, image_dir):
         names = list(names.values())
     categories = [CategoryEntry(label, str(name)) for label, name in enumerate(names)]
     content = Instances([], [], categories)
-    if image_dir is None:
-        raise ValueError("the folder of their images is needed, too")
     files = {file.stem: file for file in path.glob("*.txt")}
     for image in filter(is_image, sorted(os.listdir(image_dir))):
         with Image.open(Path(image_dir, image)) as photo:
             width, height = photo.size
-            if photo.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF orientation: a viewer turns it
+            if fcos.exif_turn(photo) in sideways:
                 height, width = photo.size
         id = len(content.images) + 1
         content.images.append(ImageEntry(id, image, height, width))
@@ -363,10 +364,11 @@ def read_yolo(path, image_dir):
         for line in filter(str.strip, lines):
             try:
                 label, x, y, w, h = map(float, line.split())
-            except ValueError:
+                label = int(label)
+            except (ValueError, OverflowError):
                 raise ValueError(f"{file}: expected a class and 4 numbers: {line!r:.99}") from None
             box = ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height)
-            content.annotations.append(BoxEntry(image_id=id, category_id=int(label), bbox=box))
+            content.annotations.append(BoxEntry(image_id=id, category_id=label, bbox=box))
     if not content.annotations:
         raise ValueError(f"no box belongs to an image in {image_dir}")
     return content
