@@ -1232,7 +1232,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=form, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
+        self.exit(2, printable(f"{self.prog}: {message}; see --help", 1000) + "\n")
 
 
 def number(kind, low, high):
@@ -1504,7 +1504,7 @@ def score_results(args):
 
 
 def print_notes(notes, path):
-    """Print what is odd about annotations."""
+    """Print what is to be known about a file."""
     for note in notes:
         print(printable(f"{path}: {note}", 500), file=sys.stderr)
 
@@ -1514,7 +1514,7 @@ def export_model(args, model):
     check_target(args.export, [args.model])
     height, width = fcos.padded_hw([model.test_size])
     fcos.export_onnx(model, args.export, height, width)
-    print(f"{args.export}: for images padded to multiples of 32 pixels, in fp32")
+    print(f"{printable(args.export)}: for images padded to multiples of 32 pixels, in fp32")
 
 
 def draw_images(args, model):
@@ -1559,7 +1559,7 @@ def main(args):
     model = fcos.load(args.model, args.row).to(device)
     set_decoding(model, args.set)
     if args.row and rank == 0:
-        print(f"{args.model}: {model.name} with {model.convention}", file=sys.stderr)
+        print_notes([f"{model.name} with {model.convention}"], args.model)
     model.test_size = args.min_size or model.test_size[0], args.max_size or model.test_size[1]
     if args.export:
         export_model(args, model)

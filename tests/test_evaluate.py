@@ -44,6 +44,10 @@ def write_coco(root, images, annotations, categories=CATEGORIES, **extra):
     return path, folder
 
 
+def read_coco(*args):
+    return evaluate.CocoDataset(*write_coco(*args))
+
+
 def box(id, image_id, bbox, category_id=3, **extra):
     area = bbox[2] * bbox[3] if len(bbox) == 4 else 0
     return (
@@ -68,17 +72,15 @@ def edit(path, **changes):
 
 
 def test_dataset_is_flat_arrays_in_the_order_of_ids(tmp_path):
-    dataset = evaluate.CocoDataset(
-        *write_coco(
-            tmp_path,
-            {9: (60, 40), 2: (30, 50), 5: (20, 20)},
-            [
-                box(11, 9, [1.5, 2, 10, 20], 90),
-                box(10, 2, [0, 0, 5, 6], 3),
-                box(12, 9, [3, 4, 5, 6.25], 7),
-                box(13, 9, [0, 0, 60, 40], 7, iscrowd=1),
-            ],
-        )
+    dataset = read_coco(
+        tmp_path,
+        {9: (60, 40), 2: (30, 50), 5: (20, 20)},
+        [
+            box(11, 9, [1.5, 2, 10, 20], 90),
+            box(10, 2, [0, 0, 5, 6], 3),
+            box(12, 9, [3, 4, 5, 6.25], 7),
+            box(13, 9, [0, 0, 60, 40], 7, iscrowd=1),
+        ],
     )
     assert dataset.image_ids.tolist() == [2, 5, 9]
     assert dataset.hw.tolist() == [[50, 30], [20, 20], [40, 60]]
@@ -99,23 +101,21 @@ def test_dataset_is_flat_arrays_in_the_order_of_ids(tmp_path):
 
 
 def test_boxes_without_area_or_image_are_left_out_and_others_clipped_all_counted(tmp_path, recwarn):
-    dataset = evaluate.CocoDataset(
-        *write_coco(
-            tmp_path,
-            {1: (100, 50), 2: (40, 40)},
-            [
-                box(1, 1, [90, 40, 30, 30]),  # reaches beyond: clipped
-                box(2, 1, [-5, -5, 20, 20]),  # starts outside: clipped
-                box(3, 1, [99.7, 10, 0.8, 5]),  # by less than a pixel: rounding, not told
-                box(4, 1, [200, 10, 5, 5]),  # outside
-                box(5, 1, [10, 10, 0, 5]),  # empty
-                box(6, 1, [10, 10, 5, -5]),  # negative
-                box(7, 1, [math.nan, 10, 5, 5]),
-                box(8, 1, [10, 10, math.inf, 5]),
-                box(9, 77, [10, 10, 5, 5]),  # of no image
-                box(10, 2, [10, 10, 1, 1]),  # fine, but too small for the official filter
-            ],
-        )
+    dataset = read_coco(
+        tmp_path,
+        {1: (100, 50), 2: (40, 40)},
+        [
+            box(1, 1, [90, 40, 30, 30]),  # reaches beyond: clipped
+            box(2, 1, [-5, -5, 20, 20]),  # starts outside: clipped
+            box(3, 1, [99.7, 10, 0.8, 5]),  # by less than a pixel: rounding, not told
+            box(4, 1, [200, 10, 5, 5]),  # outside
+            box(5, 1, [10, 10, 0, 5]),  # empty
+            box(6, 1, [10, 10, 5, -5]),  # negative
+            box(7, 1, [math.nan, 10, 5, 5]),
+            box(8, 1, [10, 10, math.inf, 5]),
+            box(9, 77, [10, 10, 5, 5]),  # of no image
+            box(10, 2, [10, 10, 1, 1]),  # fine, but too small for the official filter
+        ],
     )
     expected = [[90, 40, 100, 50], [0, 0, 15, 15], [99.7, 10, 100, 15], [10, 10, 11, 11]]
     np.testing.assert_allclose(dataset.boxes, expected, rtol=1e-6)
@@ -128,29 +128,27 @@ def test_boxes_without_area_or_image_are_left_out_and_others_clipped_all_counted
 
 
 def test_crowds_are_no_targets_but_keep_their_image_as_in_the_official_filter(tmp_path):
-    dataset = evaluate.CocoDataset(
-        *write_coco(
-            tmp_path,
-            {1: (20, 20), 2: (20, 20)},
-            [
-                box(1, 1, [2, 2, 9, 9], iscrowd=1),
-                box(2, 2, [2, 2, 9, 1]),
-            ],
-        )
+    dataset = read_coco(
+        tmp_path,
+        {1: (20, 20), 2: (20, 20)},
+        [
+            box(1, 1, [2, 2, 9, 9], iscrowd=1),
+            box(2, 2, [2, 2, 9, 1]),
+        ],
     )
     assert len(dataset.boxes) == 1 and dataset.target(0)[0].shape == (0, 4)
     assert dataset.trainable.tolist() == [True, False]
 
 
 def test_a_data_set_without_any_annotation_is_ordinary(tmp_path):
-    dataset = evaluate.CocoDataset(*write_coco(tmp_path, {1: (20, 20)}, []))
+    dataset = read_coco(tmp_path, {1: (20, 20)}, [])
     assert len(dataset) == 1 and dataset.target(0)[0].shape == (0, 4)
     assert dataset.trainable.tolist() == [False] and dataset.notes == []
 
 
 def test_annotations_without_iscrowd_or_area_are_ordinary(tmp_path):
     row = dict(id=1, image_id=1, category_id=3, bbox=[1, 2, 3, 4])
-    dataset = evaluate.CocoDataset(*write_coco(tmp_path, {1: (20, 20)}, [row]))
+    dataset = read_coco(tmp_path, {1: (20, 20)}, [row])
     assert dataset.boxes.tolist() == [[1, 2, 4, 6]]
 
 
@@ -385,7 +383,7 @@ def test_classes_are_decided_by_training(tmp_path):
     tree = [dict(id=0, name="cells")]
     tree += [dict(id=k, name=name, supercategory="cells") for k, name in ((1, "red"), (2, "rare"))]
     rows = [box(k + 1, 1, [1, 1, 5, 5], k) for k in (0, 1, 2)]
-    train = evaluate.CocoDataset(*write_coco(tmp_path / "train", {1: (20, 20)}, rows, tree))
+    train = read_coco(tmp_path / "train", {1: (20, 20)}, rows, tree)
     assert train.classes == ["cells", "red", "rare"]
     path, folder = write_coco(tmp_path / "val", {1: (20, 20)}, rows[1:], tree)
     val = evaluate.CocoDataset(path, folder, train.classes)
