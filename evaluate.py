@@ -397,13 +397,16 @@ def look_up(known, entries, field):
     write the ids of results as text.
     """
     get_id = operator.attrgetter(field)
-    if known.dtype == np.int64:
-        with contextlib.suppress(TypeError, ValueError, OverflowError):  # some are text, or huge
+    try:
+        if known.dtype == np.int64:
             ids = np.fromiter(map(get_id, entries), np.int64, len(entries))
-            found = np.searchsorted(known, ids).clip(max=len(known) - 1)  # a dict misses the cache
-            return np.where(known[found] == ids, found, -1)
-    position_of = {str(id): position for position, id in enumerate(known.tolist())}
-    return np.array([position_of.get(str(get_id(entry)), -1) for entry in entries], np.int64)
+        else:
+            ids = np.array([str(get_id(entry)) for entry in entries], str)
+    except (TypeError, ValueError, OverflowError):  # some are text, or too large to be known
+        position_of = {str(id): position for position, id in enumerate(known.tolist())}
+        return np.array([position_of.get(str(get_id(entry)), -1) for entry in entries], np.int64)
+    found = np.searchsorted(known, ids).clip(max=len(known) - 1)  # a dict would miss the cache
+    return np.where(known[found] == ids, found, -1)
 
 
 def boxes_of(entries):
