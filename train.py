@@ -49,63 +49,64 @@ from fcos import UserError, printable
 
 # ---- recipes -----------------------------------------------------------------------------------
 
-# All recipes train by SGD with momentum 0.9 and weight decay 1e-4. The learning rate is lr / 3 for
-# the first `warmup` steps, then lr, and falls to a tenth at each of `decays`, in eighteenths of the
-# steps. batch_size counts the images of a step over all GPUs and micro-batches. min_size holds the
-# choices for the short side in pixels; one is drawn for each image.
 DECAYS = [12, 16]
+
+
+def recipe(
+    model, weights, iters, batch_size, lr, warmup, min_size, max_size, decays=DECAYS, data=None
+):
+    """Return a recipe: training by SGD with momentum 0.9 and weight decay 1e-4.
+
+    model: a row of fcos.MODELS. weights: a file in ~/.torch/models, or a choice of --weights.
+    batch_size: images a step, over all GPUs and micro-batches.
+    lr: the learning rate, of which the first `warmup` steps get a third; it falls to a tenth at
+    each of `decays`, in eighteenths of `iters`.
+    min_size: choices for the short side in pixels, one of which is drawn for each image.
+    data: a folder, by default data/coco.
+    """
+    return locals()
+
+
 X1 = dict(iters=90_000, batch_size=16, lr=0.01, warmup=500, min_size=[800], max_size=1333)
-X1_MS = X1 | dict(min_size=list(range(640, 801)))
-X2 = X1_MS | dict(iters=180_000)
+MS = X1 | dict(min_size=list(range(640, 801)))
+X2 = MS | dict(iters=180_000)
 X4 = X1 | dict(iters=360_000, decays=[15, 17], min_size=list(range(256, 609, 32)), max_size=900)
+B32 = dict(batch_size=32)
+B64 = dict(batch_size=64)
 X_32 = "X-101-32x8d.pkl"
 X_64 = "X-101-64x4d.pkl"
 MSRA = "MSRA-R-50.pkl"  # Detectron2's, whose norms have statistics
-MOBILENET = "mobilenet_v2-ecbe2b5.pth"
-
-
-def recipe(model, weights, schedule, **changes):
-    """Return a recipe.
-
-    model: a row of fcos.MODELS. weights: a file in ~/.torch/models, or a choice of --weights.
-    """
-    return schedule | dict(model=model, weights=weights) | changes
-
-
+MNV2 = "mobilenet_v2-ecbe2b5.pth"
 # fmt: off
 RECIPES = {
-    "fcos_R_50_FPN_1x":                     recipe("fcos_R_50_FPN", "R-50.pkl", X1),
-    "fcos_R_101_FPN_2x":                    recipe("fcos_R_101_FPN", "R-101.pkl", X2),
-    "fcos_X_101_32x8d_FPN_2x":              recipe("fcos_X_101_32x8d_FPN", X_32, X2),
-    "fcos_X_101_64x4d_FPN_2x":              recipe("fcos_X_101_64x4d_FPN", X_64, X2),
-    "fcos_imprv_R_50_FPN_1x":               recipe("fcos_imprv_R_50_FPN", "R-50.pkl", X1),
-    "fcos_imprv_R_101_FPN_1x":              recipe("fcos_imprv_R_101_FPN", "R-101.pkl", X1),
-    "fcos_imprv_R_101_FPN_2x":              recipe("fcos_imprv_R_101_FPN", "R-101.pkl", X2),
-    "fcos_imprv_X_101_32x8d_FPN_2x":        recipe("fcos_imprv_X_101_32x8d_FPN", X_32, X2),
-    "fcos_imprv_X_101_64x4d_FPN_2x":        recipe("fcos_imprv_X_101_64x4d_FPN", X_64, X2),
-    "fcos_imprv_dcnv2_R_50_FPN_1x":         recipe("fcos_imprv_dcnv2_R_50_FPN", "R-50.pkl", X1),
-    "fcos_imprv_dcnv2_R_101_FPN_1x":        recipe("fcos_imprv_dcnv2_R_101_FPN", "R-101.pkl", X1),
-    "fcos_imprv_dcnv2_R_101_FPN_2x":        recipe("fcos_imprv_dcnv2_R_101_FPN", "R-101.pkl", X2),
-    "fcos_imprv_dcnv2_X_101_32x8d_FPN_2x":  recipe("fcos_imprv_dcnv2_X_101_32x8d_FPN", X_32, X2),
-    "fcos_imprv_dcnv2_X_101_64x4d_FPN_2x":  recipe("fcos_imprv_dcnv2_X_101_64x4d_FPN", X_64, X2),
-    "fcos_bn_bs16_MNV2_FPN_1x":             recipe("fcos_bn_MNV2_FPN", MOBILENET, X1),
-    "fcos_syncbn_bs32_MNV2_FPN_1x":
-        recipe("fcos_syncbn_MNV2_FPN", MOBILENET, X1, batch_size=32),
-    "fcos_syncbn_bs32_c128_MNV2_FPN_1x":
-        recipe("fcos_syncbn_c128_MNV2_FPN", MOBILENET, X1, batch_size=32),
-    "fcos_syncbn_bs32_c128_ms_MNV2_FPN_1x":
-        recipe("fcos_syncbn_c128_MNV2_FPN", MOBILENET, X1_MS, batch_size=32),
-    "fcos_syncbn_bs64_c128_ms_MNV2_FPN_1x":
-        recipe("fcos_syncbn_c128_MNV2_FPN", MOBILENET, X1_MS, batch_size=64),
+    "fcos_R_50_FPN_1x":                     recipe("fcos_R_50_FPN", "R-50.pkl", **X1),
+    "fcos_R_101_FPN_2x":                    recipe("fcos_R_101_FPN", "R-101.pkl", **X2),
+    "fcos_X_101_32x8d_FPN_2x":              recipe("fcos_X_101_32x8d_FPN", X_32, **X2),
+    "fcos_X_101_64x4d_FPN_2x":              recipe("fcos_X_101_64x4d_FPN", X_64, **X2),
+    "fcos_imprv_R_50_FPN_1x":               recipe("fcos_imprv_R_50_FPN", "R-50.pkl", **X1),
+    "fcos_imprv_R_101_FPN_1x":              recipe("fcos_imprv_R_101_FPN", "R-101.pkl", **X1),
+    "fcos_imprv_R_101_FPN_2x":              recipe("fcos_imprv_R_101_FPN", "R-101.pkl", **X2),
+    "fcos_imprv_X_101_32x8d_FPN_2x":        recipe("fcos_imprv_X_101_32x8d_FPN", X_32, **X2),
+    "fcos_imprv_X_101_64x4d_FPN_2x":        recipe("fcos_imprv_X_101_64x4d_FPN", X_64, **X2),
+    "fcos_imprv_dcnv2_R_50_FPN_1x":         recipe("fcos_imprv_dcnv2_R_50_FPN", "R-50.pkl", **X1),
+    "fcos_imprv_dcnv2_R_101_FPN_1x":        recipe("fcos_imprv_dcnv2_R_101_FPN", "R-101.pkl", **X1),
+    "fcos_imprv_dcnv2_R_101_FPN_2x":        recipe("fcos_imprv_dcnv2_R_101_FPN", "R-101.pkl", **X2),
+    "fcos_imprv_dcnv2_X_101_32x8d_FPN_2x":  recipe("fcos_imprv_dcnv2_X_101_32x8d_FPN", X_32, **X2),
+    "fcos_imprv_dcnv2_X_101_64x4d_FPN_2x":  recipe("fcos_imprv_dcnv2_X_101_64x4d_FPN", X_64, **X2),
+    "fcos_bn_bs16_MNV2_FPN_1x":             recipe("fcos_bn_MNV2_FPN", MNV2, **X1),
+    "fcos_syncbn_bs32_MNV2_FPN_1x":         recipe("fcos_syncbn_MNV2_FPN", MNV2, **X1 | B32),
+    "fcos_syncbn_bs32_c128_MNV2_FPN_1x":    recipe("fcos_syncbn_c128_MNV2_FPN", MNV2, **X1 | B32),
+    "fcos_syncbn_bs32_c128_ms_MNV2_FPN_1x": recipe("fcos_syncbn_c128_MNV2_FPN", MNV2, **MS | B32),
+    "fcos_syncbn_bs64_c128_ms_MNV2_FPN_1x": recipe("fcos_syncbn_c128_MNV2_FPN", MNV2, **MS | B64),
     # not official: AdelaiDet's, torchvision's, and two small ones
-    "fcos_imprv_R_50_FPN_2x":               recipe("fcos_imprv_R_50_FPN", "R-50.pkl", X2),
-    "fcos_imprv_iou_R_50_FPN_1x":           recipe("fcos_imprv_iou_R_50_FPN", "R-50.pkl", X1),
-    "fcos_rt_R_50_FPN_4x":                  recipe("fcos_rt_R_50_FPN", MSRA, X4),
-    "fcos_torchvision_R_50_FPN_1x":         recipe("fcos_torchvision_R_50_FPN", "imagenet", X1),
-    "small": dict(model="small", weights="none", iters=1500, batch_size=4, lr=0.02, warmup=100,
-                  min_size=[320], max_size=480),
-    "shapes": dict(model="shapes", weights="none", data="data/shapes", iters=1500, batch_size=8,
-                   lr=0.02, warmup=50, min_size=[128], max_size=160),
+    "fcos_imprv_R_50_FPN_2x":               recipe("fcos_imprv_R_50_FPN", "R-50.pkl", **X2),
+    "fcos_imprv_iou_R_50_FPN_1x":           recipe("fcos_imprv_iou_R_50_FPN", "R-50.pkl", **X1),
+    "fcos_rt_R_50_FPN_4x":                  recipe("fcos_rt_R_50_FPN", MSRA, **X4),
+    "fcos_torchvision_R_50_FPN_1x":         recipe("fcos_torchvision_R_50_FPN", "imagenet", **X1),
+    "small": recipe("small", "none", iters=1500, batch_size=4, lr=0.02, warmup=100,
+                    min_size=[320], max_size=480),
+    "shapes": recipe("shapes", "none", iters=1500, batch_size=8, lr=0.02, warmup=50,
+                     min_size=[128], max_size=160, data="data/shapes"),
 }
 # fmt: on
 
@@ -186,7 +187,8 @@ def resolve(args: Namespace) -> dict:
 
     "keywords" are those of the model, complete. Raises UserError for what cannot be trained.
     """
-    check_recipe(args.recipe)
+    if args.recipe not in RECIPES:
+        raise UserError(f"recipe {args.recipe!r}: expected one of {', '.join(RECIPES)}")
     settings = {"recipe": args.recipe, "decays": DECAYS} | RECIPES[args.recipe]
     settings.pop("data", None)
     batch_size = settings["batch_size"]
@@ -213,19 +215,6 @@ def resolve(args: Namespace) -> dict:
     return settings
 
 
-def check_recipe(name):
-    """Raise UserError for an unknown recipe, or one with missing or unused settings."""
-    if name not in RECIPES:
-        raise UserError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}")
-    needed = {"model", "weights"} | X1.keys()
-    missing = needed - RECIPES[name].keys()
-    unknown = RECIPES[name].keys() - needed - {"data", "decays"}
-    if missing:
-        raise UserError(f"recipe {name}: lacks {missing}")
-    if unknown:
-        raise UserError(f"recipe {name}: has no use for {unknown}")
-
-
 def find_data(args: Namespace) -> dict:
     """Return {"train": (annotation file, image folder), "val": ...} as the flags or the recipe say.
 
@@ -237,7 +226,7 @@ def find_data(args: Namespace) -> dict:
     }
     given = [path for pair in own.values() for path in pair if path]
     if not given:
-        data = args.data or RECIPES[args.recipe].get("data", "data/coco")
+        data = args.data or RECIPES[args.recipe].get("data") or "data/coco"
         return {split: evaluate.coco_paths(data, f"{split}2017") for split in own}
     if args.data or len(given) < 4:
         flags = "--train-images, --train-annotations, --val-images and --val-annotations"

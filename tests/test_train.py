@@ -1393,15 +1393,13 @@ def mistake(capsys, argv):
     return stop.value.code, [line for line in err.splitlines() if line.strip() and "%|" not in line]
 
 
-def test_a_recipe_of_ones_own_says_all_that_is_needed_and_nothing_that_is_not(monkeypatch, capsys):
-    whole = train.RECIPES["shapes"]
-    for recipe, named in [
-        (whole | {"iter": 7, "radius": 9}, ("'iter'", "'radius'")),
-        ({k: v for k, v in whole.items() if k != "lr"}, ("'lr'",)),
+def test_a_recipe_of_ones_own_says_all_that_is_needed_and_nothing_that_is_not():
+    for settings, named in [
+        (train.X1 | {"iter": 7}, "'iter'"),
+        ({name: value for name, value in train.X1.items() if name != "lr"}, "'lr'"),
     ]:
-        monkeypatch.setitem(train.RECIPES, "mine", recipe)
-        code, (line,) = mistake(capsys, ["mine"])
-        assert code == 2 and "recipe mine" in line and all(name in line for name in named)
+        with pytest.raises(TypeError, match=named):
+            train.recipe("shapes", "none", **settings)
 
 
 @pytest.mark.parametrize(
