@@ -1693,6 +1693,11 @@ def replay(function):
 # ---- checkpoints --------------------------------------------------------------------------------
 
 
+def is_int64(value):
+    """Return whether a value is an integer of 64 bits, which takes no time to hash or to print."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
 class SafeUnpickler(pickle._Unpickler):
     """Read a pickle of plain values and arrays without calling anything that it names.
 
@@ -1785,7 +1790,7 @@ class SafeUnpickler(pickle._Unpickler):
             raise UserError(f"{name}: expected an array of numbers, found {found}")
         dtype = np.dtype(kind.order + kind.code)
         fits = type(raw) in (bytes, str) and type(shape) is tuple and len(shape) <= 32
-        fits = fits and all(type(side) is int and side >= 0 for side in shape)
+        fits = fits and all(type(side) is int and 0 <= side < 2**31 for side in shape)
         if not fits or math.prod(shape) * dtype.itemsize != len(raw):
             raise pickle.UnpicklingError("an array whose shape does not fit its bytes")
         raw = raw.encode("latin1") if isinstance(raw, str) else raw
@@ -1809,6 +1814,8 @@ class SafeUnpickler(pickle._Unpickler):
         for value in values:
             if type(value) not in (str, bytes, int, float, bool, NoneType):
                 raise pickle.UnpicklingError(f"a key of type {type(value).__name__}")
+            if type(value) is int and not is_int64(value):  # hashing it takes time
+                raise pickle.UnpicklingError("a huge number as a key")
 
     def fill(self, target, items):
         """Add a list of keys and values, in turn, to a dict, and return it."""
@@ -2080,12 +2087,12 @@ def find_description(weights, name):
         raise UserError(f"is a model {short_repr(stored_name)}, expected {name or 'a name'}")
     if type(number) is not int or number != rows:
         raise UserError(f"num_classes {short_repr(number)}: expected {rows} as in its weights")
-    for entry, kind in ("classes", str), ("category_ids", int):
+    checks = {"classes": lambda value: type(value) is str, "category_ids": is_int64}
+    for entry, check in checks.items():
         values = content.get(entry)
         fits = isinstance(values, (list, tuple)) and len(values) == rows
-        if values is not None and not (fits and all(type(value) is kind for value in values)):
-            expected = f"{rows} values of type {kind.__name__}"
-            raise UserError(f"{entry} {short_repr(values)}: expected {expected}")
+        if values is not None and not (fits and all(map(check, values))):
+            raise UserError(f"{entry} {short_repr(values)}: expected {rows} names or numbers")
     return stored_name, rows, stored_keywords(content)
 
 
@@ -2516,21 +2523,17 @@ def mmdetection_pixels(model, weights):
 def hub_file(name: str, classifier: str | None = None) -> Path:
     """Return the path of torchvision's weights in the folder of torch.hub; download them if needed.
 
-    name: "coco" for its FCOS (box AP 39.2), or "imagenet" for a classifier, which torchvision calls
-    `classifier`. A download is verified by its hash. Raises UserError if there are no such weights
-    or if the download fails.
+    name: "coco" for its FCOS (box AP 39.2), or "imagenet" for the classifier that torchvision calls
+    `classifier`. Raises UserError if there are no such weights, or if the download fails.
     """
-    if not (classifier or name == "coco"):
-        raise UserError(
-            "imagenet: torchvision has no weights for this model; its ResNets have "
-            "the stride in the 3x3 convolution, the Caffe-style rows in the 1x1"
-        )
     try:
         choices = get_model_weights("fcos_resnet50_fpn" if name == "coco" else classifier)
         weights = choices.COCO_V1 if name == "coco" else choices.IMAGENET1K_V1
-    except (ValueError, AttributeError):
-        found = short_repr(classifier)
-        raise UserError(f"imagenet {found}: torchvision has no such classifier") from None
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(
+            f"imagenet {short_repr(classifier)}: torchvision has no such weights; its ResNets have "
+            "the stride in the 3x3 convolution, the Caffe-style rows in the 1x1"
+        ) from None
     path = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
     if not path.exists():
         try:

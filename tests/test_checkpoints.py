@@ -288,11 +288,11 @@ CRAFTED = {  # entry of the checkpoint: values
     "keywords levels": [tuple(range(2, 10**5)), shared_lists(), None],
     **{f"keywords {k}": [shared_lists(), HUGE] for k in ("norm", "test_size", "backbone")},
     "keywords imagenet": [shared_lists(), 3],
-    "keywords": [None, shared_lists(), [], {"blocks": 3}, {HUGE: 1}, {3: 4}],
+    "keywords": [None, shared_lists(), [], {"blocks": 3}, {HUGE: 1}, {3: 4}, {"backbone": "vgg"}],
     "name": [None, shared_lists(), 3],
-    "num_classes": [None, 10**9, 3, True, "2", shared_lists()],
+    "num_classes": [None, "two", 10**9, 3, True, "2", shared_lists()],
     "classes": [shared_lists(), [1, 2], ["a"], {0: "a", 1: "b"}, "ab", ["a", shared_lists()]],
-    "category_ids": [shared_lists(), ["1", "2"], [1], 7, [True, False]],
+    "category_ids": [shared_lists(), ["1", "2"], [1], 7, [True, False], [1, 10**5000]],
     "convention": [None, shared_lists(), {1: 2}, {HUGE: 1}, []],
     **{
         f"convention {k}": [shared_lists(), HUGE, None]
@@ -328,8 +328,8 @@ CRAFTED = {  # entry of the checkpoint: values
             b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(ccollections\nCounter\n"
             b"ctorch\nTensor\n](" + DEEP + b"e\x85}tR."
         ),
-        pickled(  # a list of a million elements, and 1,000 copies of it
-            b"\x80\x02](" + b"N" * 10**6 + b"eq\x010"
+        pickled(  # a list of 100,000 elements, and 1,000 copies of it
+            b"\x80\x02](" + b"N" * 10**5 + b"eq\x010"
             b"(" + b"ccollections\nCounter\nh\x01\x85R" * 1000 + b"l."
         ),
         legacy_with_deep_keys,
@@ -349,9 +349,9 @@ def test_crafted_checkpoints_are_refused_in_one_line(entry, tmp_path):
             content[first] = {**content[first], second: value} if second else value
             torch.save(content, path)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.monotonic()
+        start = time.process_time()
         assert_refused(partial(fcos.load, path), path)
-        assert time.monotonic() - start < 20
+        assert time.process_time() - start < 20
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 500_000  # kB
 
 
@@ -367,29 +367,38 @@ def test_a_model_of_repeated_elements_does_not_fill_the_memory(tmp_path):
 
 
 # ---- files that are something else -------------------------------------------------------------
-def both(model, path):
-    """The two ways in."""
-    return [lambda: fcos.load_weights(model, path), lambda: fcos.load(path)]
+DAMAGED = "not a checkpoint or damaged"
+SOMETHING_ELSE = {  # bytes of a file, or what torch.save puts into it: words of the error
+    "empty": (b"", DAMAGED),
+    "zeros": (b"\x00" * 100, DAMAGED),
+    "text": (b"hello, this is no checkpoint\n" * 9, DAMAGED),
+    "start": (b"\x80\x02", DAMAGED),
+    "zip": (b"PK\x03\x04 and no zip", DAMAGED),
+    "html": (b"<html>404</html>", DAMAGED),
+    "array of objects": (pickle.dumps({"conv1_w": np.zeros(3, dtype=object)}), "conv1_w"),
+    "list": ([1, 2, 3], "list"),
+    "tensor": (torch.zeros(3), "Tensor"),
+    "numbers as keys": ({0: torch.zeros(3)}, "1 keys such as 0"),
+    "nothing": ({}, "none"),
+    "unknown key": ({"conv1.weight": torch.zeros(3)}, "conv1.weight"),
+    "no weights": ({"model": {}}, "none"),
+    "a key of a backbone": ({"model": {"backbone.conv1.weight": torch.zeros(3)}}, "backbone.conv1"),
+    "text as weight": ({"head.cls.weight": "text"}, "head.cls.weight"),
+    "no model": ({"name": "shapes", "overrides": {}, "convention": {}}, "name"),
+}
 
 
-@pytest.mark.parametrize("suffix", ["pt", "pth", "pkl"])
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\x00" * 100,
-        b"hello, this is no checkpoint\n" * 9,
-        b"\x80\x02",
-        b"PK\x03\x04 and no zip",
-        b"<html>404</html>",
-    ],
-    ids=["empty", "zeros", "text", "start", "zip", "html"],
-)
-def test_junk_is_named(content, suffix, tmp_path):
-    path = tmp_path / f"junk.{suffix}"
-    path.write_bytes(content)
-    for call in both(fcos.build("shapes", 2), path):
-        assert_refused(call, path, "not a checkpoint or damaged")
+@pytest.mark.parametrize("what", SOMETHING_ELSE)
+@pytest.mark.parametrize("suffix", ["pt", "pkl"])
+def test_a_file_of_something_else_is_named(what, suffix, tmp_path):
+    content, said = SOMETHING_ELSE[what]
+    path = tmp_path / f"other.{suffix}"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    assert_refused(lambda: fcos.load_weights(fcos.build("shapes", 2), path), path, said)
+    assert_refused(lambda: fcos.load(path), path, said)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
@@ -400,58 +409,13 @@ def test_torn_checkpoint_is_named(share, tmp_path):
     content = python2_pickle(backbone_file(thin(), AFFINE))
     (tmp_path / "torn.pkl").write_bytes(content[: int(share * 100_000)])
     for name in ("torn.pt", "torn.pkl"):
-        for call in both(fcos.build("shapes", 2), tmp_path / name):
-            assert_refused(call, name, "not a checkpoint or damaged")
+        assert_refused(lambda name=name: fcos.load(tmp_path / name), name, DAMAGED)
 
 
 def test_missing_file_and_folder_are_named(tmp_path):
-    for call in both(fcos.build("shapes", 2), tmp_path / "nowhere.pth"):
-        assert_refused(call, tmp_path / "nowhere.pth", "No such file")
-    for call in both(fcos.build("shapes", 2), tmp_path):
-        assert_refused(call, tmp_path, "Is a directory")
-
-
-@pytest.mark.parametrize(
-    "content, said",
-    [
-        ([1, 2, 3], "list"),
-        (torch.zeros(3), "Tensor"),
-        ({0: torch.zeros(3)}, "dict"),
-        ({}, "none"),
-        ({"conv1.weight": torch.zeros(3)}, "conv1.weight"),
-        ({"model": {}}, "none"),
-        ({"model": {"backbone.conv1.weight": torch.zeros(3)}}, "backbone.conv1.weight"),
-        ({"head.cls.weight": "text"}, "head.cls.weight"),
-        ({"res_conv1_bn_s": np.zeros(3, dtype=object)}, "res_conv1_bn_s"),
-        ({"name": "shapes", "overrides": {}, "convention": {}}, "name"),
-    ],
-    ids=str,
-)
-def test_other_contents_are_named(content, said, tmp_path):
-    path = tmp_path / ("other.pkl" if said == "res_conv1_bn_s" else "other.pt")
-    if path.suffix == ".pkl":
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path)
-    assert_refused(lambda: fcos.load_weights(fcos.build("shapes", 2), path), path)
-    assert_refused(lambda: fcos.load(path), path)
-    assert_refused(lambda: fcos.load(path, "shapes"), path, said)
-
-
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        ({"keywords": fcos.resolve({}) | {"depth": 1}}, "depth"),
-        ({"num_classes": "two"}, "model.pt"),
-        ({"keywords": {"backbone": "vgg"}}, "vgg"),
-        ({"keywords": None}, "model.pt"),
-    ],
-    ids=str,
-)
-def test_own_checkpoint_of_a_model_that_is_unknown_here(changes, said, tmp_path):
-    content = fcos.checkpoint(fcos.build("shapes", 2)) | changes
-    torch.save(content, tmp_path / "model.pt")
-    assert_refused(lambda: fcos.load(tmp_path / "model.pt"), tmp_path / "model.pt", said)
+    path = tmp_path / "nowhere.pth"
+    assert_refused(lambda: fcos.load(path), path, "No such file")
+    assert_refused(lambda: fcos.load(tmp_path), tmp_path, "Is a directory")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -250,6 +250,18 @@ FORGED = {
     "2**40 digits": b"\x8b" + struct.pack("<i", 2**31 - 1),
     "a frame of 2**40": sized(b"\x95", 2**40),
     "a negative length": b"T" + struct.pack("<i", -1),
+    "sides of a million digits": text("a")
+    + b"0\x8b"
+    + struct.pack("<i", 10**6)
+    + b"\x01" * 10**6
+    + b"q\x020"
+    + array(b"(" + b"h\x02" * 32 + b"t"),
+    "a key of a million digits": b"\x8b"
+    + struct.pack("<i", 10**6)
+    + b"\x01" * 10**6
+    + b"q\x020}("
+    + b"h\x02N" * 300_000
+    + b"u",
     "a million digits": b"L" + b"9" * 10**6 + b"L\n",
     "an array 3000 times": text("a" * 10**6)
     + b"q\x010]("
@@ -270,9 +282,9 @@ def test_forged_pickles_are_refused(name, tmp_path):
     path.write_bytes(b"\x80\x02}" + sound + b".")
     assert fcos.read_checkpoint(path)["res_conv1_bn_s"].tolist() == [0, 0]
     path.write_bytes(b"\x80\x02}" + text("conv1_w") + FORGED[name] + b"s" + sound + b".")
-    start = time.monotonic()
+    start = time.process_time()
     assert_refused(lambda: fcos.read_checkpoint(path), path)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,7 @@ def test_wrappers_of_every_kind_are_removed(how, rule):
 def test_odd_keys_and_values_take_no_time():
     model = thin()
     state = renamed(model, official)
-    start = time.monotonic()
+    start = time.process_time()
     assert_refused(lambda: fcos.load_weights(model, state | {"x" * 10**6: torch.ones(2)}), "1 keys")
     digits = f"rpn.head.cls_tower.{'1' * 10**5}.weight"
     assert_refused(lambda: fcos.load_weights(model, state | {digits: torch.ones(2)}), "1 keys")
@@ -366,7 +366,7 @@ def test_odd_keys_and_values_take_no_time():
     assert_refused(lambda: fcos.load_weights(model, state | many), "keys such as")
     theirs = {"state_dict": renamed(model, mmdetection), "meta": {"cfg": "mean=[" * 10**6}}
     assert not fcos.load_weights(model, theirs)["missing"]
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float16, torch.float64])
