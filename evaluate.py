@@ -69,6 +69,7 @@ LAYOUTS = [  # annotations and images: COCO, Roboflow, `coco split`, CVAT, YOLO,
     ("ImageSets/Main/{name}.txt", "JPEGImages"),
     ("Annotations", "JPEGImages"),
     ("{part}", "{part}"),
+    ("{name}", "{name}"),
 ]
 
 
@@ -102,9 +103,10 @@ def what_is_there(path):
 
 
 def is_image(name):
-    """Return whether Pillow reads files with the suffix of this name."""
+    """Return whether Pillow reads files with the suffix of this name, and it is not hidden."""
     suffix = os.path.splitext(name)[1].lower()
-    return Image.registered_extensions().get(suffix) in Image.OPEN
+    readable = Image.registered_extensions().get(suffix) in Image.OPEN
+    return readable and not name.startswith(".")  # macOS puts ._1.jpg beside 1.jpg
 
 
 def find_images(folder, names, path):
@@ -323,10 +325,16 @@ def read_xml(path):
         coco = COCO.from_voc(str(path if path.is_dir() else path.absolute().parents[2]))
     content = msgspec.convert(coco.dataset, Instances, strict=False)
     if path.suffix == ".txt":
-        names = {line.split()[0] for line in path.read_text().splitlines() if line.strip()}
+        lines = filter(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
+        files = [os.path.basename(line.split()[0]) for line in lines]
+        names = {os.path.splitext(file)[0] if is_image(file) else file for file in files}
         content.images = [image for image in content.images if Path(image.file_name).stem in names]
-        if len(content.images) != len(names):
-            raise ValueError(f"{len(content.images)} of its {len(names)} images are in Annotations")
+        missing = names - {Path(image.file_name).stem for image in content.images}
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of its {len(names)} images are no <filename> in Annotations, "
+                f"such as {printable(min(missing))}"
+            )
         ids = {image.id for image in content.images}
         content.annotations = [box for box in content.annotations if box.image_id in ids]
     for image in content.images:
@@ -339,7 +347,7 @@ def read_yolo(path, image_dir):
     """Read the text files of YOLO -> Instances.
 
     Their numbers are fractions of the image as a viewer shows it. An image without a file is
-    background, and a file without an image is left out, as in YOLO.
+    background. A file without an image is left out, as in YOLO, with a warning.
     """
     if image_dir is None:
         raise ValueError("the folder of their images is needed, too")
@@ -348,27 +356,44 @@ def read_yolo(path, image_dir):
     yaml = next(filter(Path.is_file, places), places[0])
     names = msgspec.yaml.decode(yaml.read_bytes(), type=YoloClasses).names
     if isinstance(names, dict):
-        names = list(names.values())
+        name_of = {int(str(label)): name for label, name in names.items()}
+        if sorted(name_of) != list(range(len(names))):
+            raise ValueError(f"{yaml}: names: expected 0 to {len(names) - 1}, found {list(names)}")
+        names = [name_of[label] for label in range(len(names))]
     categories = [CategoryEntry(label, str(name)) for label, name in enumerate(names)]
     content = Instances([], [], categories)
-    files = {file.stem: file for file in path.glob("*.txt")}
+    files = {unicodedata.normalize("NFC", file.stem): file for file in path.glob("*.txt")}
+    images = {}
     for image in filter(is_image, sorted(os.listdir(image_dir))):
+        stem = unicodedata.normalize("NFC", os.path.splitext(image)[0])
+        if stem in images:
+            raise ValueError(f"{printable(image)} and {printable(images[stem])} share their labels")
+        images[stem] = image
+    for stem, image in images.items():
         with Image.open(Path(image_dir, image)) as photo:
             width, height = photo.size
             if fcos.exif_turn(photo) in sideways:
                 height, width = photo.size
         id = len(content.images) + 1
         content.images.append(ImageEntry(id, image, height, width))
-        file = files.get(os.path.splitext(image)[0])
-        lines = file.read_text().splitlines() if file else []
+        file = files.get(stem)
+        lines = file.read_text(encoding="utf-8-sig").splitlines() if file else []
         for line in filter(str.strip, lines):
             try:
                 label, x, y, w, h = map(float, line.split())
-                label = int(label)
-            except (ValueError, OverflowError):
-                raise ValueError(f"{file}: expected a class and 4 numbers: {line!r:.99}") from None
+            except ValueError:
+                label = -1
+            if label not in range(len(names)):
+                expected = f"a class below {len(names)} and 4 numbers"
+                raise ValueError(f"{file}: expected {expected}: {line!r:.99}")
             box = ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height)
-            content.annotations.append(BoxEntry(image_id=id, category_id=label, bbox=box))
+            content.annotations.append(BoxEntry(image_id=id, category_id=int(label), bbox=box))
+    unused = sorted(files.keys() - images.keys() - {"classes"})
+    if unused:
+        warnings.warn(
+            f"{len(unused)} label files have no image and are left out, such as {unused[0]}.txt",
+            stacklevel=2,
+        )
     if not content.annotations:
         raise ValueError(f"no box belongs to an image in {image_dir}")
     return content
@@ -530,12 +555,13 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
 
 def name_categories(categories, notes):
     """Return the names of categories; those that share one get their id added, and a note."""
-    names = [str(category.name) for category in categories]
+    names = [unicodedata.normalize("NFC", str(category.name)) for category in categories]
     shared = [name for name, count in Counter(names).items() if count > 1]
     if not shared:
         return names
     notes.append(f"categories share the name {shared[0]!r:.100}; their ids are added to it")
-    return [f"{c.name} ({c.id})" if str(c.name) in shared else str(c.name) for c in categories]
+    numbered = [f"{name} ({c.id})" for name, c in zip(names, categories)]
+    return [new if name in shared else name for name, new in zip(names, numbered)]
 
 
 def choose_classes(names, categories, used, path, classes, notes):
@@ -605,8 +631,8 @@ class CocoDataset:
         return sizes.astype(np.int64)
 
     def _note_copies(self):
-        folder = f"{self.image_dir}/"
-        groups = same_content([folder + name for name in self._names.tolist()])
+        names = self._names.tolist()
+        groups = same_content([os.path.join(self.image_dir, name) for name in names])
         if groups:
             names = [printable(self._names[i]) for i in groups[0][:2]]
             self.notes.append(
@@ -616,12 +642,7 @@ class CocoDataset:
 
     def _set_boxes(self):
         truth = self.annotations
-        if len(truth.xywh) and 0 <= truth.xywh.min() <= truth.xywh.max() <= 1:
-            if (truth.xywh % 1).any():
-                raise UserError(
-                    f"{truth}: expected boxes in pixels; these look normalized, as "
-                    f"{truth.xywh[0].tolist()}; multiply them by the size of their image"
-                )
+        check_pixels(truth.xywh, truth)
         sides = np.ascontiguousarray(truth.xywh.T)  # (4, M) is faster than (M, 4)
         with np.errstate(over="ignore", invalid="ignore"):  # infinity is outside every image
             xyxy = np.concatenate([sides[:2], sides[:2] + sides[2:]])
@@ -686,6 +707,17 @@ class CocoDataset:
     def sample(self, i, hw) -> dict[str, torch.Tensor]:
         """Return {"image": uint8 (3, H, W) resized to (height, width)} and its `truth`."""
         return {"image": fcos.resize(self.image(i), hw)} | self.truth(i, hw)
+
+
+def check_pixels(xywh, where):
+    """Raise UserError if most boxes look normalized: no number over 2, and some fractions."""
+    small = xywh[(np.abs(xywh) <= 2).all(1)]  # reading Pascal VOC moves them by a pixel
+    fractions = small[(small % 1).any(1)]
+    if 2 * len(small) > len(xywh) and len(fractions):
+        raise UserError(
+            f"{where}: expected boxes in pixels; these look normalized, as "
+            f"{fractions[0].tolist()}; multiply them by the size of their image"
+        )
 
 
 def load_dataset(annotations, image_dir, classes=None) -> CocoDataset:
@@ -811,7 +843,7 @@ def check_classes(model, dataset):
     """Raise UserError, which shows the difference, unless a model has the classes of a data set."""
     path = dataset.annotations
     found = dataset.classes
-    expected = model.classes
+    expected = None if model.classes is None else list(model.classes)
     if expected is None and len(found) != model.num_classes:
         raise UserError(f"{path}: has {len(found)} categories, the model {model.num_classes}")
     if expected not in (None, found):
@@ -967,6 +999,8 @@ def read_results(results, annotations):
             first = wrong.argmax()
             entry = msgspec.to_builtins(entries[first])
             raise UserError(f"{where}: [{first}]: {problem}, in {entry!r:.300}")
+    if where != "results":
+        check_pixels(xywh, where)
     labels = np.array(list(annotations.label_of.values()))[positions]
     columns = {"rows": rows, "labels": labels, "xywh": xywh, "scores": scores}
     return {name: values[labels >= 0] for name, values in columns.items()}

@@ -2,6 +2,7 @@
 without a word. One table; a row is a command line, in a folder that is prepared for it."""
 
 import contextlib
+import json
 import os
 import pickle
 import shlex
@@ -28,6 +29,8 @@ import train
 
 HANGS = 240  # seconds; the slowest row takes 2 on an idle machine
 LOG, PREVIOUS, DRAWN = "run/log.jsonl", "run/previous.pt", "drawn/000001000001.jpg"
+YOLO = TRAIN.replace("--data data --out run", "--data yolo --out new")
+ONE_LINE = ("train/images/000001000001.png", "../yolo/data.yaml")
 LONG, BOX, FRESH = "x" * 5000, "annotations 0", TRAIN + " --fresh"
 OWN = (
     TRAIN.replace("--data data --out run", "--out new") + f" --train-annotations {VAL} "
@@ -100,6 +103,23 @@ def load_spoilt():
         fcos.load_weights(loaded, content)
     finally:
         assert torch.equal(loaded.head.cls.bias, before)
+
+
+def small_results():
+    """Results in fractions of the image, as YOLO has them."""
+    rows = json.loads(Path(FOUND).read_text())
+    Path(FOUND).write_text(json.dumps([row | {"bbox": [0.1, 0.2, 0.3, 0.4]} for row in rows]))
+
+
+def yolo():
+    """A data set of YOLO with two classes."""
+    for split in ("train", "valid"):
+        os.makedirs(f"yolo/{split}/labels")
+        shutil.copytree("data/val2017", f"yolo/{split}/images")
+        for name in os.listdir("data/val2017"):
+            label = Path(f"yolo/{split}/labels", name).with_suffix(".txt")
+            label.write_text("0 0.5 0.5 0.4 0.4\n1 0.3 0.3 0.2 0.2\n")
+    Path("yolo/data.yaml").write_text("names: [a, b]\n")
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -369,6 +389,40 @@ TABLE = {  # by number of the point of the list that this test began with
     **{
         f"14 nothing found {view}": fine(f"{line} {view}", says)
         for line, view, says in ((EVAL, "--tta", "AP"), (DRAW, "--tile 40", "0 boxes drawn"))
+    },
+    # ---- annotations as tools write them
+    "15 absolute names": fine(
+        EVAL,
+        "AP",
+        val(
+            "images",
+            lambda rows: [
+                row | {"file_name": os.path.abspath(f"data/val2017/{row['file_name']}")}
+                for row in rows
+            ],
+        ),
+    ),
+    "15 normalized but for one": row(
+        EVAL,
+        VAL + "|normalized",
+        val(
+            "annotations",
+            lambda rows: rows[:1] + [row | {"bbox": [0.1, 0.2, 0.3, 0.4]} for row in rows[1:]],
+        ),
+    ),
+    "15 normalized results": row(SCORE, FOUND + "|normalized", small_results),
+    **{
+        f"15 YOLO {path}": (row if path in ONE_LINE else fine)(
+            YOLO, says, yolo, put(f"yolo/{path}", content), changes="new/*"
+        )
+        for path, content, says in (
+            ("train/images/._1.jpg", b"of macOS", "AP"),
+            ("train/labels/000001000001.txt", b"\xef\xbb\xbf0 0.5 0.5 0.4 0.4\r\n", "AP"),
+            ("train/labels/alone.txt", b"0 0.5 0.5 0.4 0.4", "alone.txt"),
+            ("train/images/000001000001.png", b"", "share their labels"),
+            ("data.yaml", b"names: {1: b, 0: a}", "classes: a, b"),
+            ("../yolo/data.yaml", b"names: {0: a, 2: b}", "expected 0 to 1, found [0, 2]"),
+        )
     },
     "14 1e308": fine(EVAL, "no targets", val(f"{BOX} bbox", [1e308] * 4)),
 }
