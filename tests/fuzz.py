@@ -344,7 +344,9 @@ def weights(rng):
     keys, here = random_place(rng, path)
     if isinstance(here, torch.Tensor):
         name = rng.choice(list(TENSORS))
-        return f"{path} {keys}: {name} ({line[:8]})", [change(path, keys, TENSORS[name])], line
+        valid = " (valid)" if name in ("half", "double") else ""
+        what = f"{path} {keys}: {name} ({line[:8]}){valid}"
+        return what, [change(path, keys, TENSORS[name])], line
     value = rng.choice(VALUES)
     return f"{path} {keys}: {value!a:.40} ({line[:8]})", [change(path, keys, value)], line
 
@@ -387,7 +389,7 @@ def attempt(steps, line):
     return "ended", *told, result(line, told), lost + [p for p in after if p.endswith(".tmp")]
 
 
-def forked(function, seconds=60):
+def forked(function, seconds=180):
     """What the function returns in a process of its own, or ("hang",) or ("died", how)."""
     with tempfile.NamedTemporaryFile() as file:
         child = os.fork()
