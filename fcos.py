@@ -2052,7 +2052,7 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
         name, classes, keywords = find_description(weights, name)
         if keywords["backbone"] is None:
             if backbone is None:
-                raise UserError("has a backbone of its own: pass the module as `backbone=`")
+                raise UserError("was built with a custom backbone: pass it as `backbone=`")
             keywords["backbone"] = backbone
         check_size(classes, keywords, weights.size)
         model = FCOS(classes, **keywords)
