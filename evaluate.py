@@ -85,7 +85,8 @@ def coco_paths(data, split: str) -> tuple[Path, Path]:
     layouts = [[path.format(**words) for path in layout] for layout in LAYOUTS]
     for annotations, images in layouts:
         path = data / annotations
-        if path.is_file() or any(path.glob("*.txt")) or any(path.glob("*.xml")):
+        files = [*path.glob("*.txt"), *path.glob("*.xml")]
+        if files or (path.exists() and not path.is_dir()):  # a pipe is refused when it is read
             return path, data / images
     annotations, images = layouts[0]
     if data.is_dir():

@@ -537,7 +537,8 @@ def load_data(args: Namespace, settings: dict):
     path = train_set.annotations
     bare = int((~train_set.trainable).sum())
     if bare == len(train_set) or not len(train_set.boxes):
-        raise UserError(f"{path}: has no image with a box to learn; {'; '.join(train_set.notes)}")
+        why = "; ".join(train_set.notes) or f"it lists {len(path.rows)} boxes"
+        raise UserError(f"{path}: has no image with a box to learn; {why}")
     if bare:
         use = "negatives" if settings["negatives"] else "left out; --negatives trains on them"
         say(f"{path}: {bare} of {len(train_set)} images have no boxes to learn and are {use}")
@@ -1364,6 +1365,8 @@ def restore(path, content, settings, model, saved):
         raise ValueError(f"step {step!r}")
     if best is not None:
         best |= {"AP": float(best["AP"]), "step": int(best["step"])}
+        if not -1 <= best["AP"] <= 1 or best["step"] > step:
+            raise ValueError(f"best AP {best['AP']} of step {best['step']}")
     states = {name: content[name] for name in saved}
     for name, state in states.items():
         for value in torch.utils._pytree.tree_leaves(state):

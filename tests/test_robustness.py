@@ -373,6 +373,7 @@ TABLE = {  # by number of the point of the list that this test began with
     ),
     "14 group": row(TRAIN, LAST + "|dampening", last("optimizer param_groups 1 dampening", ...)),
     "14 best": row(TRAIN, LAST + "|float", last("best", np.inf)),
+    "14 best of NaN": row(TRAIN, LAST + "|best AP nan", last("best", {"AP": np.nan, "step": 1})),
     "14 no best": row(TRAIN, LAST + "|int", last("best", 0)),
     "14 shared lists": row(TRAIN, "run|lr [[", last("settings lr", shared_lists())),
     "14 escape codes": row(
