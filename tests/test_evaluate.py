@@ -447,6 +447,7 @@ def torchrun(script, *argv):
 
 READERS = """
 import argparse
+import torch
 import evaluate
 reads, read_json = [], evaluate.read_json
 def counted(*args):
@@ -458,6 +459,7 @@ def main(args):
     dataset = evaluate.load_dataset({path!r}, {folder!r})
     sums = dataset.boxes.sum().item(), dataset.annotations.areas.sum().item()
     print(f"{{len(reads)}} read", *sums, *dataset.image_ids, *dataset.sample(1, (9, 9)), flush=True)
+    torch.distributed.barrier()  # or torchrun may end the other process before it prints
     evaluate.load_dataset({wrong!r}, {folder!r})
 evaluate.run(main, argparse.Namespace())
 """
