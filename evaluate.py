@@ -1453,6 +1453,8 @@ def run(main, args):
 
     A process that fails ends at once: destroy_process_group would wait for the others.
     """
+    if sys.stderr is None:  # closed, as by 2>&-: progress bars need a file
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     gc.set_threshold(100_000)  # of the many dicts of results none is garbage
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -490,3 +490,9 @@ def test_process(here, how):
     err = process.communicate(timeout=60)[1]
     expected = (-signal.SIGINT, 0) if how == "Ctrl-C" else (2, 1)
     assert (process.returncode, err.count("\n")) == expected, err
+
+
+def test_a_closed_stderr(here):
+    command = shlex.join([sys.executable, *shlex.split(f"{fuzz.ROOT}/{FRESH}")])
+    assert subprocess.run(f"{command} 2>&- >out", shell=True, timeout=HANGS).returncode == 0
+    assert '"AP"' in Path("out").read_text()
