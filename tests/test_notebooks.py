@@ -66,6 +66,9 @@ FLAGS = (  # few levels are exported in less time
 )
 SHORT = {  # what a test puts in the place of a notebook's lines
     r"(?m)^STEPS = \d+$": "STEPS = 8",
+    r"logspace\(2, 10, 49": "logspace(2, 10, 9",
+    r"rounds=20": "rounds=2",
+    r"\[PICTURES\]\)\[:12\]": "[PICTURES])[:3]",
     r'parse_args\(\["shapes"\]\)': f"parse_args({['shapes', *FLAGS.split()]})",
 }
 FRESH = """
