@@ -322,6 +322,9 @@ def read_xml(path):
 
     if path.suffix == ".xml":
         coco = COCO.from_cvat(str(path))
+        rotated = path.read_bytes().count(b" rotation=")
+        if rotated:
+            warnings.warn(f"{rotated} boxes are rotated and are read without it", stacklevel=2)
     else:
         coco = COCO.from_voc(str(path if path.is_dir() else path.absolute().parents[2]))
     content = msgspec.convert(coco.dataset, Instances, strict=False)
@@ -498,6 +501,7 @@ class Annotations:
     areas: np.ndarray  # (M,) float64, of the box where the file has no area
     crowds: np.ndarray  # (M,) bool
     columns: dict  # {name: float32 or int64 (M, ...)}, the further fields of BoxEntry
+    in_id_order: bool  # whether the file lists its categories by their ids
     notes: list  # what is odd, one line each
 
     def __str__(self):
@@ -550,6 +554,7 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
         areas=columns.pop("areas"),
         crowds=columns.pop("crowds"),
         columns=columns,
+        in_id_order=categories == content.categories,
         notes=notes,
     )
 
@@ -847,6 +852,11 @@ def check_classes(model, dataset):
     expected = None if model.classes is None else list(model.classes)
     if expected is None and len(found) != model.num_classes:
         raise UserError(f"{path}: has {len(found)} categories, the model {model.num_classes}")
+    if expected is None and not path.in_id_order:
+        raise UserError(
+            f"{path}: its categories are not listed by their ids, and the model does not say in "
+            "which order it was trained on them"
+        )
     if expected not in (None, found):
         pairs = itertools.zip_longest(expected, found)
         first, other = next(pair for pair in pairs if pair[0] != pair[1])

@@ -2475,7 +2475,8 @@ def check_tensors(own, tensors):
     """
     for name, value in tensors.items():
         if value.shape != own[name].shape:
-            hint = "; `classes` says whose rows to take" if name.startswith("head.cls.") else ""
+            rows_differ = name.startswith("head.cls.") and value.shape[1:] == own[name].shape[1:]
+            hint = "; `classes` says whose rows to take" if rows_differ else ""
             there, here = short_repr(tuple(value.shape)), tuple(own[name].shape)
             raise UserError(f"{name} is {there} in the file and {here} in the model{hint}")
     for name, value in tensors.items():

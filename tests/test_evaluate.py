@@ -1016,10 +1016,15 @@ def test_categories_that_differ_from_the_models_are_named(tmp_path, mixed):
             evaluate.check_classes(other, dataset)
 
 
-def test_a_model_without_class_names_needs_as_many_categories(mixed):
+def test_a_model_without_class_names_needs_as_many_categories_in_the_order_of_ids(tmp_path, mixed):
     model = tiny_model()
     model.classes = None
-    evaluate.check_classes(model, evaluate.CocoDataset(*mixed))
+    path = tmp_path / "sorted.json"
+    path.write_text(mixed[0].read_text())
+    edit(path, categories=lambda rows: sorted(rows, key=lambda row: row["id"]))
+    evaluate.check_classes(model, evaluate.CocoDataset(path, mixed[1]))
+    with pytest.raises(UserError, match="categories are not listed by their ids"):
+        evaluate.check_classes(model, evaluate.CocoDataset(*mixed))
     model.num_classes = 4
     with pytest.raises(UserError, match="has 3 categories, the model 4"):
         evaluate.check_classes(model, evaluate.CocoDataset(*mixed))
@@ -1108,6 +1113,16 @@ def test_labels_of_other_tools_are_read_directly(tmp_path, kind):
         assert found.classes[labels[0]] == truth.classes[truth.target(i)[1][0]]
         assert found.image(images[name]).equal(truth.image(i))
     assert evaluate.score([], found.annotations)["AP"] == 0
+
+
+def test_rotated_boxes_of_cvat_are_counted(tmp_path):
+    pytest.importorskip("hotcoco")
+    path, folder = write_coco(tmp_path / "coco", {1: (60, 40)}, [box(1, 1, [4, 6, 20, 10], 90)])
+    write_labels(tmp_path / "data", "CVAT", path, folder)
+    xml = tmp_path / "data" / "annotations.xml"
+    xml.write_text(xml.read_text().replace("<box ", '<box rotation="30.0" '))
+    found = evaluate.CocoDataset(*evaluate.coco_paths(tmp_path / "data", "val2017"))
+    assert "1 boxes are rotated and are read without it" in found.notes
 
 
 YAMLS = {
