@@ -91,12 +91,12 @@ def coco_paths(data, split: str) -> tuple[Path, Path]:
     annotations, images = layouts[0]
     if data.is_dir():
         looked_for = ", ".join(layout[0] for layout in layouts)
-        there = what_is_there(data / split)
+        there = list_nearest(data / split)
         raise UserError(f"{data}: no annotations of {split}; looked for {looked_for}; {there}")
     return data / annotations, data / images
 
 
-def what_is_there(path):
+def list_nearest(path):
     """List the nearest existing folder of a path that does not exist, for error messages."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
     names = sorted(name for name in os.listdir(folder) if name[0] != ".")[:5]
@@ -118,7 +118,7 @@ def find_images(folder, names, path):
     Raises UserError if a name means no file or several.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such image folder; {what_is_there(folder)}")
+        raise UserError(f"{folder}: no such image folder; {list_nearest(folder)}")
     present = set(os.listdir(folder))
     index = functools.cache(index_folder)
     places = [name if name in present else find_image(folder, name, index) for name in names]
@@ -126,7 +126,7 @@ def find_images(folder, names, path):
         missing = [name for name, place in zip(names, places) if place is None]
         raise UserError(
             f"{folder}: lacks {len(missing)} of {len(names)} images of {path}, the first being "
-            f"{printable(missing[0])}; {what_is_there(folder / missing[0])}"
+            f"{printable(missing[0])}; {list_nearest(folder / missing[0])}"
         )
     return places
 
@@ -254,7 +254,7 @@ def read_json(path, kind=Any):
                 data = file.read()
             return decode(data, kind, path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {what_is_there(path)}") from None
+        raise UserError(f"{path}: no such file; {list_nearest(path)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
@@ -403,7 +403,7 @@ def read_yolo(path, image_dir):
     return content
 
 
-def in_order(entries, where):
+def sort_by_id(entries, where):
     """Return images or categories in ascending order of their ids.
 
     Raises UserError unless the ids are unique, and all whole numbers or all text.
@@ -419,7 +419,7 @@ def in_order(entries, where):
     return sorted(entries, key=operator.attrgetter("id"))
 
 
-def look_up(known, entries, field):
+def find_positions(known, entries, field):
     """Return the positions among `known` of the ids in a field of M entries: int64 (M,), or -1.
 
     known: ids in ascending order, int64 (N,) or text. 7 and "7" are the same id, since some tools
@@ -438,7 +438,7 @@ def look_up(known, entries, field):
     return np.where(known[found] == ids, found, -1)
 
 
-def boxes_of(entries):
+def stack_boxes(entries):
     """Return the boxes of annotations or results, float64 (M, 4) as [x, y, w, h] in pixels."""
     sides = itertools.chain.from_iterable(map(operator.attrgetter("bbox"), entries))
     return np.fromiter(sides, np.float64, 4 * len(entries)).reshape(-1, 4)
@@ -458,9 +458,9 @@ def take_columns(boxes, images, categories, path, size=20_000):
         block = boxes[-size:]
         del boxes[-size:]
         columns = {
-            "rows": look_up(images, block, "image_id"),
-            "categories": look_up(categories, block, "category_id"),
-            "xywh": boxes_of(block),
+            "rows": find_positions(images, block, "image_id"),
+            "categories": find_positions(categories, block, "category_id"),
+            "xywh": stack_boxes(block),
             "areas": np.array([box.area for box in block], np.float64),  # NaN for None
             "crowds": np.array([bool(box.iscrowd) for box in block], bool),
         }
@@ -520,8 +520,8 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
         content, notes = read_labels(path, image_dir)
     else:
         content = read_json(path, Instances)
-    images = in_order(content.images, f"{path}: images")
-    categories = in_order(content.categories, f"{path}: categories")
+    images = sort_by_id(content.images, f"{path}: images")
+    categories = sort_by_id(content.categories, f"{path}: categories")
     image_ids = np.array([image.id for image in images])
     category_ids = [category.id for category in categories]
     boxes = content.annotations
@@ -753,7 +753,8 @@ STOP_SIGNALS = [
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
     if hasattr(signal, name)  # Windows has not all of them
 ]
-FILES, FILES_PER_WORKER = 40, 16  # open files of a process, and those that each worker adds
+OPEN_FILES = 40  # of a process without workers
+OPEN_FILES_PER_WORKER = 16
 # parts of PyTorch's errors about workers that died, hang, or lack open files
 WORKER_ERRORS = r"DataLoader (worker \(pid|timed out)|ancillary data|Too many open files"
 WORKER_HELP = "raise `ulimit -n`, enlarge /dev/shm (docker run --shm-size=8g) or use --workers 0"
@@ -771,7 +772,7 @@ def start_worker(_):
 
 def check_open_files(workers):
     """Raise UserError if the process may not open as many files as its workers need."""
-    needed = FILES + FILES_PER_WORKER * workers
+    needed = OPEN_FILES + OPEN_FILES_PER_WORKER * workers
     if workers and hasattr(os, "sysconf") and os.sysconf("SC_OPEN_MAX") < needed:
         raise UserError(
             f"`ulimit -n` is {os.sysconf('SC_OPEN_MAX')}, too few open files for {workers} "
@@ -823,7 +824,7 @@ def raise_errors(items):
 
 
 @contextlib.contextmanager
-def no_worker_left():
+def kill_workers_on_error():
     """Kill the dataloader workers that were started here if an error occurs: they ignore signals.
 
     PyTorch's error about a worker that died or hangs becomes a UserError.
@@ -885,7 +886,7 @@ def predict(model, dataset, batch_size=1, workers=2, **how) -> list[dict] | None
     mine = [i for batch in batches[rank::world_size] for i in batch]
     bar = progress_bar(read_ahead(dataset.image, mine, workers), "predict")
     results: dict[int, list] = {}
-    with no_worker_left(), bar, views_shown(model, bar, how):
+    with kill_workers_on_error(), bar, count_views(model, bar, how):
         detections = model.predict(raise_errors(bar), batch_size=batch_size, **how)
         for i, found in zip(mine, detections, strict=True):
             image_id = {"image_id": dataset.image_ids[i].item()}
@@ -910,7 +911,7 @@ def progress_bar(items, name):
 
 
 @contextlib.contextmanager
-def views_shown(model, bar, how):
+def count_views(model, bar, how):
     """Count the views beside a progress bar if an image has several: it may take long."""
     seen = 0
 
@@ -996,9 +997,9 @@ def read_results(results, annotations):
             entries = decode(data, list[ResultEntry], where)
     first_id = annotations.image_ids[0].item()
     categories = list(annotations.label_of)
-    rows = look_up(annotations.image_ids, entries, "image_id")
-    positions = look_up(np.array(categories), entries, "category_id")
-    xywh = boxes_of(entries)
+    rows = find_positions(annotations.image_ids, entries, "image_id")
+    positions = find_positions(np.array(categories), entries, "category_id")
+    xywh = stack_boxes(entries)
     scores = np.fromiter(map(operator.attrgetter("score"), entries), np.float64, len(entries))
     finite = (np.abs(xywh) < 1e300).all(1) & (np.abs(scores) < 1e300)
     for problem, wrong in (
@@ -1199,7 +1200,7 @@ def find_pictures(sources) -> list[Path]:
         else:
             found = [Path(path) for path in sorted(glob.glob(source, recursive=True))]
         if not found:
-            raise UserError(f"{source}: no such image, or no image in it; {what_is_there(source)}")
+            raise UserError(f"{source}: no such image, or no image in it; {list_nearest(source)}")
         pictures += found
     if skipped:
         print(f"skipped {skipped} files that are no images", file=sys.stderr)
@@ -1224,21 +1225,21 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **how) -> l
     report: list[dict] = []
     left_out = []
     taken: set[str] = set()
-    with one_writer(out), no_worker_left():
+    with lock_folder(out), kill_workers_on_error():
         fcos.remove_leftovers(out)
         bar = progress_bar(paths, "draw")
         for path, image in zip(bar, read_ahead(fcos.read_image, paths, workers)):
             try:
                 if isinstance(image, UserError):
                     raise image
-                with views_shown(model, bar, how):
+                with count_views(model, bar, how):
                     found = model.predict(image, score_threshold=score_threshold, **how)[0]
                 picture = draw(image, found, model.classes, score_threshold)
-                name = drawing_name(path, taken)
+                name = name_drawing(path, taken)
                 with fcos.atomic_write(out / name) as file:  # never through a link
                     picture.save(file, "JPEG", quality=92)
             except Exception as error:
-                if not is_mistake(error):
+                if not is_user_error(error):
                     raise
                 why = str(error).removeprefix(f"{printable(path)}: ")
                 tqdm.write(printable(f"{path}: left out; {why}", 500), file=sys.stderr)
@@ -1259,7 +1260,7 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **how) -> l
     return left_out
 
 
-def drawing_name(path, taken):
+def name_drawing(path, taken):
     """Return a name for the drawing of a picture; pictures in several folders may share theirs."""
     name = f"{path.stem}.jpg"
     count = 1
@@ -1339,7 +1340,7 @@ def make_folder(path) -> Path:
 
 
 @contextlib.contextmanager
-def one_writer(folder, wait=False):
+def lock_folder(folder, wait=False):
     """Hold the lock of a folder, made if it is missing, so that one process at a time writes there.
 
     Only rank 0 takes it. The system releases the lock of a process that is killed, even if its
@@ -1382,12 +1383,12 @@ def find_device(name=None) -> torch.device:
         raise UserError(f"--device {name}: PyTorch finds no such device here; use --device {use}")
     if kind not in ("cuda", "xpu"):
         return torch.device(kind)
-    device = torch.device(kind, int(index or launch_number("LOCAL_RANK", 0)))
+    device = torch.device(kind, int(index or env_number("LOCAL_RANK", 0)))
     torch.accelerator.set_device_index(device.index)
     return device
 
 
-def launch_number(name, default=None) -> int:
+def env_number(name, default=None) -> int:
     """Return a variable that a launcher sets as a whole number. Raises UserError if it is none."""
     text = f"{os.environ.get(name, default)}"
     if not text.isdecimal():
@@ -1396,7 +1397,7 @@ def launch_number(name, default=None) -> int:
     return int(text)
 
 
-def launched() -> tuple[int, int] | None:
+def read_launcher() -> tuple[int, int] | None:
     """Return (rank, number of processes) if a launcher started this process, else None.
 
     Raises UserError if several processes were started that do not know of each other.
@@ -1408,15 +1409,15 @@ def launched() -> tuple[int, int] | None:
             use = "start one torchrun for each node: srun --ntasks-per-node=1 torchrun ..."
             raise UserError(f"srun started {tasks} tasks that do not know of each other; {use}")
         return None
-    rank = launch_number("RANK")
-    world_size = launch_number("WORLD_SIZE")
+    rank = env_number("RANK")
+    world_size = env_number("WORLD_SIZE")
     if rank >= world_size:
         raise UserError(f"RANK is {rank} of WORLD_SIZE {world_size}; start them with torchrun")
     if world_size == 1 and not dist.is_torchelastic_launched():
         return None
     if not env.get("MASTER_ADDR"):
         raise UserError("MASTER_ADDR is not set; start several processes with torchrun")
-    launch_number("MASTER_PORT")
+    env_number("MASTER_PORT")
     return rank, world_size
 
 
@@ -1429,7 +1430,7 @@ def start_process(device, make_store=None) -> tuple[int, int, torch.device]:
     kernels = os.environ.get("FCOS_KERNELS")
     if kernels not in (None, "", "cupy", "torch"):
         raise UserError(f"FCOS_KERNELS is {kernels}: choose cupy or torch")
-    launch = None if dist.is_initialized() else launched()
+    launch = None if dist.is_initialized() else read_launcher()
     device = find_device(device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True  # deformable convolutions, as cuDNN's others
@@ -1451,7 +1452,7 @@ def rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def is_mistake(error) -> bool:
+def is_user_error(error) -> bool:
     """Return whether an error is due to the input or the machine, and not to the code."""
     if isinstance(error, RuntimeError):
         return "allocate" in str(error)  # PyTorch's errors about memory
@@ -1476,7 +1477,7 @@ def run(main, args):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not is_mistake(error):
+        if not is_user_error(error):
             raise
         message = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
         print(printable(message, 1000), file=sys.stderr)

@@ -934,7 +934,7 @@ class FCOS(nn.Module):
 
         changes: entries of CONVENTION. Raises UserError for another entry, type or range.
         """
-        self.convention = checked_convention(getattr(self, "convention", CONVENTION) | changes)
+        self.convention = check_convention(getattr(self, "convention", CONVENTION) | changes)
         for name in ("mean", "std"):
             value = torch.tensor(self.convention[name]).view(3, 1, 1).to(next(self.parameters()))
             self.register_buffer(f"pixel_{name}", value, persistent=False)
@@ -1101,7 +1101,7 @@ class FCOS(nn.Module):
         min_size = self.test_size[0] if min_size is None else min_size
         max_size = self.test_size[1] if max_size is None else max_size
         how = dict(test_size=(min_size, max_size), tile=tile, overlap=overlap, tta=tta)
-        return predict_images(self, each_image(images), score_threshold, batch_size, graph, how)
+        return predict_images(self, list_images(images), score_threshold, batch_size, graph, how)
 
 
 def best_pairs(cls, ctr, rule, topk):
@@ -1196,7 +1196,7 @@ class Numbers(NamedTuple):
     most: float
     any_length: bool = False  # of a tuple; otherwise as long as the default
 
-    def fit(self, value, default) -> bool:
+    def allow(self, value, default) -> bool:
         kinds = (int,) if isinstance(self.least, int) else (int, float)  # a bool is neither
         numbers = (value,)
         if self.any_length or isinstance(default, tuple):
@@ -1243,10 +1243,10 @@ CHECKS: dict[str, Any] = {
 }
 
 
-def fit(value, default, allowed) -> bool:
+def is_allowed(value, default, allowed) -> bool:
     """Return whether a value fits an entry of CHECKS, or the type of the default if it is None."""
     if isinstance(allowed, Numbers):
-        return allowed.fit(value, default)
+        return allowed.allow(value, default)
     if allowed is not None:
         return isinstance(value, str) and value in allowed
     kind = str if default is None else type(default)
@@ -1260,9 +1260,9 @@ def check(keyword: str, value, default):
     if value is None and default is None:
         return value
     allowed = CHECKS.get(keyword)
-    if default is not None and not fit(default, default, allowed):
+    if default is not None and not is_allowed(default, default, allowed):
         allowed = None  # a backbone of your own means something else by this name
-    if not fit(value, default, allowed):
+    if not is_allowed(value, default, allowed):
         expected = "text" if default is None else f"a value like {default!r}"
         if isinstance(allowed, Numbers):
             example = "numbers" if default is None else expected
@@ -1273,7 +1273,7 @@ def check(keyword: str, value, default):
     return value
 
 
-def checked_convention(convention) -> dict:
+def check_convention(convention) -> dict:
     """Return a convention with tuples in place of lists; raises UserError if it does not fit."""
     if not isinstance(convention, dict) or not convention.keys() <= CONVENTION.keys():
         known = ", ".join(CONVENTION)
@@ -1427,7 +1427,7 @@ def read_image(source, hw=None) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-FILES = str, bytes, bytearray, os.PathLike, Image.Image  # and anything with `read`
+SOURCES = str, bytes, bytearray, os.PathLike, Image.Image  # and anything with `read`
 
 
 def as_image(source) -> Tensor:
@@ -1440,7 +1440,7 @@ def as_image(source) -> Tensor:
     if isinstance(source, np.ndarray) and source.ndim == 3 and source.dtype == np.uint8:
         writable = np.require(source, requirements=["C", "W"])  # PyTorch warns of read-only memory
         image = torch.from_numpy(writable).permute(2, 0, 1)
-    elif isinstance(source, FILES) or hasattr(source, "read"):
+    elif isinstance(source, SOURCES) or hasattr(source, "read"):
         image = read_image(source)
     fits = isinstance(image, Tensor) and image.ndim == 3 and image.dtype == torch.uint8
     if not fits or len(image) != 3 or image.numel() == 0:
@@ -1451,9 +1451,9 @@ def as_image(source) -> Tensor:
     return image.cpu()
 
 
-def each_image(images):
+def list_images(images):
     """Return images as an iterable: a single one, of any kind that `as_image` takes, in a list."""
-    single = isinstance(images, (*FILES, np.ndarray, Tensor, dict)) or hasattr(images, "read")
+    single = isinstance(images, (*SOURCES, np.ndarray, Tensor, dict)) or hasattr(images, "read")
     return [images] if single or not isinstance(images, Iterable) else images
 
 
@@ -1568,7 +1568,7 @@ def run_views(model, detect, views, batch_size):
     device = model.pixel_mean.device
     for _, alike in groupby(views, lambda triple: padded_hw([triple[2].size])):
         while chunk := list(islice(alike, max(batch_size, 1))):
-            batch, sizes = pad_batch([look(image, view) for _, image, view in chunk])
+            batch, sizes = pad_batch([crop_view(image, view) for _, image, view in chunk])
             detections = detect(batch.to(device), sizes.to(device))
             detections = {name: values.cpu() for name, values in detections.items()}
             for b, triple in enumerate(chunk):
@@ -1576,7 +1576,7 @@ def run_views(model, detect, views, batch_size):
                 yield *triple, {name: values[b][found] for name, values in detections.items()}
 
 
-def look(image, view):
+def crop_view(image, view):
     """Return the pixels of a view; only the crop is copied."""
     x1, y1, x2, y2 = view.crop
     crop = image[:, y1:y2, x1:x2]
@@ -1624,8 +1624,8 @@ def merge(model, found, views, hw):
     merged = {name: torch.cat([one[name] for one in found]) for name in found[0]}
     if not len(merged["scores"]):
         return merged
-    cut = torch.cat([is_cut(one["boxes"], view.crop, hw) for one, view in zip(found, views)])
-    dropped = is_covered(merged["boxes"], merged["labels"], cut)
+    cut = torch.cat([find_cut(one["boxes"], view.crop, hw) for one, view in zip(found, views)])
+    dropped = find_covered(merged["boxes"], merged["labels"], cut)
     boxes = model.rescale(merged["boxes"], hw, views[0].size)
     scores = merged["scores"].masked_fill(dropped, -math.inf)
     columns = (x[None].to(model.pixel_mean.device) for x in (boxes, scores, merged["labels"]))
@@ -1634,7 +1634,7 @@ def merge(model, found, views, hw):
     return kept | {"scores": scores[keep >= 0]}
 
 
-def is_cut(boxes, crop, hw):
+def find_cut(boxes, crop, hw):
     """Return which boxes (D, 4) end at an edge of the crop that is none of the image."""
     x1, y1, x2, y2 = crop
     inside = torch.tensor([x1 > 0, y1 > 0, x2 < hw[1], y2 < hw[0]])
@@ -1642,7 +1642,7 @@ def is_cut(boxes, crop, hw):
     return (((boxes - torch.tensor(crop)).abs() <= near) & inside).any(1)
 
 
-def is_covered(boxes, labels, cut):
+def find_covered(boxes, labels, cut):
     """Return which of the cut boxes an uncut box of their class covers by more than half, (D,)."""
     covered = torch.zeros_like(cut)
     whole, whole_labels = boxes[~cut], labels[~cut]
@@ -1727,7 +1727,7 @@ class SafeUnpickler(pickle._Unpickler):
     def __init__(self, file, size):
         super().__init__(file, encoding="latin1")
         self.memo = Memo()
-        self.left = 3 * size  # an array may be stored as text, which becomes bytes first
+        self.values_left = 3 * size  # an array may be stored as text, which becomes bytes first
 
     def find_class(self, module, name):
         package = re.sub(r"^numpy\._?core\.(multiarray|numeric)$", "numpy", module)
@@ -1740,7 +1740,7 @@ class SafeUnpickler(pickle._Unpickler):
 
     def call(self, function, *arguments):
         """Return what one of FUNCTIONS would return, or None in place of a tensor."""
-        self.spend(arguments)
+        self.limit_size(arguments)
         match function, arguments:
             case "_codecs.encode", (str(text), "latin1" | "latin-1"):
                 return text.encode("latin1")
@@ -1769,7 +1769,7 @@ class SafeUnpickler(pickle._Unpickler):
 
     def build(self, value, state):
         """Return what a value becomes when it is given its state."""
-        self.spend(state)
+        self.limit_size(state)
         match value, state:
             case OrderedDict(), dict():
                 return value
@@ -1805,9 +1805,11 @@ class SafeUnpickler(pickle._Unpickler):
                 return None
         raise pickle.UnpicklingError("a reference to something else than a storage")
 
-    def spend(self, values):
-        self.left -= len(values) + sum(len(value) for value in values if hasattr(value, "__len__"))
-        if self.left < 0:
+    def limit_size(self, values):
+        self.values_left -= len(values) + sum(
+            len(value) for value in values if hasattr(value, "__len__")
+        )
+        if self.values_left < 0:
             raise pickle.UnpicklingError("values larger than the file")
 
     def check_plain(self, values):
@@ -2074,7 +2076,7 @@ def find_description(weights, name):
     if weights.family not in DETECTORS:
         raise UserError(f"is an ImageNet classifier ({weights.family}) and no detector")
     content = weights.content
-    rows = len(as_dense(weights.mark, weights.state[weights.mark], torch.empty(0)))
+    rows = len(as_dense(weights.family_key, weights.state[weights.family_key], torch.empty(0)))
     if "keywords" not in content:
         if weights.family == "torchvision":
             name = name or "fcos_torchvision_R_50_FPN"
@@ -2119,7 +2121,7 @@ COCO = dict(enumerate(detection.FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categori
 COCO = {id: name for id, name in COCO.items() if name not in ("__background__", "N/A")}
 
 
-def layer(n):
+def layer_name(n):
     """Return our name of module number n in a sequence of convolution, norm, ReLU, ..."""
     return f"{int(n) // 3}.{('conv', 'norm', 'relu')[int(n) % 3]}"
 
@@ -2143,8 +2145,8 @@ NAMES = [
     (r"^head\.classification_head\.conv\.", "head.cls_tower."),
     (r"^head\.regression_head\.conv\.", "head.bbox_tower."),
     (r"^head\.\w+_head\.", "head."),
-    (r"^head\.cls_tower\.(\d\d?)\.", lambda m: f"head.cls_tower.{layer(m[1])}."),
-    (r"^head\.bbox_tower\.(\d\d?)\.", lambda m: f"head.box_tower.{layer(m[1])}."),
+    (r"^head\.cls_tower\.(\d\d?)\.", lambda m: f"head.cls_tower.{layer_name(m[1])}."),
+    (r"^head\.bbox_tower\.(\d\d?)\.", lambda m: f"head.box_tower.{layer_name(m[1])}."),
     (r"^head\.cls_convs\.", "head.cls_tower."),
     (r"^head\.reg_convs\.", "head.box_tower."),
     (r"\.gn\.", ".norm."),
@@ -2187,7 +2189,7 @@ MOBILENET_NAMES = [
     (r"^(backbone\.body\.)?features\.(\d|1[0-7])\.", r"backbone.features.\2."),
     (r"\.features\.0\.0\.", ".features.0.conv."),
     (r"\.features\.0\.1\.", ".features.0.norm."),
-    (r"\.features\.(\d\d?)\.conv\.(\d\d?)\.", lambda m: f".features.{m[1]}.{layer(m[2])}."),
+    (r"\.features\.(\d\d?)\.conv\.(\d\d?)\.", lambda m: f".features.{m[1]}.{layer_name(m[2])}."),
 ]
 
 # torchvision nests its layers, and so counts them in twos.
@@ -2240,16 +2242,16 @@ class Weights(NamedTuple):
     content: dict  # the dict around the state dict, or the state dict itself
     state: dict  # tensors or arrays by name, without the prefix of wrappers
     family: str  # one of FAMILIES
-    mark: str = ""  # the key by which the family is known
+    family_key: str = ""  # the key by which the family is known
     size: float = math.inf  # of the file, in bytes
 
 
 # Entries in which training programs keep the state dict, the preferred ones first. Wrappers put
 # such names before every key.
-HOLDERS = """model state_dict blobs net network model_state_dict model_state weights module ema
-    model_ema ema_model ema_state_dict state_dict_ema student teacher detector _orig_mod
+STATE_DICT_KEYS = """model state_dict blobs net network model_state_dict model_state weights module
+    ema model_ema ema_model ema_state_dict state_dict_ema student teacher detector _orig_mod
     _fsdp_wrapped_module _checkpoint_wrapped_module""".split()
-WRAPPER = rf"(?:{'|'.join(HOLDERS)})\."
+WRAPPER_PREFIX = rf"(?:{'|'.join(STATE_DICT_KEYS)})\."
 
 
 def open_weights(source) -> Weights:
@@ -2267,7 +2269,7 @@ def open_weights(source) -> Weights:
         if isinstance(state, dict):
             found = f"{len(state)} keys such as {short_repr(next(iter(state)), 60)}"
         raise UserError(f"{printable(path)}: expected a state dict, tensors by name, found {found}")
-    family, prefix, mark = find_family(state, f"(?:{WRAPPER})*")
+    family, prefix, family_key = find_family(state, f"(?:{WRAPPER_PREFIX})*")
     if family is None:
         family, prefix, _ = find_family(state, r".*[./]")
         first = ", ".join(printable(key, 60) for key in list(state)[:3])
@@ -2279,14 +2281,14 @@ def open_weights(source) -> Weights:
     # the keys with the prefix come last, and so replace others of the same name
     keys = sorted(state, key=lambda key: key.startswith(prefix))
     tensors = {key.removeprefix(prefix): state[key] for key in keys}
-    return Weights(path, content, tensors, family, mark, size)
+    return Weights(path, content, tensors, family, family_key, size)
 
 
 def find_state(content):
     """Return the dict around the state dict in the content of a file, and the state dict."""
     around = state = content
     for _ in range(4):  # last.pt of train.py holds a checkpoint that holds the weights
-        inner = [state.get(key) for key in HOLDERS] if isinstance(state, dict) else []
+        inner = [state.get(key) for key in STATE_DICT_KEYS] if isinstance(state, dict) else []
         inner = [value for value in inner if isinstance(value, dict)]
         if inner:
             around, state = state, inner[0]
@@ -2299,8 +2301,8 @@ def find_family(state, prefix):
     prefix: a pattern of what may stand before that key. The family is None if no key tells it.
     """
     keys = [key for key, value in state.items() if getattr(value, "ndim", 0)]
-    for family, (mark, _) in FAMILIES.items():
-        pattern = re.compile(f"({prefix})({mark})")
+    for family, (family_key, _) in FAMILIES.items():
+        pattern = re.compile(f"({prefix})({family_key})")
         for key in keys:
             if match := pattern.fullmatch(key):
                 return family, match[1], match[2]
@@ -2330,9 +2332,9 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
         missing = [name for name in model.state_dict() if name not in tensors]
         check_keywords(model, weights)
         check_names(weights.family, tensors, missing, unknown, fine_tuned=bool(classes))
-        new_classes = choose_rows(model, weights, tensors, classes)
+        new_classes = choose_class_rows(model, weights, tensors, classes)
         check_tensors(model.state_dict(), tensors)
-        convention = checked_convention(stored_convention(model, weights))
+        convention = check_convention(stored_convention(model, weights))
     except UserError as error:
         where = printable(weights.path)
         raise UserError(f"{where}: does not fit {model.name}: {error}") from None
@@ -2421,7 +2423,7 @@ def check_names(family, tensors, missing, unknown, fine_tuned):
     spare = r".*num_batches_tracked"
     if family in DETECTORS:  # may hold further copies of the model, such as a teacher's
         wrong = missing + list(unknown)
-        spare += rf"|pixel_(mean|std)|n_averaged|{WRAPPER}.*"
+        spare += rf"|pixel_(mean|std)|n_averaged|{WRAPPER_PREFIX}.*"
     else:  # the rest of the file is the classifier; Caffe2's also keep the optimizer's momentum
         wrong = missing + [key for key, name in unknown.items() if name.startswith("backbone.")]
         spare += r"|(fpn|head)\..*|.*\.offset\..*|.*_momentum"
@@ -2434,7 +2436,7 @@ def check_names(family, tensors, missing, unknown, fine_tuned):
         raise UserError(f"{len(wrong)} keys are missing or unknown, among them {first}")
 
 
-def choose_rows(model, weights, tensors, classes):
+def choose_class_rows(model, weights, tensors, classes):
     """Choose the rows of the classifier, in `tensors`, by the names of classes.
 
     Returns the classes that the file does not know; their rows stay those of the model.

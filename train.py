@@ -559,7 +559,7 @@ def load_split(paths, classes=None):
     """
     annotations, image_dir = paths
     if not Path(annotations).exists():
-        there = evaluate.what_is_there(annotations)
+        there = evaluate.list_nearest(annotations)
         flags = "--data, or --train-images and the three flags beside it"
         raise UserError(f"{annotations}: no such file; {there}; use {flags}")
     dataset = evaluate.load_dataset(annotations, image_dir, classes)
@@ -587,7 +587,7 @@ def draw_shapes(folder):
     folder = Path(folder)
     if evaluate.rank_and_world_size()[0] == 0 and not folder.exists():
         say(f"drawing {folder}")
-        with evaluate.one_writer(folder.parent, wait=True):
+        with evaluate.lock_folder(folder.parent, wait=True):
             for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a killed process
                 shutil.rmtree(leftover)
             if not folder.exists():  # another run may have drawn it meanwhile
@@ -1047,7 +1047,7 @@ def main(args: Namespace):
     """Train as the command line says."""
     # Set up. Every mistake is found before anything is written.
     settings = resolve(args)
-    rank, world_size, device = evaluate.start_process(args.device, fresh_store)
+    rank, world_size, device = evaluate.start_process(args.device, make_fresh_store)
     train_set, val_set = load_data(args, settings)
     model = make_model(settings, train_set).to(device)
     optimizer = make_optimizer(model, settings)
@@ -1067,7 +1067,7 @@ def main(args: Namespace):
     out = Path(args.out or f"runs/{args.recipe}")
     inputs = settings["weights"], train_set.annotations.path, val_set.annotations.path
     saved = {"optimizer": optimizer} | companions
-    with evaluate.one_writer(out), evaluate.no_worker_left(), stop_signals() as signals:
+    with evaluate.lock_folder(out), evaluate.kill_workers_on_error(), stop_signals() as signals:
         files, start, best = open_run(out, args, settings, model, saved, inputs)
         loader = start_loader(batches, start, workers, device)
         meter = Meter(start, batches, device, graphs)
@@ -1095,7 +1095,7 @@ def main(args: Namespace):
                 files.checkpoint(done, settings, model, saved, best)
             if stopping and done < iters:
                 sender = signals[0] if signals else "a signal to another rank"
-                say(f"{sender}: stopped after step {done} of {iters}; {files.resumes_from()}")
+                say(f"{sender}: stopped after step {done} of {iters}; {files.resume_advice()}")
                 return
     if rank == 0:
         print_result(best, files)
@@ -1114,7 +1114,7 @@ def check_room(batches, workers):
     if os.path.isdir("/dev/shm"):
         pixels = max(h * w for h, w in batches.largest_hw)
         size = math.ceil(batches.batch_size / shares) * 3 * pixels
-        needed = evaluate.launch_number("LOCAL_WORLD_SIZE", 1) * workers * 2 * size
+        needed = evaluate.env_number("LOCAL_WORLD_SIZE", 1) * workers * 2 * size
         free = shutil.disk_usage("/dev/shm").free
         if needed > free:
             room = f"/dev/shm has {free >> 20} MB free, and workers may need {needed >> 20}"
@@ -1159,12 +1159,12 @@ def print_result(best, files):
     could be written."""
     path = files.out / "model.pt"
     if best is None or not files.has_model():
-        raise UserError(f"{path}: cannot be written; {files.resumes_from()}")
+        raise UserError(f"{path}: cannot be written; {files.resume_advice()}")
     seconds = time.process_time()
     print(f"{path}: AP {best['AP']:.3f} after step {best['step']}; {seconds:.0f} s of CPU time")
     print(f"python evaluate.py {path} --images PHOTO.jpg --out drawn/")
     print(json.dumps(best))
-    files.resumes_from()
+    files.resume_advice()
 
 
 # ---- what a run writes and resumes -------------------------------------------------------------
@@ -1184,7 +1184,7 @@ class RunFiles:
         self.active = evaluate.rank_and_world_size()[0] == 0
         self.launch = launch
         self.saved_step = start or None  # of the checkpoint that is there
-        self.owns_model = best is not None  # whether model.pt is not an older run's
+        self.wrote_model = best is not None  # whether model.pt is not an older run's
         self.lines = lines  # of the log
         older = any((out / name).exists() for name in ("last.pt", "previous.pt", "model.pt"))
         self.replaces = start == 0 and older
@@ -1196,7 +1196,7 @@ class RunFiles:
             file.writelines(self.lines)
 
     @contextlib.contextmanager
-    def unless_full(self, consequence):
+    def warn_if_full(self, consequence):
         """Turn an error of writing into a warning."""
         try:
             yield
@@ -1209,7 +1209,7 @@ class RunFiles:
             return
         self.lines.append(json.dumps({"step": step, **values}) + "\n")
         if not self.replaces:
-            with self.unless_full("the log lacks a line"):
+            with self.warn_if_full("the log lacks a line"):
                 evaluate.make_folder(self.out)  # in case someone has removed it
                 with open(self.out / "log.jsonl", "a") as file:
                     file.write(self.lines[-1])
@@ -1225,39 +1225,39 @@ class RunFiles:
             "best": best,
             "log": "".join(self.lines),
             "launch": self.launch,
-            "layout": layout(states),
+            "layout": tensor_shapes(states),
             "model": fcos.checkpoint(model),
         }
         if states.keys() & content.keys():
             raise UserError(f"{', '.join(states)}: one has a name of the checkpoint's own")
         keep = None if self.replaces else self.out / "previous.pt"
-        with self.unless_full("the older checkpoint stays"):
+        with self.warn_if_full("the older checkpoint stays"):
             with fcos.atomic_write(self.out / "last.pt", keep=keep) as file:
                 torch.save(content | states, file)
             self.saved_step = step
             if self.replaces:
                 self.replaces = False
                 (self.out / "previous.pt").unlink(missing_ok=True)
-                if not self.owns_model:
+                if not self.wrote_model:
                     (self.out / "model.pt").unlink(missing_ok=True)
                     (self.out / "metrics.json").unlink(missing_ok=True)
                 self.write_log()
 
     def best(self, model, metrics):
         """Write model.pt and metrics.json. Returns whether that succeeded."""
-        with self.unless_full("the older model stays"):
+        with self.warn_if_full("the older model stays"):
             fcos.save(model, self.out / "model.pt")
             with fcos.atomic_write(self.out / "metrics.json", "w") as file:
                 json.dump(metrics, file)
-            self.owns_model = True
+            self.wrote_model = True
             return True
         return False
 
     def has_model(self):
         """Return whether the run has written a model.pt that is still there."""
-        return self.owns_model and (self.out / "model.pt").exists()
+        return self.wrote_model and (self.out / "model.pt").exists()
 
-    def resumes_from(self):
+    def resume_advice(self):
         """Return what to do after a stop, for the last message. Raises UserError if a checkpoint
         could not be written."""
         there = any((self.out / name).exists() for name in ("last.pt", "previous.pt"))
@@ -1372,7 +1372,7 @@ def restore(path, content, settings, model, saved):
         for value in torch.utils._pytree.tree_leaves(state):
             if isinstance(value, torch.Tensor) and not value.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity")
-    odd = layout(states).items() ^ content["layout"].items()
+    odd = tensor_shapes(states).items() ^ content["layout"].items()
     if odd:
         raise ValueError(f"{min(place for place, _ in odd)} does not fit")
     fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos"))
@@ -1383,7 +1383,7 @@ def restore(path, content, settings, model, saved):
     return step, best
 
 
-def layout(state):
+def tensor_shapes(state):
     """Return {place in nested containers: shape of the tensor there, () for other values}."""
     leaves, _ = torch.utils._pytree.tree_flatten_with_path(state)
     place = torch.utils._pytree.keystr
@@ -1433,7 +1433,7 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def fresh_store(rank, world_size, timeout):
+def make_fresh_store(rank, world_size, timeout):
     """Return a part of torchrun's store that no process has used before.
 
     torchrun keeps one store through all its restarts, where a rank may find the address of another
@@ -1483,7 +1483,7 @@ PAPERS, INKS = (
 )
 
 
-def _background(rng, w, h):
+def draw_background(rng, w, h):
     """Mix two colours by a gradient, stripes or checks, and clouds -> (h, w, 3) in 0..255."""
     a, b = rng.permutation(PAPERS)[:2]
     y, x = np.mgrid[:h, :w]
@@ -1494,14 +1494,14 @@ def _background(rng, w, h):
     return a + (b - a) * np.clip(mix, 0, 1)[..., None]
 
 
-def _scene(rng):
+def draw_scene(rng):
     """Draw a picture -> uint8 (h, w, 3), and its objects as COCO annotations without ids.
 
     A box is tight around the part of the object inside the picture, covered or not. Two objects
     share at most 30 % of the smaller one.
     """
     w, h = rng.permutation([128, rng.choice([144, 152, 160])]).tolist()
-    image = _background(rng, w, h)
+    image = draw_background(rng, w, h)
     objects = []
     masks = []
     sizes = np.sort(10 * 5.5 ** rng.uniform(size=rng.integers(6, 11)))
@@ -1542,17 +1542,17 @@ def make_shapes(root, seed=0, train=1400, val=200):
         (part / "annotations").mkdir(parents=True)
         for split, (name, count) in enumerate([("train2017", train), ("val2017", val)]):
             (part / name).mkdir()
-            content = _draw_split(part / name, seed, split, count)
+            content = draw_split(part / name, seed, split, count)
             (part / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
         os.replace(part, root)
 
 
-def _draw_split(folder, seed, split, count):
+def draw_split(folder, seed, split, count):
     """Draw the pictures of a split into a folder -> its COCO instances."""
     images = []
     annotations = []
     for i in range(count):
-        picture, objects = _scene(np.random.Generator(np.random.PCG64([seed, split, i])))
+        picture, objects = draw_scene(np.random.Generator(np.random.PCG64([seed, split, i])))
         image_id = 1_000_000 * split + i + 1
         name = f"{image_id:012d}.jpg"
         h, w, _ = picture.shape

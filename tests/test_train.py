@@ -183,11 +183,11 @@ def test_shapes_are_a_coco_data_set(shapes, capsys):
 def test_the_box_of_a_shape_is_tight_around_what_is_seen_of_it(monkeypatch):
     """One bright object on black: what is not black is the object (and JPEG is not involved)."""
 
-    monkeypatch.setattr(train, "_background", lambda rng, w, h: np.zeros((h, w, 3), np.float32))
+    monkeypatch.setattr(train, "draw_background", lambda rng, w, h: np.zeros((h, w, 3), np.float32))
     monkeypatch.setattr(train, "INKS", np.full((1, 3), 230, np.float32))
     seen, distances = set(), []
     for seed in range(80):
-        picture, objects = train._scene(np.random.default_rng(seed))
+        picture, objects = train.draw_scene(np.random.default_rng(seed))
         if objects:
             ys, xs = np.nonzero(picture.min(2) > 40)
             x, y, w, h = objects[0]["bbox"]
