@@ -6,14 +6,14 @@
     python evaluate.py --results results.json --annotations instances_val2017.json
     torchrun --nproc_per_node=8 evaluate.py runs/coco/model.pt --data data/coco
 
-In this order: the COCO data set, prediction over any number of processes, scoring, drawing, and the
-command line. train.py uses most of it: the data set, the scores, and how a process starts and ends.
+The sections: the COCO data set, prediction over any number of processes, scoring, drawing, and the
+command line. train.py uses the data set, the scores, and how a process starts and ends.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the slow imports: see run
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during the slow imports; see run
 
 import argparse
 import ast
@@ -74,10 +74,10 @@ LAYOUTS = [  # annotations and images: COCO, Roboflow, `coco split`, CVAT, YOLO,
 
 
 def coco_paths(data, split: str) -> tuple[Path, Path]:
-    """Return the (annotations, image folder) of a split such as "val2017" below the folder `data`.
+    """Return the (annotations, image folder) of a split such as "val2017" in the folder `data`.
 
-    The first of LAYOUTS that is there, or COCO's if the folder is missing.
-    Raises UserError, which lists what was looked for, if the folder has none of them.
+    The first of LAYOUTS that exists, or COCO's if the folder is missing.
+    Raises UserError with the list of layouts if the folder has none of them.
     """
     data = Path(data)
     name = split.removesuffix("2017")
@@ -104,38 +104,38 @@ def list_nearest(path):
 
 
 def is_image(name):
-    """Return whether Pillow reads files with the suffix of this name, and it is not hidden."""
+    """Return whether a file of this name is not hidden and has a suffix that Pillow reads."""
     suffix = os.path.splitext(name)[1].lower()
     readable = Image.registered_extensions().get(suffix) in Image.OPEN
     return readable and not name.startswith(".")  # macOS puts ._1.jpg beside 1.jpg
 
 
 def find_images(folder, names, path):
-    """Return the paths, relative to the folder, of the images that the annotations at `path` name.
+    """Return the paths of the images that the annotations at `path` name, relative to the folder.
 
-    A name means the file of that name, whatever its slashes and Unicode form, in the folder or
-    beside it. Otherwise it means the only image with that stem: YOLO's names have no suffix.
-    Raises UserError if a name means no file or several.
+    A name matches the file of the same name, in any Unicode form and with either slash, in the
+    folder or beside it; if there is none, the only image with that stem (names may lack a suffix).
+    Raises UserError if a name matches no file or several.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such image folder; {list_nearest(folder)}")
     present = set(os.listdir(folder))
     index = functools.cache(index_folder)
-    places = [name if name in present else find_image(folder, name, index) for name in names]
-    if None in places:
-        missing = [name for name, place in zip(names, places) if place is None]
+    files = [name if name in present else find_image(folder, name, index) for name in names]
+    if None in files:
+        missing = [name for name, file in zip(names, files) if file is None]
         raise UserError(
             f"{folder}: lacks {len(missing)} of {len(names)} images of {path}, the first being "
             f"{printable(missing[0])}; {list_nearest(folder / missing[0])}"
         )
-    return places
+    return files
 
 
 def find_image(folder, name, index):
-    """Return the path of one image, or None: see find_images. index: a cached `index_folder`."""
+    """Return the path of one image or None, see find_images. index: `index_folder` with a cache."""
     head, tail = os.path.split(unicodedata.normalize("NFC", name.replace("\\", "/")))
     heads = [head, unicodedata.normalize("NFD", head)]
-    heads += [f"../{head}" for head in heads if head]  # CVAT names the folder of images, too
+    heads += [f"../{head}" for head in heads if head]  # CVAT's names include the image folder
     stem = os.path.splitext(tail)[0] if is_image(tail) else tail
     for key in (("name", tail), ("stem", tail), ("stem", stem)):
         for head in heads:
@@ -151,7 +151,7 @@ def find_image(folder, name, index):
 def index_folder(folder):
     """Return the files of a folder under ("name", name), and its images under ("stem", stem).
 
-    The keys have composed Unicode characters; files are spelt as the folder has them.
+    Keys are in Unicode's composed form (NFC); file names are as in the folder.
     """
     index = {}
     with contextlib.suppress(OSError):  # no such folder
@@ -166,7 +166,7 @@ def index_folder(folder):
 def same_content(paths, hashed=10_000):
     """Return lists of the positions of images with the same content.
 
-    Of more than `hashed` paths the paths alone are compared, so that a large data set starts fast.
+    If there are more than `hashed` paths, only the paths are compared, which is fast.
     """
     keys = [str(path) for path in paths]
     if len(keys) <= hashed:
@@ -187,7 +187,7 @@ def same_content(paths, hashed=10_000):
 
 
 class ImageEntry(msgspec.Struct, gc=False):
-    """An entry of "images" in a COCO JSON. Fields that are not named here are skipped."""
+    """An entry of "images" in a COCO JSON. Other fields are skipped."""
 
     id: int | str
     file_name: str | int
@@ -206,9 +206,9 @@ class CategoryEntry(msgspec.Struct, gc=False):
 class BoxEntry(msgspec.Struct, gc=False, kw_only=True):
     """An entry of "annotations" in a COCO JSON. bbox: x, y, width and height in pixels.
 
-    Any field after `iscrowd` becomes a column of the samples, under its name. It holds one number
-    or a fixed count of numbers of each box: `angle: float = 0.0` or `point: tuple[float, float]`.
-    A field without a default is required.
+    Add fields after `iscrowd`: each becomes a column of the samples, under its name, with one or
+    more numbers per box, such as `angle: float = 0.0` or `point: tuple[float, float]`. A field
+    without a default is required.
     """
 
     image_id: int | str
@@ -242,9 +242,9 @@ class YoloClasses(msgspec.Struct):
 
 
 def read_json(path, kind=Any):
-    """Read a JSON file as the msgspec type `kind`, see `decode`. The file is mapped, not copied.
+    """Read a JSON file as the msgspec type `kind`, see `decode`; it is mapped into memory.
 
-    Raises UserError if it is missing or does not have the type.
+    Raises UserError if it is missing or has another type.
     """
     try:
         with open(fcos.regular_file(path), "rb") as file:
@@ -260,11 +260,10 @@ def read_json(path, kind=Any):
 
 
 def decode(data, kind, path):
-    """Decode JSON as the msgspec type `kind`, skipping fields that it does not name.
+    """Decode JSON as the msgspec type `kind`; other fields, such as COCO's polygons, are skipped.
 
-    COCO's polygons are therefore never built. `json` decodes what msgspec refuses: a byte order
-    mark, NaN, and numbers written as text.
-    Raises UserError, which names the list, the row and the field, and shows the entry.
+    If msgspec refuses it (a byte order mark, NaN, numbers as text), Python's `json` decodes it.
+    Raises UserError that names the list, the row and the field, and shows the entry.
     """
     with contextlib.suppress(ValueError, RecursionError):
         return msgspec.json.decode(data, type=kind)
@@ -288,13 +287,13 @@ def decode(data, kind, path):
 
 
 def without_polygons(entry):
-    """Remove the polygons of an annotation: they take most of the memory and are not used."""
+    """Remove the polygons of an annotation, which take most of the memory and are not used."""
     entry.pop("segmentation", None)
     return entry
 
 
 def read_labels(path, image_dir):
-    """Read labels of CVAT, Pascal VOC or YOLO. Returns Instances, and notes about what was read.
+    """Read labels of CVAT, Pascal VOC or YOLO; return Instances and a list of notes.
 
     CVAT: an XML file. Pascal VOC: a folder of XML files, or a list of their names in
     ImageSets/Main. YOLO: a folder of text files, with data.yaml in it or above it.
@@ -317,14 +316,14 @@ def read_labels(path, image_dir):
 
 
 def read_xml(path):
-    """Read CVAT's XML or Pascal VOC's with hotcoco -> Instances."""
+    """Read the XML of CVAT or Pascal VOC with hotcoco; return Instances."""
     from hotcoco import COCO
 
     if path.suffix == ".xml":
         coco = COCO.from_cvat(str(path))
         rotated = path.read_bytes().count(b" rotation=")
         if rotated:
-            warnings.warn(f"{rotated} boxes are rotated and are read without it", stacklevel=2)
+            warnings.warn(f"{rotated} boxes are rotated; the rotation is ignored", stacklevel=2)
     else:
         coco = COCO.from_voc(str(path if path.is_dir() else path.absolute().parents[2]))
     content = msgspec.convert(coco.dataset, Instances, strict=False)
@@ -336,25 +335,25 @@ def read_xml(path):
         missing = names - {Path(image.file_name).stem for image in content.images}
         if missing:
             raise ValueError(
-                f"{len(missing)} of its {len(names)} images are no <filename> in Annotations, "
-                f"such as {printable(min(missing))}"
+                f"no file in Annotations has the <filename> of {len(missing)} of its {len(names)} "
+                f"images, such as {printable(min(missing))}"
             )
         ids = {image.id for image in content.images}
         content.annotations = [box for box in content.annotations if box.image_id in ids]
     for image in content.images:
-        image.height = image.height or None  # 0 where the XML has no size
+        image.height = image.height or None  # 0 if the XML has no size
         image.width = image.width or None
     return content
 
 
 def read_yolo(path, image_dir):
-    """Read the text files of YOLO -> Instances.
+    """Read the text files of YOLO; return Instances.
 
-    Their numbers are fractions of the image as a viewer shows it. An image without a file is
-    background. A file without an image is left out, as in YOLO, with a warning.
+    Boxes are fractions of the image after its EXIF rotation. An image without a text file is
+    background. A text file without an image is skipped with a warning, as in YOLO.
     """
     if image_dir is None:
-        raise ValueError("the folder of their images is needed, too")
+        raise ValueError("expected the image folder, too")
     sideways = [fcos.TURNS[orientation] for orientation in (5, 6, 7, 8)]
     places = [folder / "data.yaml" for folder in (path, *path.absolute().parents[:3])]
     yaml = next(filter(Path.is_file, places), places[0])
@@ -371,7 +370,9 @@ def read_yolo(path, image_dir):
     for image in filter(is_image, sorted(os.listdir(image_dir))):
         stem = unicodedata.normalize("NFC", os.path.splitext(image)[0])
         if stem in images:
-            raise ValueError(f"{printable(image)} and {printable(images[stem])} share their labels")
+            raise ValueError(
+                f"{printable(image)} and {printable(images[stem])} share one text file"
+            )
         images[stem] = image
     for stem, image in images.items():
         with Image.open(Path(image_dir, image)) as photo:
@@ -388,8 +389,8 @@ def read_yolo(path, image_dir):
             except ValueError:
                 label = -1
             if label not in range(len(names)):
-                expected = f"a class below {len(names)} and 4 numbers"
-                raise ValueError(f"{file}: expected {expected}: {line!r:.99}")
+                expected = f"expected a class below {len(names)} and 4 numbers"
+                raise ValueError(f"{file}: {expected}, found {line!r:.99}")
             box = ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height)
             content.annotations.append(BoxEntry(image_id=id, category_id=int(label), bbox=box))
     unused = sorted(files.keys() - images.keys() - {"classes"})
@@ -415,15 +416,15 @@ def sort_by_id(entries, where):
         raise UserError(f"{where}: {expected}; found {ids[:5]!r:.200}")
     id, count = Counter(ids).most_common(1)[0]
     if count > 1:
-        raise UserError(f"{where}: id {id!r:.100} is there {count} times")
+        raise UserError(f"{where}: expected unique ids, found id {id!r:.100} {count} times")
     return sorted(entries, key=operator.attrgetter("id"))
 
 
 def find_positions(known, entries, field):
-    """Return the positions among `known` of the ids in a field of M entries: int64 (M,), or -1.
+    """Return the position in `known` of the id in a field of each entry, int64 (M,), -1 if unknown.
 
-    known: ids in ascending order, int64 (N,) or text. 7 and "7" are the same id, since some tools
-    write the ids of results as text.
+    known: ids in ascending order, int64 (N,) or text. 7 and "7" are the same id, because some tools
+    write ids as text.
     """
     get_id = operator.attrgetter(field)
     try:
@@ -445,14 +446,14 @@ def stack_boxes(entries):
 
 
 def take_columns(boxes, images, categories, path, size=20_000):
-    """Return the columns of annotations as a dict of arrays, and empty their list.
+    """Convert annotations to a dict of arrays, and empty their list.
 
-    Blocks of `size` boxes stay in the cache of the processor while they are converted, and are
-    freed before the next block. images, categories: their ids. rows and categories of the result
-    are positions among them; a row is -1 if the image is unknown.
+    Blocks of `size` boxes fit the processor's cache, and each is freed before the next. images,
+    categories: all ids. "rows" and "categories" of the result are positions among them; a row is -1
+    if the image is unknown.
     """
     fields = BoxEntry.__struct_fields__
-    further = fields[fields.index("iscrowd") + 1 :]
+    extra = fields[fields.index("iscrowd") + 1 :]
     blocks = []
     while boxes or not blocks:
         block = boxes[-size:]
@@ -470,7 +471,7 @@ def take_columns(boxes, images, categories, path, size=20_000):
                 f"{path}: annotations[{len(boxes) + first}]: category_id "
                 f"{block[first].category_id!r:.100} is not in {categories.tolist()!r:.200}"
             )
-        for name in further:
+        for name in extra:
             values = np.array([getattr(box, name) for box in block])
             columns[name] = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
         blocks.append(columns)
@@ -485,24 +486,24 @@ def take_columns(boxes, images, categories, path, size=20_000):
 class Annotations:
     """The images, classes and boxes of a COCO instances JSON in flat arrays; str() is the path.
 
-    N images and K classes are in ascending order of their ids, M boxes in the order of the file.
+    N images and K classes are sorted by id; M boxes are in the order of the file.
     """
 
     path: Path
     image_ids: np.ndarray  # (N,) int64 or text
-    names: list | None  # N file names as the JSON has them
-    hw: np.ndarray  # (N, 2) float64 pixels, NaN where the file does not say
+    names: list | None  # N file names
+    hw: np.ndarray  # (N, 2) float64 pixels, NaN if not in the file
     classes: list  # K names
-    category_ids: list  # K ids, None where the file lacks a class that was asked for
-    label_of: dict  # {category id: label, -1 if it is no class}
+    category_ids: list  # K ids, None if the file lacks a requested class
+    label_of: dict  # {category id: label, or -1 if the category is not a class}
     rows: np.ndarray  # (M,) int64, the position of the image, -1 if it is unknown
     labels: np.ndarray  # (M,) int64
     xywh: np.ndarray  # (M, 4) float64 pixels
-    areas: np.ndarray  # (M,) float64, of the box where the file has no area
+    areas: np.ndarray  # (M,) float64, w * h if the file has no area
     crowds: np.ndarray  # (M,) bool
-    columns: dict  # {name: float32 or int64 (M, ...)}, the further fields of BoxEntry
-    in_id_order: bool  # whether the file lists its categories by their ids
-    notes: list  # what is odd, one line each
+    columns: dict  # {name: float32 or int64 (M, ...)}, the extra fields of BoxEntry
+    in_id_order: bool  # whether the file lists its categories in order of their ids
+    notes: list  # warnings for the user, one line each
 
     def __str__(self):
         return str(self.path)
@@ -512,7 +513,7 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
     """Read a COCO instances JSON, or the labels that `read_labels` takes.
 
     classes: names in the order of their labels, if a model or another file decides the classes.
-    Raises UserError, which names the file, the list and the row, for content that cannot be used.
+    Raises UserError that names the file, the list and the row of unusable content.
     """
     path = Path(path)
     notes: list[str] = []
@@ -530,8 +531,8 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
     rows = columns.pop("rows")
     if len(rows) and (rows < 0).all():
         raise UserError(
-            f"{path}: no annotation belongs to an image of the file; annotations[0] has image_id "
-            f"{first_id!r:.100}, an image has id {image_ids[0].item()!r:.100}"
+            f"{path}: no annotation belongs to an image; annotations[0] has image_id "
+            f"{first_id!r:.100}, the first image has id {image_ids[0].item()!r:.100}"
         )
     positions = columns.pop("categories")
     used = np.bincount(positions, minlength=len(categories)) > 0
@@ -560,7 +561,7 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
 
 
 def name_categories(categories, notes):
-    """Return the names of categories; those that share one get their id added, and a note."""
+    """Return the names of categories; equal names get their id appended, and a note is added."""
     names = [unicodedata.normalize("NFC", str(category.name)) for category in categories]
     shared = [name for name, count in Counter(names).items() if count > 1]
     if not shared:
@@ -571,10 +572,10 @@ def name_categories(categories, notes):
 
 
 def choose_classes(names, categories, used, path, classes, notes):
-    """Return the names of the classes, and add what is odd to the notes.
+    """Return the names of the classes, and add notes about other categories.
 
-    By default every category is a class, except the first that Roboflow exports: no box has it, and
-    the others name it as their supercategory. used (K,): whether a box has the category.
+    By default every category is a class, except the first of a Roboflow export, which has no box
+    and is the supercategory of the others. used (K,): whether a box has the category.
     """
     parents = {c.supercategory for c in categories if c.supercategory != c.name}
     usual = [name for name, has_box in zip(names, used) if has_box or name not in parents]
@@ -584,41 +585,41 @@ def choose_classes(names, categories, used, path, classes, notes):
     for name, has_box in zip(names, used):
         if name in ignored and (has_box or (missing and name in usual)):
             raise UserError(
-                f"{path}: category {name!r:.100} is none of the {len(classes)} classes that were "
-                f"trained on, {classes!r:.200}"
+                f"{path}: category {name!r:.100}: expected one of the {len(classes)} classes that "
+                f"were trained on, {classes!r:.200}"
             )
     if ignored:
-        notes.append(f"categories that are no class and have no box: {ignored!r:.200}")
+        notes.append(f"ignored categories (not a class, no boxes): {ignored!r:.200}")
     if missing:
-        notes.append(f"classes that are no category, so they are not scored: {missing!r:.200}")
+        notes.append(f"classes without a category, not scored: {missing!r:.200}")
     return classes
 
 
 class CocoDataset:
     """The images of a COCO instances JSON with their boxes and labels.
 
-    Everything is in flat arrays: loader workers share them with their parent, and would copy many
-    objects one by one. Crowd boxes are no targets, as in the official code. Boxes are clipped to
-    their image; those without area or image are left out. `notes` tells what is odd.
+    The boxes of all images are in flat arrays, which dataloader workers share without copying.
+    Crowd boxes are not targets, as in the official code. Boxes are clipped to their image; those
+    without area or image are left out. `notes` holds warnings for the user.
 
     annotations: the Annotations of the file, for `score`.
-    image_ids (N,), hw (N, 2) pixels, classes: K names, category_ids: K ids, in rising order.
-    boxes (M, 4) float32 xyxy pixels, labels (M,) and further columns {name: (M, ...)} of image i:
+    image_ids (N,), hw (N, 2) pixels, classes: K names, category_ids: K ids, in ascending order.
+    boxes (M, 4) float32 xyxy pixels, labels (M,) and extra columns {name: (M, ...)}; image i has
     rows offsets[i]:offsets[i + 1].
-    trainable (N,): whether the official training set has the image: it has an annotation, crowds
-    included, of more than 1 pixel in width and height.
+    trainable (N,): whether the official code trains on the image, that is, whether an annotation,
+    crowds included, is more than 1 pixel wide and high.
     """
 
     def __init__(self, annotations, image_dir, classes=None):
         self.image_dir = Path(image_dir)
-        self.files_read = deque(maxlen=32)  # by `image`; whoever reports an error clears it first
+        self.files_read = deque(maxlen=32)  # by `image`, for error messages
         self.annotations = read_annotations(annotations, classes, image_dir)
         self.image_ids = self.annotations.image_ids
         self.classes = self.annotations.classes
         self.category_ids = self.annotations.category_ids
         self.notes = list(self.annotations.notes)
         self._names = np.array(find_images(self.image_dir, self.annotations.names, annotations))
-        self.annotations.names = None  # the spelling of the folder counts from here on
+        self.annotations.names = None  # _names replaces them
         self.hw = self._sizes()
         self._note_copies()
         self._set_boxes()
@@ -631,8 +632,8 @@ class CocoDataset:
         if len(wrong):
             height, width = sizes[wrong[0]]
             raise UserError(
-                f"{self.annotations}: {printable(self._names[wrong[0]])} has height {height:g} and "
-                f"width {width:g}, expected whole numbers over 0"
+                f"{self.annotations}: {printable(self._names[wrong[0]])}: expected a height and "
+                f"width in whole pixels, found {height:g} and {width:g}"
             )
         return sizes.astype(np.int64)
 
@@ -643,14 +644,14 @@ class CocoDataset:
             names = [printable(self._names[i]) for i in groups[0][:2]]
             self.notes.append(
                 f"{sum(map(len, groups)) - len(groups)} images are copies of another, such as "
-                f"{' and '.join(names)}: what is labeled in one is background in the other"
+                f"{' and '.join(names)}; objects labeled in one are background in the other"
             )
 
     def _set_boxes(self):
         truth = self.annotations
         check_pixels(truth.xywh, truth)
         sides = np.ascontiguousarray(truth.xywh.T)  # (4, M) is faster than (M, 4)
-        with np.errstate(over="ignore", invalid="ignore"):  # infinity is outside every image
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite boxes are dropped below
             xyxy = np.concatenate([sides[:2], sides[:2] + sides[2:]])
         height, width = self.hw[truth.rows].T.astype(np.float64)
         inside = np.clip(xyxy, 0, np.stack([width, height, width, height]))
@@ -658,16 +659,16 @@ class CocoDataset:
         full = (inside[2:] > inside[:2]).all(0) & np.isfinite(xyxy).all(0)
         with np.errstate(invalid="ignore"):
             clipped = (np.abs(inside - xyxy) > 1).any(0)  # up to a pixel is rounding in the JSON
-        for what, which in (
-            ("belong to no image of the file and are left out", ~known),
-            ("have no area inside their image and are no targets", ~full & known),
+        for problem, rows in (
+            ("have an unknown image_id and are left out", ~known),
+            ("have no area inside their image and are left out", ~full & known),
             ("reach beyond their image and are clipped", clipped & full & known),
-            ("are crowds and no targets", truth.crowds & full & known),
+            ("are crowds and not targets", truth.crowds & full & known),
         ):
-            if which.any():
-                first = which.argmax()
+            if rows.any():
+                first = rows.argmax()
                 self.notes.append(
-                    f"{which.sum()} of {len(which)} boxes {what}, as annotations[{first}], "
+                    f"{rows.sum()} of {len(rows)} boxes {problem}, such as annotations[{first}], "
                     f"{truth.xywh[first].tolist()}"
                 )
         visible = (sides[2:] > 1).all(0) & known
@@ -684,11 +685,10 @@ class CocoDataset:
         return len(self.image_ids)
 
     def path(self, i) -> Path:
-        """Return the path of image i."""
         return self.image_dir / str(self._names[i])
 
     def image(self, i) -> torch.Tensor:
-        """Return image i, uint8 RGB (3, H, W), in the orientation of its annotations."""
+        """Read image i as uint8 RGB (3, H, W), in the orientation of its annotations."""
         self.files_read.append(self.path(i))
         return fcos.read_image(self.path(i), tuple(self.hw[i].tolist()))
 
@@ -698,10 +698,10 @@ class CocoDataset:
         return torch.from_numpy(self.boxes[rows]), torch.from_numpy(self.labels[rows])
 
     def truth(self, i, hw) -> dict[str, torch.Tensor]:
-        """Return the boxes of image i, scaled as the image is when it gets (height, width).
+        """Return the boxes of image i, scaled to an image of (height, width).
 
-        {"boxes": float32 (G, 4) xyxy pixels, "labels": int64 (G,)} and every further column, as the
-        file has it: a column in pixels must be scaled here.
+        {"boxes": float32 (G, 4) xyxy pixels, "labels": int64 (G,)} and every extra column, which is
+        not scaled: if yours is in pixels, scale it here.
         """
         h, w = self.hw[i].tolist()
         boxes, labels = self.target(i)
@@ -717,19 +717,19 @@ class CocoDataset:
 
 def check_pixels(xywh, where):
     """Raise UserError if most boxes look normalized: no number over 2, and some fractions."""
-    small = xywh[(np.abs(xywh) <= 2).all(1)]  # reading Pascal VOC moves them by a pixel
+    small = xywh[(np.abs(xywh) <= 2).all(1)]  # not 1: reading Pascal VOC moves boxes by a pixel
     fractions = small[(small % 1).any(1)]
     if 2 * len(small) > len(xywh) and len(fractions):
         raise UserError(
-            f"{where}: expected boxes in pixels; these look normalized, as "
+            f"{where}: expected boxes in pixels, found normalized ones, such as "
             f"{fractions[0].tolist()}; multiply them by the size of their image"
         )
 
 
 def load_dataset(annotations, image_dir, classes=None) -> CocoDataset:
-    """Return a CocoDataset that rank 0 reads and every other process receives.
+    """Read a CocoDataset on rank 0 and send it to every other process.
 
-    Every process of torch.distributed calls it. An error of rank 0 is raised in all.
+    Every process of torch.distributed must call it. An error of rank 0 is raised in all of them.
     """
     rank, world_size = rank_and_world_size()
     if world_size == 1:
@@ -751,11 +751,11 @@ def load_dataset(annotations, image_dir, classes=None) -> CocoDataset:
 STOP_SIGNALS = [
     getattr(signal, name)
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-    if hasattr(signal, name)  # Windows has not all of them
+    if hasattr(signal, name)  # Windows lacks some
 ]
 OPEN_FILES = 40  # of a process without workers
 OPEN_FILES_PER_WORKER = 16
-# parts of PyTorch's errors about workers that died, hang, or lack open files
+# PyTorch's error messages for a worker that died, hangs or cannot open files
 WORKER_ERRORS = r"DataLoader (worker \(pid|timed out)|ancillary data|Too many open files"
 WORKER_HELP = "raise `ulimit -n`, enlarge /dev/shm (docker run --shm-size=8g) or use --workers 0"
 
@@ -763,25 +763,24 @@ WORKER_HELP = "raise `ulimit -n`, enlarge /dev/shm (docker run --shm-size=8g) or
 def start_worker(_):
     """Make a dataloader worker ignore the signals that stop a run.
 
-    They often reach all processes, and the parent needs its workers to finish a step. Workers end
-    when their parent does.
+    They often reach all processes, but the parent needs its workers to finish the step.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def check_open_files(workers):
-    """Raise UserError if the process may not open as many files as its workers need."""
+    """Raise UserError if the limit of open files is too low for the dataloader workers."""
     needed = OPEN_FILES + OPEN_FILES_PER_WORKER * workers
     if workers and hasattr(os, "sysconf") and os.sysconf("SC_OPEN_MAX") < needed:
         raise UserError(
-            f"`ulimit -n` is {os.sysconf('SC_OPEN_MAX')}, too few open files for {workers} "
-            f"dataloader workers; raise it to {needed} or use --workers 0"
+            f"`ulimit -n`: {workers} dataloader workers need {needed} open files, found a limit of "
+            f"{os.sysconf('SC_OPEN_MAX')}; raise it or use --workers 0"
         )
 
 
 def read_ahead(read, items, workers, pin_memory=False):
-    """Return an iterable of read(item) for all items, or its UserError; workers read ahead."""
+    """Return an iterable of read(item), or the UserError it raised; workers read ahead."""
     check_open_files(workers)
     return DataLoader(
         items,
@@ -797,8 +796,8 @@ def read_ahead(read, items, workers, pin_memory=False):
 def read_item(read, item):
     """Return read(item), or its UserError, which PyTorch would wrap in a traceback.
 
-    A worker moves the tensors to shared memory here. PyTorch would do so in a thread, where an
-    error would lose the item, and the parent would wait for it.
+    A worker moves the tensors to shared memory here. PyTorch does so in a thread, where an error
+    would lose the item and leave the parent waiting.
     """
     try:
         result = read(item)
@@ -816,7 +815,7 @@ def read_item(read, item):
 
 
 def raise_errors(items):
-    """Yield the items of `read_ahead` up to the first that is an error, which is raised."""
+    """Yield the items of `read_ahead`; raise the first error among them."""
     for item in items:
         if isinstance(item, UserError):
             raise item
@@ -825,7 +824,7 @@ def raise_errors(items):
 
 @contextlib.contextmanager
 def kill_workers_on_error():
-    """Kill the dataloader workers that were started here if an error occurs: they ignore signals.
+    """Kill the dataloader workers started in this context, which ignore signals, on any error.
 
     PyTorch's error about a worker that died or hangs becomes a UserError.
     """
@@ -840,55 +839,57 @@ def kill_workers_on_error():
             worker.join()
         if unix:
             signal.signal(signal.SIGCHLD, handler)
-        # "Caught" is in errors of the code that a worker runs
+        # PyTorch writes "Caught" into errors that the code in a worker raised
         if re.search(WORKER_ERRORS, str(error)) and "Caught" not in str(error):
             raise UserError(f"{error}; {WORKER_HELP}") from None
         raise
 
 
 def check_classes(model, dataset):
-    """Raise UserError, which shows the difference, unless a model has the classes of a data set."""
+    """Raise UserError with the first difference if a model and a data set differ in classes."""
     path = dataset.annotations
     found = dataset.classes
     expected = None if model.classes is None else list(model.classes)
     if expected is None and len(found) != model.num_classes:
-        raise UserError(f"{path}: has {len(found)} categories, the model {model.num_classes}")
+        raise UserError(
+            f"{path}: expected the {model.num_classes} classes of the model, found {len(found)}"
+        )
     if expected is None and not path.in_id_order:
         raise UserError(
-            f"{path}: its categories are not listed by their ids, and the model does not say in "
-            "which order it was trained on them"
+            f"{path}: its categories are not sorted by id, and the model does not store the order "
+            "of its classes"
         )
     if expected not in (None, found):
         pairs = itertools.zip_longest(expected, found)
         first, other = next(pair for pair in pairs if pair[0] != pair[1])
         raise UserError(
-            f"{path}: its {len(found)} categories are not the {len(expected)} that the model was "
-            f"trained on; the first difference is {first!r:.100} against {other!r:.100}"
+            f"{path}: expected the {len(expected)} classes of the model, found {len(found)}; the "
+            f"first difference is {first!r:.100} against {other!r:.100}"
         )
 
 
-def predict(model, dataset, batch_size=1, workers=2, **how) -> list[dict] | None:
-    """Return the detections on every image of a CocoDataset, in COCO's results format.
+def predict(model, dataset, batch_size=1, workers=2, **options) -> list[dict] | None:
+    """Predict every image of a CocoDataset; return the detections in COCO's results format.
 
     [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}, ...] in the order of the images,
-    and every further column of the detections. Every process of torch.distributed takes its share
+    and every extra column of the detections. Every process of torch.distributed takes its share
     of the batches; the list is complete on rank 0 and None elsewhere.
-    how: further keywords of FCOS.predict, such as tta.
+    options: more keywords of FCOS.predict, such as tta.
     """
     rank, world_size = rank_and_world_size()
-    images_of: dict[tuple, list] = {}  # a padded size: what stands beside an image cannot matter
+    images_of: dict[tuple, list] = {}  # by padded size, so that the result depends on no neighbor
     for i, hw in enumerate(dataset.hw.tolist()):
         size = fcos.padded_hw([fcos.resized_hw(*hw, *model.test_size)])
         images_of.setdefault(size, []).append(i)
     batches = []
     for images in images_of.values():
         batches += [images[k : k + batch_size] for k in range(0, len(images), batch_size)]
-    mine = [i for batch in batches[rank::world_size] for i in batch]
-    bar = progress_bar(read_ahead(dataset.image, mine, workers), "predict")
+    own_images = [i for batch in batches[rank::world_size] for i in batch]
+    bar = progress_bar(read_ahead(dataset.image, own_images, workers), "predict")
     results: dict[int, list] = {}
-    with kill_workers_on_error(), bar, count_views(model, bar, how):
-        detections = model.predict(raise_errors(bar), batch_size=batch_size, **how)
-        for i, found in zip(mine, detections, strict=True):
+    with kill_workers_on_error(), bar, count_views(model, bar, options):
+        detections = model.predict(raise_errors(bar), batch_size=batch_size, **options)
+        for i, found in zip(own_images, detections, strict=True):
             image_id = {"image_id": dataset.image_ids[i].item()}
             rows = result_rows(found, dataset.category_ids)
             results[i] = [image_id | row for row in rows if row["category_id"] is not None]
@@ -903,16 +904,16 @@ def predict(model, dataset, batch_size=1, workers=2, **how) -> list[dict] | None
 
 
 def progress_bar(items, name):
-    """Return an iterable that shows a bar on rank 0: how many images are done."""
-    # in position 0 the bar replaces a bar of training; below it, Jupyter draws every update
+    """Wrap an iterable of images in a progress bar, shown on rank 0."""
+    # position 0 replaces the bar of training; in any other, Jupyter draws every update
     hidden = rank_and_world_size()[0] > 0
     layout = dict(position=0, leave=False, dynamic_ncols=True, miniters=0)
     return tqdm(items, name, unit="image", disable=hidden, **layout)
 
 
 @contextlib.contextmanager
-def count_views(model, bar, how):
-    """Count the views beside a progress bar if an image has several: it may take long."""
+def count_views(model, bar, options):
+    """Show the number of views beside a progress bar if an image has several, which takes long."""
     seen = 0
 
     def show(module, inputs):
@@ -922,7 +923,7 @@ def count_views(model, bar, how):
         bar.update(0)  # draws the bar, at most ten times a second
 
     with contextlib.ExitStack() as stack:
-        if how.get("tile") or how.get("tta"):
+        if options.get("tile") or options.get("tta"):
             stack.callback(model.register_forward_pre_hook(show).remove)
         yield
 
@@ -930,7 +931,7 @@ def count_views(model, bar, how):
 def result_rows(found, category_ids) -> list[dict]:
     """Return the detections on one image in COCO's results format, without its image_id.
 
-    Every further column of the detections is written by its name.
+    Every extra column of the detections keeps its name.
     """
     boxes = found["boxes"]
     columns = {name: values.tolist() for name, values in found.items() if name != "boxes"}
@@ -948,11 +949,11 @@ METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 def score(results, annotations, per_class=False) -> dict[str, float]:
     """Return COCO's twelve box metrics, {"AP": ..., "AP50": ...}, from 0 to 1, or -1 for no object.
 
-    results: detections as `predict` returns them, or the path of a JSON file of them.
-    annotations: the Annotations that were read before, or the path of a COCO instances JSON.
-    With per_class also "AP/<class>"; and "F1" and "threshold" of all classes together, "F1/<class>"
-    and "threshold/<class>" of each, at IoU 0.5: see best_f1.
-    Raises UserError, which names the entry, for results that do not fit the annotations.
+    results: detections as `predict` returns them, or the path of a JSON file with them.
+    annotations: Annotations, or the path of a COCO instances JSON.
+    per_class: add "AP/<class>" and, at IoU 0.5, the best "F1" and its "threshold" over all classes,
+    "F1/<class>" and "threshold/<class>" (see best_f1).
+    Raises UserError that names the entry if results do not fit the annotations.
     """
     if not isinstance(annotations, Annotations):
         annotations = read_annotations(annotations)
@@ -971,8 +972,8 @@ def score(results, annotations, per_class=False) -> dict[str, float]:
     if not per_class:
         return metrics
     scores, right, objects = zip(*matched)
-    together = best_f1(np.concatenate(scores), np.concatenate(right), sum(objects))
-    metrics["F1"], metrics["threshold"] = together
+    overall = best_f1(np.concatenate(scores), np.concatenate(right), sum(objects))
+    metrics["F1"], metrics["threshold"] = overall
     AP = scorer.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1)).tolist()
     for label, name in enumerate(annotations.classes):
         metrics[f"AP/{name}"] = AP[label]
@@ -983,7 +984,7 @@ def score(results, annotations, per_class=False) -> dict[str, float]:
 def read_results(results, annotations):
     """Return the rows, labels, xywh and scores of results as a dict of arrays.
 
-    Results of a category that is no class cannot change the metrics and are left out.
+    Results of categories that are not classes are dropped: they cannot change the metrics.
     """
     if isinstance(results, (str, os.PathLike)):
         where = str(results)
@@ -992,7 +993,7 @@ def read_results(results, annotations):
         where = "results"
         try:
             entries = msgspec.convert(results, list[ResultEntry])
-        except msgspec.ValidationError:  # numbers of NumPy, or an error that decode describes
+        except msgspec.ValidationError:  # NumPy's numbers, or an error that decode describes
             data = msgspec.json.encode(results, enc_hook=operator.methodcaller("tolist"))
             entries = decode(data, list[ResultEntry], where)
     first_id = annotations.image_ids[0].item()
@@ -1003,14 +1004,14 @@ def read_results(results, annotations):
     scores = np.fromiter(map(operator.attrgetter("score"), entries), np.float64, len(entries))
     finite = (np.abs(xywh) < 1e300).all(1) & (np.abs(scores) < 1e300)
     for problem, wrong in (
-        (f"image_id is not in the annotations, whose first is {first_id!r:.100}", rows < 0),
-        (f"category_id is not in the categories {categories!r:.200}", positions < 0),
-        ("bbox and score must be finite numbers", ~finite),
+        (f"expected an image_id of the annotations, such as {first_id!r:.100}", rows < 0),
+        (f"expected a category_id among {categories!r:.200}", positions < 0),
+        ("expected finite numbers in bbox and score", ~finite),
     ):
         if wrong.any():
             first = wrong.argmax()
             entry = msgspec.to_builtins(entries[first])
-            raise UserError(f"{where}: [{first}]: {problem}, in {entry!r:.300}")
+            raise UserError(f"{where}: [{first}]: {problem}, found {entry!r:.300}")
     if where != "results":
         check_pixels(xywh, where)
     labels = np.array(list(annotations.label_of.values()))[positions]
@@ -1019,10 +1020,10 @@ def read_results(results, annotations):
 
 
 def make_scorer(truth, found, images, classes):
-    """Return a COCOeval of boxes in arrays, whose ids are rows and labels.
+    """Return a COCOeval of boxes in arrays, with rows as image ids and labels as category ids.
 
-    hotcoco gives the numbers of pycocotools to the last bit, many times faster. pycocotools takes
-    its place where it is missing.
+    hotcoco gives the same numbers as pycocotools, many times faster; if it is not installed,
+    pycocotools is used.
     """
     images = [{"id": row} for row in images]
     categories = [{"id": label, "name": str(label)} for label in classes]
@@ -1050,9 +1051,8 @@ def make_scorer(truth, found, images, classes):
 def match_class(truth, found, label):
     """Match the detections of one class at IoU 0.5, as COCO does.
 
-    Returns their scores (D,) without those that match crowds, whether each is right (D,), and the
-    number of objects. Only the images with a box of the class are looked at, so that memory does
-    not grow with classes times images.
+    Returns the scores (D,) of detections that match no crowd, whether each is correct (D,), and the
+    number of objects. Images without a box of the class are left out to save memory.
     """
     truth = {name: values[truth["labels"] == label] for name, values in truth.items()}
     found = {name: values[found["labels"] == label] for name, values in found.items()}
@@ -1075,21 +1075,21 @@ def match_class(truth, found, label):
 def best_f1(scores, right, objects):
     """Return the highest F1 over all score thresholds, and its threshold; -1, -1 if there is none.
 
-    F1 = 2 * TP / (detections + objects), counted over all images, of the detections whose score is
-    not below the threshold.
+    F1 = 2 * TP / (detections + objects) over all images, with the detections that score at least
+    the threshold.
     """
     if not len(scores) or not objects:
         return -1.0, -1.0
     order = np.argsort(-scores, kind="stable")
     scores = scores[order]
     F1 = 2 * right[order].cumsum() / (np.arange(1, len(scores) + 1) + objects)
-    last = np.append(scores[1:] < scores[:-1], True)  # of several detections with one score
+    last = np.append(scores[1:] < scores[:-1], True)  # of detections with equal scores
     best = np.where(last, F1, 0).argmax()
     return float(F1[best]), float(scores[best])
 
 
 def table(metrics) -> str:
-    """Return the metrics as text, a line for each; "-" means that there is nothing to find."""
+    """Return the metrics as text, one per line; "-" means that the data set has no such object."""
     names = [printable(name, 80) for name in metrics]
     width = max(map(len, names))
     numbers = [f"{value:6.3f}" if value >= 0 else "     -" for value in metrics.values()]
@@ -1106,14 +1106,14 @@ LEVEL_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")  # P3 to 
 def draw(
     image, detections, classes=None, score_threshold=0.5, min_side=480, colors=None, font_size=None
 ) -> Image.Image:
-    """Return a PIL image with one entry of `FCOS.predict` drawn on it: boxes, classes and scores.
+    """Draw boxes, classes and scores of one entry of `FCOS.predict`; return a PIL image.
 
-    image: anything `FCOS.predict` takes. detections: without "scores" they are ground truth, and
-    all are drawn; otherwise those that score at least `score_threshold`. min_side: an image whose
-    short side has fewer pixels is enlarged. colors: one for each box instead of one for each class.
+    image: anything `FCOS.predict` takes. detections: those with a score of at least
+    `score_threshold` are drawn, or all if there are no "scores" (ground truth). min_side: enlarge
+    images whose short side has fewer pixels. colors: one per box; by default one per class.
     font_size: in pixels.
     """
-    from matplotlib import get_data_path  # its font has most alphabets; slow to import
+    from matplotlib import get_data_path  # its font covers most alphabets; slow to import
 
     picture = Image.fromarray(fcos.as_image(image).permute(1, 2, 0).numpy())
     scale = min(math.ceil(min_side / min(picture.size)), 4000 // max(picture.size)) or 1
@@ -1133,7 +1133,7 @@ def draw(
         scores = detections["scores"].tolist()
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores)]
         shown = [i for i in shown if scores[i] >= score_threshold]
-    for i in reversed(shown):  # the best last, above the others
+    for i in reversed(shown):  # the best last, on top
         draw_box(pen, boxes[i], colors[i], max(3, size // 5))
     taken: list[tuple] = []
     for i in shown:
@@ -1148,7 +1148,7 @@ def draw(
 
 
 def draw_box(pen, box, color, width):
-    """Draw the outline of a box between two white lines, which show on every background."""
+    """Draw the outline of a box between two white lines, visible on any background."""
     x1, y1, x2, y2 = box
     for margin, ink, thickness in ((1, "white", width + 2), (0, color, width)):
         corners = (x1 - margin, y1 - margin, max(x1, x2) + margin, max(y1, y2) + margin)
@@ -1156,10 +1156,10 @@ def draw_box(pen, box, color, width):
 
 
 def place_label(box, wh, picture_wh, taken):
-    """Return the top left corner (x, y) of a label of (width, height) pixels at its box.
+    """Return the top left corner (x, y) of a box's label of (width, height) pixels.
 
-    It starts above the box, and slides down past the labels in `taken`, a list of (x1, y1, x2, y2),
-    as far as the box, or two labels below its top, and the picture reach.
+    The label starts above the box and slides down past the labels in `taken`, (x1, y1, x2, y2)
+    each, but not below the picture, nor below the box or two label heights from its top.
     """
     x1, y1, _, y2 = box
     w, h = wh
@@ -1173,7 +1173,7 @@ def place_label(box, wh, picture_wh, taken):
 
 
 def start_notebook():
-    """Make the folder of this file the working directory, and show figures as small JPEG files."""
+    """Change to the folder of this file, and show figures as small JPEG files."""
     from matplotlib import pyplot
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -1183,10 +1183,10 @@ def start_notebook():
 
 
 def find_pictures(sources) -> list[Path]:
-    """Return the files that paths, folders and patterns such as *.jpg name.
+    """Return the image files that paths, folders and patterns such as *.jpg name.
 
-    A folder stands for all images below it that Pillow reads; its other files are counted.
-    Raises UserError for a source that names no picture.
+    A folder means all images below it that Pillow reads; the number of other files is printed.
+    Raises UserError for a source without an image.
     """
     pictures: list[Path] = []
     skipped = 0
@@ -1203,25 +1203,27 @@ def find_pictures(sources) -> list[Path]:
             raise UserError(f"{source}: no such image, or no image in it; {list_nearest(source)}")
         pictures += found
     if skipped:
-        print(f"skipped {skipped} files that are no images", file=sys.stderr)
+        print(f"skipped {skipped} files that are not images", file=sys.stderr)
     return pictures
 
 
-def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **how) -> list[Path]:
+def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **options) -> list[Path]:
     """Draw detections on images into the folder `out`, and list them in detections.json there.
 
     The list has an entry {"file", "drawn", "height", "width", "detections": [{"category_id",
     "class", "bbox": [x, y, w, h] in pixels, "score"}, ...]} for every image.
-    sources: see find_pictures. workers: processes that read ahead. how: further keywords of
+    sources: see find_pictures. workers: processes that read ahead. options: more keywords of
     FCOS.predict.
 
-    Returns the files that could not be read, predicted or drawn; they are named on stderr.
+    Returns the files that could not be read, predicted or drawn; stderr says why.
     Raises UserError if `out` holds the pictures, or if another process writes there.
     """
     out = Path(out)
     paths = [path for path in find_pictures(sources) if path.parent.resolve() != out.resolve()]
     if not paths:
-        raise UserError(f"{out}: is where the pictures come from; drawing there would replace them")
+        raise UserError(
+            f"{out}: holds the pictures and drawing would replace them; use another --out"
+        )
     report: list[dict] = []
     left_out = []
     taken: set[str] = set()
@@ -1232,17 +1234,17 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **how) -> l
             try:
                 if isinstance(image, UserError):
                     raise image
-                with count_views(model, bar, how):
-                    found = model.predict(image, score_threshold=score_threshold, **how)[0]
+                with count_views(model, bar, options):
+                    found = model.predict(image, score_threshold=score_threshold, **options)[0]
                 picture = draw(image, found, model.classes, score_threshold)
                 name = name_drawing(path, taken)
-                with fcos.atomic_write(out / name) as file:  # never through a link
+                with fcos.atomic_write(out / name) as file:  # replaces a link, not its target
                     picture.save(file, "JPEG", quality=92)
             except Exception as error:
                 if not is_user_error(error):
                     raise
-                why = str(error).removeprefix(f"{printable(path)}: ")
-                tqdm.write(printable(f"{path}: left out; {why}", 500), file=sys.stderr)
+                reason = str(error).removeprefix(f"{printable(path)}: ")
+                tqdm.write(printable(f"{path}: left out; {reason}", 500), file=sys.stderr)
                 left_out.append(path)
                 continue
             taken.add(name)
@@ -1255,13 +1257,13 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **how) -> l
         with fcos.atomic_write(out / "detections.json", "w") as file:
             json.dump(report, file, indent=1)
     boxes = sum(len(entry["detections"]) for entry in report)
-    drawn = f"{len(report)} images, {boxes} boxes drawn"
-    print(f"{drawn}, {len(left_out)} left out", file=sys.stderr)
+    counts = f"{len(report)} images, {boxes} boxes drawn, {len(left_out)} left out"
+    print(counts, file=sys.stderr)
     return left_out
 
 
 def name_drawing(path, taken):
-    """Return a name for the drawing of a picture; pictures in several folders may share theirs."""
+    """Return a file name for a drawing that is not in `taken`."""
     name = f"{path.stem}.jpg"
     count = 1
     while name in taken:
@@ -1274,7 +1276,7 @@ def name_drawing(path, taken):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser that shows the script's docstring as help, and a mistake as one line."""
+    """A parser that prints the script's docstring as help, and an error as one line."""
 
     def __init__(self, doc):
         form = argparse.RawDescriptionHelpFormatter
@@ -1289,7 +1291,7 @@ def number(kind, low, high):
 
     def parse(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, found {text}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # for argparse's own message
@@ -1300,17 +1302,17 @@ def keyword_value(text):
     """Return (keyword, value) of "KEYWORD=VALUE"; the value is a Python literal or else text."""
     keyword, equals, value = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text} is not KEYWORD=VALUE")
+        raise argparse.ArgumentTypeError(f"expected KEYWORD=VALUE, found {text}")
     with contextlib.suppress(ValueError, SyntaxError):
         value = ast.literal_eval(value)
     return keyword, value
 
 
-DECODING = "candidate_threshold", "topk", "nms_threshold", "max_detections"
+DECODING = ("candidate_threshold", "topk", "nms_threshold", "max_detections")
 
 
 def set_decoding(model, settings):
-    """Change keywords of DECODING, given with their values. Raises UserError for others."""
+    """Set keywords of DECODING, given as (keyword, value). Raises UserError for others."""
     for keyword, value in settings:
         if keyword not in DECODING:
             raise UserError(f"--set {keyword}: expected one of {', '.join(DECODING)}")
@@ -1322,30 +1324,30 @@ not_negative = number(int, 0, 2**63 - 1)
 
 
 def check_target(path, inputs):
-    """Raise UserError unless a file can be written at `path` that is none of the inputs."""
+    """Raise UserError if `path` cannot be written or is one of the inputs."""
     target = Path(path)
     if (target.exists() and not target.is_file()) or not target.absolute().parent.is_dir():
-        raise UserError(f"{path}: not a file in a folder that exists")
+        raise UserError(f"{path}: expected a file in an existing folder")
     if target.resolve() in [Path(name).resolve() for name in inputs]:
-        raise UserError(f"{path}: would be written over, and is an input of this run")
+        raise UserError(f"{path}: is an input of this run; write to another file")
 
 
 def make_folder(path) -> Path:
-    """Make a folder and those above it. Raises UserError if it cannot be made."""
+    """Create a folder and its parents. Raises UserError if that fails."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be made a folder ({error.strerror})") from None
+        raise UserError(f"{path}: cannot create this folder ({error.strerror})") from None
     return Path(path)
 
 
 @contextlib.contextmanager
 def lock_folder(folder, wait=False):
-    """Hold the lock of a folder, made if it is missing, so that one process at a time writes there.
+    """Create a folder if it is missing and lock it, so that one run at a time writes there.
 
-    Only rank 0 takes it. The system releases the lock of a process that is killed, even if its
-    workers live on. wait: wait for the other process.
-    Raises UserError if another process has the lock.
+    Only rank 0 takes the lock. If it is killed, the system releases the lock even if its dataloader
+    workers still run. wait: wait for the lock.
+    Raises UserError if another process holds the lock.
     """
     if rank_and_world_size()[0] > 0:
         yield
@@ -1361,7 +1363,7 @@ def lock_folder(folder, wait=False):
                 f"{folder}: another process writes there; choose another --out"
             ) from None
         except (ImportError, OSError):
-            pass  # or a network file system without locks
+            pass  # Windows, or a network file system without locks
         try:
             yield
         finally:
@@ -1370,17 +1372,17 @@ def lock_folder(folder, wait=False):
 
 
 def find_device(name=None) -> torch.device:
-    """Return the torch.device that --device names, by default CUDA or else the CPU.
+    """Return the torch.device that --device names; by default CUDA, or the CPU if there is none.
 
-    Under torchrun every process gets the one with its local rank. Raises UserError if PyTorch does
-    not find such a device here.
+    Under torchrun every process gets the device of its local rank. Raises UserError if PyTorch
+    finds no such device.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     found = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     kind, _, index = (name or ("cuda" if "cuda" in found else "cpu")).partition(":")
     if kind not in found or not (index or "0").isdecimal():
-        use = " or ".join(found)
-        raise UserError(f"--device {name}: PyTorch finds no such device here; use --device {use}")
+        choices = " or ".join(found)
+        raise UserError(f"--device {name}: PyTorch does not find it; use --device {choices}")
     if kind not in ("cuda", "xpu"):
         return torch.device(kind)
     device = torch.device(kind, int(index or env_number("LOCAL_RANK", 0)))
@@ -1389,34 +1391,35 @@ def find_device(name=None) -> torch.device:
 
 
 def env_number(name, default=None) -> int:
-    """Return a variable that a launcher sets as a whole number. Raises UserError if it is none."""
+    """Return a launcher's environment variable as an int. Raises UserError if it is not one."""
     text = f"{os.environ.get(name, default)}"
     if not text.isdecimal():
-        expected = "expected a whole number; start several processes with torchrun"
-        raise UserError(f"{name} is {text:.100}: {expected}")
+        raise UserError(f"{name}: expected a whole number, found {text:.100}; use torchrun")
     return int(text)
 
 
 def read_launcher() -> tuple[int, int] | None:
-    """Return (rank, number of processes) if a launcher started this process, else None.
+    """Return (rank, number of processes) if a launcher such as torchrun started this process.
 
-    Raises UserError if several processes were started that do not know of each other.
+    Otherwise return None. Raises UserError if several processes were started independently.
     """
     env = os.environ
     if not {"RANK", "WORLD_SIZE"} & env.keys():
         tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
         if tasks != "1":
-            use = "start one torchrun for each node: srun --ntasks-per-node=1 torchrun ..."
-            raise UserError(f"srun started {tasks} tasks that do not know of each other; {use}")
+            fix = "start one torchrun per node: srun --ntasks-per-node=1 torchrun ..."
+            raise UserError(f"srun started {tasks} independent tasks; {fix}")
         return None
     rank = env_number("RANK")
     world_size = env_number("WORLD_SIZE")
     if rank >= world_size:
-        raise UserError(f"RANK is {rank} of WORLD_SIZE {world_size}; start them with torchrun")
+        raise UserError(
+            f"RANK: expected less than WORLD_SIZE {world_size}, found {rank}; use torchrun"
+        )
     if world_size == 1 and not dist.is_torchelastic_launched():
         return None
     if not env.get("MASTER_ADDR"):
-        raise UserError("MASTER_ADDR is not set; start several processes with torchrun")
+        raise UserError("MASTER_ADDR: expected an address, found nothing; use torchrun")
     env_number("MASTER_PORT")
     return rank, world_size
 
@@ -1424,19 +1427,20 @@ def read_launcher() -> tuple[int, int] | None:
 def start_process(device, make_store=None) -> tuple[int, int, torch.device]:
     """Join torch.distributed if a launcher such as torchrun started this process.
 
-    make_store(rank, world_size, timeout): makes the store of a process that may be restarted.
+    make_store(rank, world_size, timeout): returns a store for processes that may be restarted.
     Returns rank, number of processes, torch.device.
     """
     kernels = os.environ.get("FCOS_KERNELS")
     if kernels not in (None, "", "cupy", "torch"):
-        raise UserError(f"FCOS_KERNELS is {kernels}: choose cupy or torch")
+        raise UserError(f"FCOS_KERNELS: expected cupy or torch, found {kernels}")
     launch = None if dist.is_initialized() else read_launcher()
     device = find_device(device)
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True  # deformable convolutions, as cuDNN's others
+        # deformable convolutions are matrix products; cuDNN's convolutions use TF32 by default
+        torch.backends.cuda.matmul.allow_tf32 = True
     if launch:
         rank, world_size = launch
-        backend = "gloo"  # it carries detections, beside what the device needs for gradients
+        backend = "gloo"  # for detections; on a GPU, gradients use the device's backend
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         timeout = datetime.timedelta(hours=2)  # long enough for rank 0 to score
@@ -1453,26 +1457,26 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def is_user_error(error) -> bool:
-    """Return whether an error is due to the input or the machine, and not to the code."""
+    """Return whether the input or the machine caused an error, and not the code."""
     if isinstance(error, RuntimeError):
-        return "allocate" in str(error)  # PyTorch's errors about memory
+        return "allocate" in str(error)  # PyTorch ran out of memory
     return isinstance(error, (UserError, OSError, UnicodeError, MemoryError))
 
 
 def run(main, args):
-    """Call a script's main; a mistake of the user becomes one line on stderr and exit code 2.
+    """Call a script's main; print a user error as one line on stderr and exit with code 2.
 
-    A process that fails ends at once: destroy_process_group would wait for the others.
+    After an error the process group is not destroyed, which would wait for the other processes.
     """
     if sys.stderr is None:  # closed, as by 2>&-: progress bars need a file
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    gc.set_threshold(100_000)  # of the many dicts of results none is garbage
+    gc.set_threshold(100_000)  # results are many dicts, and none of them is garbage
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for name, value in vars(args).items():
             if value == "":  # a variable that is not set in a shell
-                raise UserError(f"an argument is empty: {name}")
+                raise UserError(f"{name}: expected a value, found an empty argument")
         main(args)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1487,41 +1491,42 @@ def run(main, args):
 
 
 def parse_args(argv=None):
-    """Return the arguments of the command line."""
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("model", nargs="?", help='model.pt of a run, "coco", or a file of another FCOS family')
-    add("--model", dest="row", help="row of fcos.MODELS, for files that do not say")
+    add("--model", dest="row", help="row of fcos.MODELS, for files that do not name it")
     add("--device", help="cpu, cuda, mps or xpu (cuda if there is one)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
-    add("--min-size", type=positive_int, help="pixels of the short side (the model's own)")
-    add("--max-size", type=positive_int, help="most pixels of the long side (the model's own)")
-    add("--workers", type=not_negative, default=2, help="loader processes, a process (%(default)s)")
-    add("--export", metavar="F.onnx", help="write it as ONNX, for images of any size")
+    add("--min-size", type=positive_int, help="short side in pixels (as stored with the model)")
+    add("--max-size", type=positive_int, help="limit of the long side (as stored with the model)")
+    add("--workers", type=not_negative, default=2, help="dataloader workers (%(default)s)")
+    add("--export", metavar="F.onnx", help="write the model as ONNX, for images of any size")
     keyword = dict(type=keyword_value, nargs="+", action="extend", default=[])
     add("--set", metavar="KEYWORD=VALUE", help=f"change {', '.join(DECODING)}", **keyword)
-    add("--tile", type=positive_int, metavar="PIXELS", help="look at crops of this side, too")
-    add("--overlap", type=number(float, 0, 0.9), default=0.2, help="of tiles (%(default)s)")
+    add(
+        "--tile", type=positive_int, metavar="PIXELS", help="also predict square crops of this side"
+    )
+    add("--overlap", type=number(float, 0, 0.9), default=0.2, help="share of a tile (%(default)s)")
     add = parser.add_argument_group("score it on a data set").add_argument
-    add("--data", help="folder of COCO, Roboflow, CVAT, YOLO or Pascal VOC")
-    add("--split", default="val2017", help="which part of --data (%(default)s)")
+    add("--data", help="folder in the layout of COCO, Roboflow, CVAT, YOLO or Pascal VOC")
+    add("--split", default="val2017", help="part of --data (%(default)s)")
     add("--annotations", help="COCO JSON or other labels, instead of --data")
     add("--image-dir", help="the folder of its images")
     add("--batch-size", type=positive_int, help="images at a time (8 on a GPU, 1 elsewhere)")
     add("--save-json", metavar="F", help="write the detections in COCO's results format")
     add("--tta", action="store_true", help="test-time augmentation: 18 views, two at a time")
-    add("--per-class", action="store_true", help="also of each class: AP, best F1 and its score")
-    add("--results", metavar="R", help="score this results file instead; needs --annotations")
+    add("--per-class", action="store_true", help="add AP, best F1 and its threshold per class")
+    add("--results", metavar="R", help="score this results file; needs --annotations")
     add = parser.add_argument_group("draw what it finds").add_argument
-    add("--images", nargs="+", metavar="FILE|DIR", help="pictures; needs --out")
-    add("--out", metavar="DIR", help="for the drawn ones, and detections.json")
+    add("--images", nargs="+", metavar="FILE|DIR", help="pictures to draw on; needs --out")
+    add("--out", metavar="DIR", help="folder for the drawings and detections.json")
     probability = number(float, 0, 1)
-    add("--score-threshold", type=probability, default=0.5, help="of drawn boxes (%(default)s)")
+    add("--score-threshold", type=probability, default=0.5, help="for drawn boxes (%(default)s)")
     return parser.parse_args(argv)
 
 
 def check_flags(args):
-    """Raise UserError unless the flags name one thing to do and all that it needs."""
+    """Raise UserError unless the flags choose one task and all that it needs."""
     for flag, *needs in (
         ("results", "annotations"),
         ("image_dir", "annotations"),
@@ -1550,36 +1555,37 @@ def score_results(args):
     print(table(score(args.results, annotations, args.per_class)))
     unknown = int((annotations.rows < 0).sum())
     if unknown:
-        annotations.notes.append(f"{unknown} boxes belong to no image in it")
+        annotations.notes.append(f"{unknown} boxes have an unknown image_id")
     print_notes(annotations.notes, annotations)
 
 
 def print_notes(notes, path):
-    """Print what is to be known about a file."""
     for note in notes:
         print(printable(f"{path}: {note}", 500), file=sys.stderr)
 
 
 def export_model(args, model):
-    """Write the model as ONNX."""
     check_target(args.export, [args.model])
     height, width = fcos.padded_hw([model.test_size])
     fcos.export_onnx(model, args.export, height, width)
-    print(f"{printable(args.export)}: for images padded to multiples of 32 pixels, in fp32")
+    print(f"{printable(args.export)}: takes images padded to multiples of 32 pixels, in fp32")
 
 
 def draw_images(args, model):
-    """Draw what the model finds. Raises UserError at the end if pictures were left out."""
+    """Draw detections. Raises UserError at the end if pictures were left out."""
     views = dict(tile=args.tile, overlap=args.overlap)
-    bad = draw_folder(model, args.images, args.out, args.score_threshold, args.workers, **views)
-    if bad:
-        raise UserError(f"pictures that could not be read, predicted or drawn: {len(bad)}")
+    left_out = draw_folder(
+        model, args.images, args.out, args.score_threshold, args.workers, **views
+    )
+    if left_out:
+        raise UserError(f"pictures that could not be read, predicted or drawn: {len(left_out)}")
 
 
 def score_model(args, model):
     """Print the metrics of the model on a data set; every process takes a share of the images."""
     rank, _ = rank_and_world_size()
-    annotations, image_dir = args.annotations, args.image_dir
+    annotations = args.annotations
+    image_dir = args.image_dir
     if args.data:
         annotations, image_dir = coco_paths(args.data, args.split)
     dataset = load_dataset(annotations, image_dir, model.classes)
@@ -1601,7 +1607,6 @@ def score_model(args, model):
 
 
 def main(args):
-    """Score, draw or export, as the command line says."""
     check_flags(args)
     if args.results:
         score_results(args)

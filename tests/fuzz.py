@@ -424,7 +424,7 @@ def judge(outcome, clean, valid):
     if got == clean[4]:
         return "same result", ""
     new = {*lines, *out.splitlines()} - {*lines_of(clean[3]), *clean[2].splitlines()}
-    notes = r"are left out|[1-9] left out|clipped|takes its place|no class"
+    notes = r"are left out|[1-9] left out|clipped|takes its place|not a class|without a category"
     words = [line for line in new if re.search(notes, line)]
     return ("told", words[0]) if words else ("used" if valid else "silent", "")
 

@@ -160,11 +160,11 @@ TABLE = {  # by number of the point of the list that this test began with
     },
     "3 export": row(f"evaluate.py {MODEL} --export {MODEL}", MODEL + "|input of this run"),
     "4 device": row(
-        EVAL + " --save-json null", "null|not a file", partial(os.symlink, "/dev/null", "null")
+        EVAL + " --save-json null", "null|expected a file", partial(os.symlink, "/dev/null", "null")
     ),
     "5 photo": row(
         DRAW.replace(PHOTO, "link.jpg").replace("drawn", "data/val2017"),
-        "pictures come from",
+        "holds the pictures",
         partial(os.symlink, PHOTO, "link.jpg"),
     ),
     "5 link": fine(
@@ -182,7 +182,7 @@ TABLE = {  # by number of the point of the list that this test began with
     # ---- no wrong result without a word
     "7 NaN": fine(SCORE, "AP", val(f"{BOX} bbox", [np.nan] * 4), same=val(BOX, ...)),
     "7 area": fine(SCORE, "AP", val(f"{BOX} area", -1), same=val(f"{BOX} area", ...)),
-    "7 notes": fine(EVAL, "no targets", val(f"{BOX} bbox", [1, 1, 0, 0])),
+    "7 notes": fine(EVAL, "no area inside", val(f"{BOX} bbox", [1, 1, 0, 0])),
     "7 text": fine(
         SCORE,
         "AP",
@@ -197,8 +197,8 @@ TABLE = {  # by number of the point of the list that this test began with
     ),
     "7 twice": row(SCORE, "images|2 times", val("images", lambda rows: rows + rows[:1])),
     "7 category": row(SCORE, "category_id 99", val(f"{BOX} category_id", 99)),
-    "7 unknown": fine(SCORE, "belong to no image", val(f"{BOX} image_id", 5)),
-    "7 image": row(SCORE, "image_id is not in|'image_id': 99", found("0 image_id", 99)),
+    "7 unknown": fine(SCORE, "unknown image_id", val(f"{BOX} image_id", 5)),
+    "7 image": row(SCORE, "expected an image_id|'image_id': 99", found("0 image_id", 99)),
     "8 model.pt": row(EVAL, MODEL + "|damaged", fuzz.damage(MODEL, 64)),
     "8 weights": row(FROM, MODEL + "|damaged", fuzz.damage(MODEL, 64)),
     "8 NaN": row(EVAL, "head.cls.weight|NaN", weight(lambda x: x * torch.nan)),
@@ -226,7 +226,7 @@ TABLE = {  # by number of the point of the list that this test began with
         f"11 save {i}": row(line + " --save-json r.json", "--save-json")
         for i, line in enumerate((DRAW, SCORE))
     },
-    "11 nothing": row(EVAL + " --save-json ''", "empty: save_json"),
+    "11 nothing": row(EVAL + " --save-json ''", "save_json: expected a value"),
     "11 out": row(EVAL + " --out drawn", "--out needs --images"),
     "11 floats": row(lambda: fcos.pad_batch([torch.rand(3, 9, 9)]), "uint8"),
     # ---- no hang
@@ -307,12 +307,12 @@ TABLE = {  # by number of the point of the list that this test began with
         )
         for line in (TRAIN,)
         for values, words in {
-            "RANK=x": "RANK is x|torchrun",
-            "RANK=1 WORLD_SIZE=2": "MASTER_ADDR is not set|torchrun",
-            "RANK=2 WORLD_SIZE=2": "RANK is 2 of WORLD_SIZE 2|torchrun",
-            "WORLD_SIZE=2": "RANK is None|torchrun",
-            "SLURM_STEP_NUM_TASKS=2": "2 tasks|torchrun",
-            "TORCHELASTIC_RUN_ID=a RANK=0 WORLD_SIZE=1": "MASTER_ADDR is not set",
+            "RANK=x": "RANK: expected|found x|torchrun",
+            "RANK=1 WORLD_SIZE=2": "MASTER_ADDR: expected|torchrun",
+            "RANK=2 WORLD_SIZE=2": "RANK: expected less than WORLD_SIZE 2, found 2|torchrun",
+            "WORLD_SIZE=2": "RANK: expected|found None|torchrun",
+            "SLURM_STEP_NUM_TASKS=2": "2 independent tasks|torchrun",
+            "TORCHELASTIC_RUN_ID=a RANK=0 WORLD_SIZE=1": "MASTER_ADDR: expected",
         }.items()
     },
     "13 launch alone": fine(
@@ -420,12 +420,12 @@ TABLE = {  # by number of the point of the list that this test began with
             ("train/images/._1.jpg", b"of macOS", "AP"),
             ("train/labels/000001000001.txt", b"\xef\xbb\xbf0 0.5 0.5 0.4 0.4\r\n", "AP"),
             ("train/labels/alone.txt", b"0 0.5 0.5 0.4 0.4", "alone.txt"),
-            ("train/images/000001000001.png", b"", "share their labels"),
+            ("train/images/000001000001.png", b"", "share one text file"),
             ("data.yaml", b"names: {1: b, 0: a}", "classes: a, b"),
             ("../yolo/data.yaml", b"names: {0: a, 2: b}", "expected 0 to 1, found [0, 2]"),
         )
     },
-    "14 1e308": fine(EVAL, "no targets", val(f"{BOX} bbox", [1e308] * 4)),
+    "14 1e308": fine(EVAL, "no area inside", val(f"{BOX} bbox", [1e308] * 4)),
 }
 
 

@@ -1542,7 +1542,11 @@ def test_a_folder_that_holds_something_else_is_named_and_left_alone(wrong, copie
     (copied / "previous.pt").unlink()
     for out, more, name in [
         (wrong / "file", (), "file"),
-        (copied, ("--fresh", "--weights", copied / "model.pt"), f"{copied / 'model.pt'}: would be"),
+        (
+            copied,
+            ("--fresh", "--weights", copied / "model.pt"),
+            f"{copied / 'model.pt'}: is an input",
+        ),
         (copied, (), "model.pt and no checkpoint"),
     ]:
         before = files(copied)
@@ -1828,7 +1832,7 @@ def full_shm():
 
 
 ROOM = {  # what is short: a preparation, what the one line names
-    few_files: ("ulimit -n", "too few open files"),
+    few_files: ("ulimit -n", "open files"),
     small_shm: ("/dev/shm has 1 MB free", "--shm-size"),
     full_shm: ("unable to allocate shared memory", "/dev/shm"),
 }
