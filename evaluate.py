@@ -1219,7 +1219,7 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **options) 
     Raises UserError if `out` holds the pictures, or if another process writes there.
     """
     out = Path(out)
-    paths = [path for path in find_pictures(sources) if path.parent.resolve() != out.resolve()]
+    paths = [path for path in find_pictures(sources) if path.resolve().parent != out.resolve()]
     if not paths:
         raise UserError(
             f"{out}: holds the pictures and drawing would replace them; use another --out"
