@@ -373,11 +373,13 @@ class TrainBatches(Dataset):
         return len(self.group) * self.micro_batches
 
     def __getitem__(self, item):
-        """Return a micro-batch of this rank, with the boxes of its b images concatenated.
+        """Return a micro-batch of this rank.
 
         {"images": uint8 (b, 3, H, W), "sizes": (b, 2), "counts": the b numbers of boxes, "boxes":
-        (sum of G, 4) xyxy pixels, "labels": (sum of G,), and every further column}. Raises
-        UserError, naming the files, if one cannot be read or an augmentation spoils a sample.
+        (sum of G, 4) xyxy pixels, "labels": (sum of G,), and every further column}. Boxes of all
+        images are concatenated, because processes exchange few tensors faster; `to_device` splits
+        them. Raises UserError, naming the files, if one cannot be read or an augmentation spoils a
+        sample.
         """
         step, micro_batch = divmod(item, self.micro_batches)
         plan = self.plan(step)
@@ -635,7 +637,7 @@ def measure_boxes(model, batches, sizes):
     for i in np.random.default_rng(0).permutation(np.concatenate(batches.groups))[:300].tolist():
         height, width = dataset.hw[i].tolist()
         hw = fcos.resized_hw(height, width, *sizes)
-        truth = to_device(dataset.truth(i, hw), device)
+        truth = {name: values.to(device) for name, values in dataset.truth(i, hw).items()}
         boxes = truth["boxes"]
         index = model.targets(fcos.padded_hw([hw]), [truth])["index"]
         lost = torch.isin(torch.arange(len(boxes), device=device), index, invert=True)
@@ -889,49 +891,51 @@ def make_companions(model: torch.nn.Module, settings: dict) -> dict:
 
 
 def to_device(batch, device):
-    """Move the tensors of a batch to the device, without waiting for it."""
-    return {
-        name: values.to(device, non_blocking=True) if isinstance(values, torch.Tensor) else values
-        for name, values in batch.items()
-    }
+    """Move a batch of TrainBatches to the device, without waiting for it.
 
-
-def split_columns(batch):
-    """Return the truths of a batch of TrainBatches: for each image, its part of every column."""
+    Returns {"images": (b, 3, H, W), "sizes": (b, 2), "truths": for each image a dict of its boxes,
+    labels and further columns}.
+    """
     columns = {
-        name: values.split(batch["counts"])
+        name: values.to(device, non_blocking=True)
         for name, values in batch.items()
-        if name not in ("images", "sizes", "counts")
+        if name != "counts"
     }
-    return [dict(zip(columns, parts)) for parts in zip(*columns.values())]
+    images = columns.pop("images")
+    sizes = columns.pop("sizes")
+    truths = [{} for _ in images]
+    for name, values in columns.items():
+        for truth, rows in zip(truths, values.split(batch["counts"])):
+            truth[name] = rows
+    return {"images": images, "sizes": sizes, "truths": truths}
 
 
 def compute_gradients(model, network, batches, settings):
     """Compute the gradients of one step from its micro-batches on this rank.
 
-    Targets do not depend on predictions, so the normalizers of the whole step, over all
-    micro-batches and ranks, are summed while the first forward pass runs.
+    Targets do not depend on predictions. So the normalizers of the whole step, over all its
+    micro-batches and ranks, are known before the first forward pass.
 
-    Returns {name: this rank's part of the loss}, tensors that are not read from the device.
+    network: the model, or DDP around it. Returns {name: this rank's part of the loss}, tensors that
+    are not read from the device.
     """
-    targets = [model.targets(batch["images"].shape[2:], split_columns(batch)) for batch in batches]
-    device = targets[0]["labels"].device
-    _, world_size = evaluate.rank_and_world_size()
+    targets = [model.targets(batch["images"].shape[2:], batch["truths"]) for batch in batches]
     normalizers = sum(map(fcos.loss_normalizers, targets))
-    reduction = dist.all_reduce(normalizers, async_op=True) if world_size > 1 else None
-    step_losses = 0
+    _, world_size = evaluate.rank_and_world_size()
+    if world_size > 1:
+        dist.all_reduce(normalizers)
+    bf16 = settings["precision"] == "bf16"
+    step_losses = []
     for m, batch in enumerate(batches):
-        add_only = world_size > 1 and m < len(batches) - 1  # DDP reduces with the last one
-        with network.no_sync() if add_only else contextlib.nullcontext():
-            with torch.autocast(device.type, torch.bfloat16, settings["precision"] == "bf16"):
-                outputs = network(batch["images"], batch["sizes"])
-            if reduction and m == 0:
-                reduction.wait()
-            losses = fcos.fcos_loss(outputs, targets[m], normalizers, **model.loss)
-            values = torch.stack(list(losses.values()))
-            (values.sum() * world_size).backward()  # DDP averages what is to be added
-        step_losses = step_losses + values.detach()
-    return dict(zip(losses, step_losses))
+        # DDP sums gradients over ranks in the last micro-batch only; the model ignores the flag.
+        network.require_backward_grad_sync = m == len(batches) - 1
+        with torch.autocast(normalizers.device.type, torch.bfloat16, bf16):
+            outputs = network(batch["images"], batch["sizes"])
+        losses = fcos.fcos_loss(outputs, targets[m], normalizers, **model.loss)
+        values = torch.stack(list(losses.values()))
+        (values.sum() * world_size).backward()  # DDP divides the sum over ranks by their number
+        step_losses.append(values.detach())
+    return dict(zip(losses, sum(step_losses)))
 
 
 def update(step, optimizer, companions, settings):
