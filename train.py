@@ -801,34 +801,35 @@ def rehearse(network, model, batches, settings):
 # ---- optimization ------------------------------------------------------------------------------
 
 
-def parameter_groups(model: torch.nn.Module) -> list[dict]:
+def parameter_groups(model: torch.nn.Module, lr: float) -> list[dict]:
     """Return the optimizer's groups. Biases, those of the norms included, have no weight decay
     and twice the learning rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    weights = [p for name, p in named if "bias" not in name]
+    biases = [p for name, p in named if "bias" in name]
     return [
-        {"params": [p for name, p in named if "bias" not in name], "rate": 1, "weight_decay": 1e-4},
-        {"params": [p for name, p in named if "bias" in name], "rate": 2, "weight_decay": 0.0},
+        {"params": weights, "lr": lr, "weight_decay": 1e-4},
+        {"params": biases, "lr": 2 * lr, "weight_decay": 0.0},
     ]
 
 
 def make_optimizer(model: torch.nn.Module, settings: dict) -> torch.optim.Optimizer:
-    """Return the optimizer. `lr_at` starts from a group's "lr", and the result is multiplied by the
-    group's "rate", if it has one."""
-    return torch.optim.SGD(parameter_groups(model), lr=settings["lr"], momentum=0.9)
+    """Return the optimizer. The "lr" of each of its groups is what `lr_at` starts from."""
+    return torch.optim.SGD(parameter_groups(model, settings["lr"]), momentum=0.9)
 
 
 def lr_at(step: int, lr: float, iters: int, warmup: int, decays=DECAYS) -> float:
-    """Return the learning rate of a step, counted from 0: constant warm-up, then decays (see
-    RECIPES)."""
+    """Return the learning rate of a step, counted from 0: constant warm-up, then decays.
+
+    The arguments are those of `recipe`."""
     passed = sum(step >= iters * eighteenths // 18 for eighteenths in decays)
     return lr * (1 / 3 if step < warmup else 1) * 0.1**passed
 
 
 def rate_at(step, group, settings):
     """Return the learning rate of an optimizer's group at a step."""
-    lr = group.setdefault("initial_lr", group["lr"])
-    rate = lr_at(step, lr, settings["iters"], settings["warmup"], settings["decays"])
-    return rate * group.get("rate", 1)
+    initial_lr = group.setdefault("initial_lr", group["lr"])
+    return lr_at(step, initial_lr, settings["iters"], settings["warmup"], settings["decays"])
 
 
 def describe(optimizer, model, settings):
@@ -939,7 +940,7 @@ def compute_gradients(model, network, batches, settings):
 
 
 def update(step, optimizer, companions, settings):
-    """Change the weights, and then what follows them."""
+    """Update the weights, with the learning rates of this step, and then the companions."""
     for group in optimizer.param_groups:
         group["lr"] = rate_at(step, group, settings)
     optimizer.step()

@@ -800,7 +800,8 @@ def test_gradients_of_a_training_step_are_the_official_ones(dtype, tolerance):
 def test_three_steps_of_sgd_are_the_official_ones(shared):
     facts, arrays = read_golden(shared / "golden/train_step")
     model = copy.deepcopy(official_model("fcos_imprv_R_50_FPN")).train()
-    optimizer = torch.optim.SGD(train.parameter_groups(model), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(train.parameter_groups(model, 0.01), momentum=0.9)
+    rates = [group["lr"] for group in optimizer.param_groups]
     images = torch.from_numpy(arrays["images"])
     boxes = [torch.from_numpy(arrays[f"boxes{i}"]) for i in range(2)]
     labels = [torch.from_numpy(arrays[f"labels{i}"]).long() - 1 for i in range(2)]
@@ -810,8 +811,8 @@ def test_three_steps_of_sgd_are_the_official_ones(shared):
         assert_losses_match(losses, facts["sgd_losses"][step])
         if step == 0:
             assert_gradients_match(model, facts["trainable"], arrays, 1e-3)
-        for group in optimizer.param_groups:
-            group["lr"] = train.lr_at(step, 0.01, 90_000, 500) * group["rate"]
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = train.lr_at(step, rate, 90_000, 500)
         optimizer.step()
         for row, name in enumerate(facts["trainable"]):
             parameter = parameters[rename(model, name)].detach().double()
@@ -828,8 +829,8 @@ def test_parameter_groups_are_the_official_ones(shared):
         model = fcos.build("fcos_imprv_R_50_FPN")
     names = {parameter: name for name, parameter in model.named_parameters()}
     ours = {
-        names[p]: (0.01 * group["rate"], group["weight_decay"])
-        for group in train.parameter_groups(model)
+        names[p]: (group["lr"], group["weight_decay"])
+        for group in train.parameter_groups(model, 0.01)
         for p in group["params"]
     }
     assert ours == {
@@ -1817,7 +1818,7 @@ def test_a_module_of_ones_own_is_a_backbone(tmp_path):
     assert all(value.equal(weights[name]) for name, value in backbone.state_dict().items())
     images, sizes = fcos.pad_batch([picture(64, 96)])
     boxes, labels = [torch.tensor([[8.0, 8, 50, 40]])], [torch.tensor([1])]
-    optimizer = torch.optim.SGD(train.parameter_groups(model), lr=0.1)
+    optimizer = torch.optim.SGD(train.parameter_groups(model, 0.1))
     gradients_of(model, images, sizes, boxes, labels)
     optimizer.step()
     assert not any(value.equal(weights[name]) for name, value in backbone.state_dict().items())

@@ -194,7 +194,7 @@ def test_one_step_reaches_every_parameter(name):
             idle.append(parameter_name)
     # no box is matched on P6 and P7
     assert all(name.startswith("head.scale.") for name in idle), idle
-    optimizer = torch.optim.SGD(train.parameter_groups(model), lr=1e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(train.parameter_groups(model, 1e-3), momentum=0.9)
     optimizer.step()
 
 

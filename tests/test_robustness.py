@@ -69,7 +69,7 @@ def grey(shift):
 def adam():
     """The checkpoint of step 2 of 4, as a train.py with another optimizer writes it."""
     os.replace("run/previous.pt", LAST)
-    optimizer = torch.optim.Adam(train.parameter_groups(fcos.load(LAST)))
+    optimizer = torch.optim.Adam(train.parameter_groups(fcos.load(LAST), 1e-3))
     last("optimizer", optimizer.state_dict())()
     last(["settings", "optimizer", "class"], "Adam")()
 

@@ -585,14 +585,15 @@ def test_every_recipe_names_a_row_of_models():
 
 def test_biases_learn_twice_as_fast_and_do_not_decay():
     model = fcos.build("fcos_R_50_FPN")
-    group_of = {id(p): group for group in train.parameter_groups(model) for p in group["params"]}
+    groups = train.parameter_groups(model, 0.1)
+    group_of = {id(p): group for group in groups for p in group["params"]}
     kinds = {}
     for name, p in model.named_parameters():
         frozen = name.startswith(("backbone.stem", "backbone.res2"))
         assert (id(p) in group_of) == p.requires_grad == (not frozen), name
         if not frozen:
             group = group_of[id(p)]
-            assert group["rate"] == (2 if "bias" in name else 1), name
+            assert group["lr"] == (0.2 if "bias" in name else 0.1), name
             assert group["weight_decay"] == (0 if "bias" in name else 1e-4), name
             kinds["bias" in name] = kinds.get("bias" in name, 0) + p.numel()
     assert sum(kinds.values()) == 32_021_850  # what the official model trains
@@ -1167,7 +1168,7 @@ def groups_changed(change):
     def patch(monkeypatch):
         groups = train.parameter_groups
         monkeypatch.setattr(
-            train, "parameter_groups", lambda model: [g | change(g) for g in groups(model)]
+            train, "parameter_groups", lambda *args: [g | change(g) for g in groups(*args)]
         )
 
     return patch
@@ -1195,7 +1196,7 @@ def adamw(monkeypatch):
 
 
 CODE = {  # what is changed: the function that changes it, what the error says
-    "rate of biases": (groups_changed(lambda group: {"rate": 1}), "optimizer group 2", "rate 2"),
+    "rates": (groups_changed(lambda group: {"lr": 0.1}), "optimizer group 2", "initial_lr 0.1"),
     "decay": (groups_changed(lambda group: {"weight_decay": 0.5}), "weight_decay 0.5"),
     "order": (groups_changed(lambda group: {"params": group["params"][::-1]}), "optimizer group 1"),
     "schedule": (cosine, "learning rate from step 2 nothing there"),

@@ -129,7 +129,7 @@ class Training:
         model = bench_model.our_model(row).train()
         if norm:
             keep_layout(model)
-        optimizer = torch.optim.SGD(train.parameter_groups(model), 1e-6, momentum=0.9, fused=fused)
+        optimizer = torch.optim.SGD(train.parameter_groups(model, 1e-6), momentum=0.9, fused=fused)
         if compiled:
             self.compile(model, **how)
 
