@@ -39,7 +39,6 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFilter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import Dataset
 from torchvision.transforms import functional as vision
 from tqdm import tqdm
 
@@ -268,8 +267,8 @@ def print_settings(settings):
 
 # ---- batches and augmentation ------------------------------------------------------------------
 
-# Random streams by their purpose and the length of their positions. The place in this list is part
-# of the seed; a stream that is not in it is seeded by its name: see TrainBatches.rng.
+# The random streams: purpose, and the length of a position. The index in this list is part of the
+# seed; a stream that is not listed is seeded by its name. See TrainBatches.rng.
 STREAMS = [("group", 0), ("order", 2), ("sizes", 1), ("augment", 2), ("augment_more", 2)]
 
 
@@ -282,7 +281,7 @@ class Plan(NamedTuple):
     padded_hw: tuple[int, int]
 
 
-class TrainBatches(Dataset):
+class TrainBatches:
     """The micro-batches of all steps. Item `step * micro_batches + m` is what this rank trains on
     in micro-batch m of a step.
 
@@ -303,23 +302,24 @@ class TrainBatches(Dataset):
         self.world_size = world_size
         self.micro_batches = micro_batches
         self.batch_size = settings["batch_size"]
+        self.iters = settings["iters"]
         self.drawn = set()
         self.groups = aspect_groups(dataset, settings)
         self.largest_hw = [self.largest_padded_hw(group) for group in self.groups]
         lengths = np.array([len(group) for group in self.groups])
         shares = lengths.cumsum() / lengths.sum()
-        draws = self.rng("group").random(settings["iters"])
-        self.group = np.searchsorted(shares[:-1], draws, side="right")
-        self.turn = np.zeros_like(self.group)  # the number of earlier steps of the same group
-        for number in range(len(self.groups)):
-            steps = np.flatnonzero(self.group == number)
-            self.turn[steps] = np.arange(len(steps))
+        draws = self.rng("group").random(self.iters)
+        self.group_of_step = np.searchsorted(shares[:-1], draws, side="right")
+        self.turn_of_step = np.zeros_like(self.group_of_step)  # earlier steps of the same group
+        for group in range(len(self.groups)):
+            steps = np.flatnonzero(self.group_of_step == group)
+            self.turn_of_step[steps] = np.arange(len(steps))
 
     def rng(self, purpose, *position):
         """Return the random stream of a purpose at a position, a NumPy generator.
 
         Every purpose has its own stream, so that no draw shifts the numbers of another. Raises
-        ValueError if an item takes a stream twice, because both would get the same numbers.
+        ValueError if one item takes a stream twice, since it would get the same numbers again.
         """
         stream = purpose, len(position)  # NumPy fills short seeds with zeros: (2, 5) is (2, 5, 0)
         known = stream in STREAMS
@@ -331,16 +331,18 @@ class TrainBatches(Dataset):
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  (one object a process, as long as the process)
     def order(self, group, epoch):
-        """Return a permutation of the images of a group."""
+        """Return the permutation of a group's images in one epoch of the group."""
         return self.rng("order", group, epoch).permutation(self.groups[group])
 
     def plan(self, step: int) -> Plan:
         """Return the plan of a step, computed by every rank before it decodes an image."""
-        self.drawn.clear()
-        group = self.group[step]
-        positions = self.turn[step] * self.batch_size + np.arange(self.batch_size)
-        epochs, places = np.divmod(positions, len(self.groups[group]))
-        indices = [self.order(group, epoch)[place].item() for epoch, place in zip(epochs, places)]
+        self.drawn.clear()  # an item begins with its plan
+        group = self.group_of_step[step]
+        start = self.turn_of_step[step] * self.batch_size
+        indices = []
+        for position in range(start, start + self.batch_size):  # in the group's endless stream
+            epoch, place = divmod(position, len(self.groups[group]))
+            indices.append(self.order(group, epoch)[place].item())
         min_sizes = self.rng("sizes", step).choice(self.settings["min_size"], self.batch_size)
         sizes = [self.resized_hw(i, size) for i, size in zip(indices, min_sizes.tolist())]
         height, width = fcos.padded_hw(sizes, self.settings["multiple"])
@@ -370,7 +372,7 @@ class TrainBatches(Dataset):
         return sum(math.ceil(h / multiple) * math.ceil(w / multiple) for h, w in self.largest_hw)
 
     def __len__(self):
-        return len(self.group) * self.micro_batches
+        return self.iters * self.micro_batches
 
     def __getitem__(self, item):
         """Return a micro-batch of this rank.
@@ -960,7 +962,7 @@ class Meter:
         self.batches = batches
         self.graphs = graphs
         self.first_step = step
-        self.first_bad = torch.tensor(len(batches.group), device=device)
+        self.first_bad = torch.tensor(batches.iters, device=device)  # none so far
         self.restart(step)
 
     def restart(self, step):
@@ -987,7 +989,7 @@ class Meter:
             dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)
         losses = dict(zip(self.losses, values.tolist()))
         bad = self.first_bad.item()
-        if bad < len(self.batches.group):
+        if bad < self.batches.iters:
             ids = self.batches.dataset.image_ids[self.batches.plan(bad).indices].tolist()
             raise UserError(
                 f"the loss or its gradient is not finite since step {bad + 1}, of the images "

@@ -642,7 +642,8 @@ def repeat_factor_sampling():
     batches = train.TrainBatches(dataset, settings)
     wide, upright = map(len, batches.groups)
     assert len(dataset) < wide + upright and min(wide, upright) > 0
-    assert (batches.group == 1).mean() == pytest.approx(upright / (wide + upright), abs=0.1)
+    share = upright / (wide + upright)
+    assert (batches.group_of_step == 1).mean() == pytest.approx(share, abs=0.1)
     drawn = np.bincount(np.ravel([batches.plan(step).indices for step in range(400)]), minlength=8)
     expected = np.bincount(np.concatenate(batches.groups), minlength=8) / (wide + upright)
     assert drawn / drawn.sum() == pytest.approx(expected, abs=0.03)

@@ -406,7 +406,7 @@ def test_every_epoch_of_a_group_is_a_permutation_of_it():
     made = batches(iters=200)
     drawn = {0: [], 1: []}
     for step in range(200):
-        drawn[made.group[step]] += made.plan(step).indices
+        drawn[made.group_of_step[step]] += made.plan(step).indices
     upright = [1, 2, 5]  # the official bins: height >= width
     for group, members in (1, upright), (0, [0, 3, 4, 6]):
         rows, n = drawn[group], len(members)
@@ -439,7 +439,7 @@ def test_the_groups_decide_the_shares(monkeypatch):
     rows = {0: [0], 1: [1, 1, 1, 2, 2, 5], 2: [6] * 3}
     monkeypatch.setattr(train, "aspect_groups", lambda *_: tuple(map(np.array, rows.values())))
     made = batches(iters=1000)
-    share = np.bincount(made.group) / 1000
+    share = np.bincount(made.group_of_step) / 1000
     assert share == pytest.approx([0.1, 0.6, 0.3], abs=0.05)
     drawn = np.bincount(sum((made.plan(step).indices for step in range(1000)), []), minlength=7)
     assert drawn[1] / drawn[2] == pytest.approx(1.5, abs=0.1) and drawn[3] == drawn[4] == 0
