@@ -528,6 +528,7 @@ class FPN(nn.Module):
 
     def __init__(self, strides_in, channels_in, channels, levels):
         super().__init__()
+        # the place of each level among the backbone's features; a stride of 2**n is level n
         self.index = {stride.bit_length() - 1: i for i, stride in enumerate(strides_in)}
         self.lateral = [level for level in levels if level in self.index]
         self.further = [level for level in levels if level not in self.index]
@@ -622,9 +623,10 @@ class Head(nn.Module):
         further map that `predict_level` returns, as (B, P, C) or (B, P).
         """
         outputs = {}
-        levels = [self.predict_level(*each) for each in zip(features, self.scale, self.strides)]
-        for name in levels[0]:
-            outputs[name] = torch.cat([by_location(level[name]) for level in levels], 1)
+        levels = zip(features, self.scale, self.strides)
+        maps = [self.predict_level(feature, scale, stride) for feature, scale, stride in levels]
+        for name in maps[0]:
+            outputs[name] = torch.cat([by_location(of_level[name]) for of_level in maps], 1)
         return outputs
 
     def predict_level(self, feature, scale, stride):
@@ -651,7 +653,7 @@ def by_location(feature):
 # ---- locations and targets ----------------------------------------------------------------------
 
 STRIDES = (8, 16, 32, 64, 128)  # of P3..P7
-RANGES = (64, 128, 256, 512)  # pixels: the largest distance at which a level hands over to the next
+RANGES = (64, 128, 256, 512)  # pixels: where one level ends and the next begins, see make_points
 GRIDS = {  # where the cells of a row or column of `side` pixels lie
     "centre": lambda cell, stride, side: cell * stride + stride // 2,
     "corner": lambda cell, stride, side: cell * (side // cell.shape[0]),
@@ -667,8 +669,8 @@ def make_points(hw, strides=STRIDES, ranges=RANGES, device=None, grid="centre") 
     """Return the locations of all levels of a padded image of (height, width).
 
     The result is float32 (P, 5): x, y, stride, lo, hi in pixels. A location is the center of its
-    cell. lo and hi bound the largest distance to a side of the boxes that the level is responsible
-    for (section 3.2), so that boxes of different sizes do not compete for a location. Both are
+    cell. It can be assigned to a box if the largest of its distances to the four sides lies between
+    lo and hi (section 3.2), so that boxes of different sizes do not compete for it. Both bounds are
     inclusive, as in the official code: a distance of exactly 64 is positive on P3 and on P4.
 
     grid "corner" is torchvision's: multiples of (height // rows, width // columns), from 0.
@@ -692,18 +694,19 @@ def make_points(hw, strides=STRIDES, ranges=RANGES, device=None, grid="centre") 
 def encode(points: Tensor, truths: list[dict], index: Tensor) -> dict:
     """Build the training targets (eq. 1) from an assignment.
 
-    points: (P, 5), of make_points. truths: for each of B images a dict with "boxes" (G, 4) xyxy
+    points: (P, 5), from make_points. truths: for each of B images a dict with "boxes" (G, 4) xyxy
     pixels, "labels" (G,) int64, and any further column of the boxes, (G, ...). index: int64 (B, P),
-    the box of its image that each location is assigned to, or -1; of `assign` or your own function.
+    the box of its image that each location is assigned to, or -1; from `assign` or your function.
 
     Returns {"labels": int64 (B, P), -1 in the background; "ltrb": (B, P, 4) pixels; "index"; and
     every further column, (B, P, ...)}. All but the labels and the index are 0 in the background.
     """
     columns = {}
     for name in truths[0]:
-        column = pad_sequence([truth[name] for truth in truths], batch_first=True)  # (B, G, ...)
-        one_more_row = (0, 0) * (column.ndim - 2) + (0, 1)  # G may be 0 for all images
-        columns[name] = take(F.pad(column, one_more_row), index, -1 if name == "labels" else 0)
+        rows = pad_sequence([truth[name] for truth in truths], batch_first=True)  # (B, G, ...)
+        one_more = rows.new_zeros(len(rows), 1, *rows.shape[2:])  # G may be 0 for all images
+        background = -1 if name == "labels" else 0
+        columns[name] = take(torch.cat([rows, one_more], 1), index, background)
     x1, y1, x2, y2 = columns.pop("boxes").unbind(2)
     x, y = points[:, 0], points[:, 1]
     ltrb = torch.stack([x - x1, y - y1, x2 - x, y2 - y], 2)
@@ -757,7 +760,7 @@ def fcos_loss(
     sum over locations by one of the normalizers; a mean over the batch would depend on how the step
     is split over GPUs and micro-batches.
 
-    outputs: of FCOS.forward. targets: of FCOS.targets. normalizers: (2,), see loss_normalizers.
+    outputs: from FCOS.forward. targets: from FCOS.targets. normalizers: (2,), see loss_normalizers.
     box_loss, unit: keywords of FCOS. quality: what "ctr" learns, the "centerness" or the "iou" of
     the predicted box (AdelaiDet's BOX_QUALITY). box_weight: positive locations weigh the same in
     the box loss ("uniform"), or by their "centerness", which takes weight from small objects; None
@@ -812,23 +815,41 @@ CONVENTION = CAFFE | dict(inclusive=False, grid="centre", score="fcos")
 class ScoreRule(NamedTuple):
     """How a family of weights scores detections.
 
-    prob is the probability of a class, joint its product with centerness.
+    prob is the probability of a class, product its product with centerness.
     """
 
     threshold: float  # of a candidate
-    compared: Callable  # (prob, joint) -> what is compared with the threshold
-    ranked: Callable  # (prob, joint) -> what ranks the candidates of a level
-    final: Callable  # (joint) -> the score of a detection
+    compared: Callable  # (prob, product) -> what is compared with the threshold
+    ranked: Callable  # (prob, product) -> what ranks the candidates of a level
+    final: Callable  # (product) -> the score of a detection
+
+    def rank(self, prob, product):
+        """Return what ranks the candidates of a level, and -inf for those below the threshold."""
+        passed = self.compared(prob, product) > self.threshold
+        return self.ranked(prob, product).where(passed, -math.inf)
 
 
 # A location far from the center of its object predicts a worse box. Multiplied by centerness, its
 # score drops, so that suppression keeps the better box of the object.
 SCORES = {
-    "fcos": ScoreRule(0.05, lambda prob, joint: prob, lambda prob, joint: joint, torch.sqrt),
-    "torchvision": ScoreRule(
-        0.2, lambda prob, joint: joint.sqrt(), lambda prob, joint: joint, torch.sqrt
+    "fcos": ScoreRule(
+        threshold=0.05,
+        compared=lambda prob, product: prob,
+        ranked=lambda prob, product: product,
+        final=torch.sqrt,
     ),
-    "mmdetection": ScoreRule(0.05, lambda prob, joint: prob, lambda prob, joint: prob, torch.clone),
+    "torchvision": ScoreRule(
+        threshold=0.2,
+        compared=lambda prob, product: product.sqrt(),
+        ranked=lambda prob, product: product,
+        final=torch.sqrt,
+    ),
+    "mmdetection": ScoreRule(
+        threshold=0.05,
+        compared=lambda prob, product: prob,
+        ranked=lambda prob, product: prob,
+        final=lambda product: product,
+    ),
 }
 
 
@@ -902,6 +923,7 @@ class FCOS(nn.Module):
         **backbone_keywords,
     ):
         # fmt: on
+        # All arguments that have a default; the model stores them.
         given = {name: value for name, value in locals().items() if name in defaults(FCOS)}
         super().__init__()
         passed = isinstance(backbone, nn.Module)
@@ -970,9 +992,7 @@ class FCOS(nn.Module):
         else the head returns, "points": (P, 5), "levels": the number of locations of each level}.
         """
         hw = images.shape[-2:]
-        if not isinstance(sizes, (Tensor, type(None))) and np.shape(sizes) != (len(images), 2):
-            found = short_repr(sizes, 60)
-            raise UserError(f"sizes {found}: expected (height, width) of each image, no targets")
+        check_sizes(sizes, images)
         if not images.is_floating_point():
             images = self.normalize(images, [hw] * len(images) if sizes is None else sizes)
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
@@ -1022,7 +1042,7 @@ class FCOS(nn.Module):
             location, label, product = best_pairs(cls, ctr, rule, self.topk)
             pairs.append((location + first, label, product))
             first += count
-        location, label, product = (torch.cat(column, 1) for column in zip(*pairs))
+        location, label, product = (torch.cat(levels, 1) for levels in zip(*pairs))
 
         ltrb = take(outputs["ltrb"], location).float()
         boxes = self.boxes_at(outputs["points"][location], ltrb, sizes)
@@ -1115,23 +1135,19 @@ def best_pairs(cls, ctr, rule, topk):
     which is -inf for pairs that do not exceed the threshold. torch.sym_min is a min that keeps N
     dynamic in an exported graph.
     """
-
-    def rank(probability, centerness):
-        product = probability * centerness
-        passed = rule.compared(probability, product) > rule.threshold
-        return rule.ranked(probability, product).where(passed, -math.inf), product
-
+    K = cls.shape[2]
     centerness = ctr.float().sigmoid()
     # One NaN hides the best class; 1 lets the other classes of that location take part.
-    best_class = cls.amax(2).float().sigmoid().nan_to_num(nan=1.0)
-    ranking, _ = rank(best_class, centerness)
-    location = ranking.topk(torch.sym_min(topk, ranking.shape[1])).indices
-    probability = take(cls, location).float().sigmoid()
-    ranking, product = rank(probability, centerness.gather(1, location)[..., None])
-    ranking = ranking.flatten(1)
-    best, pair = ranking.topk(torch.sym_min(topk, ranking.shape[1]))
+    best_prob = cls.amax(2).float().sigmoid().nan_to_num(nan=1.0)
+    locations = rule.rank(best_prob, best_prob * centerness)
+    location = locations.topk(torch.sym_min(topk, locations.shape[1])).indices
+
+    prob = take(cls, location).float().sigmoid()  # (B, at most topk, K)
+    product = prob * centerness.gather(1, location)[..., None]
+    pairs = rule.rank(prob, product).flatten(1)
+    best, pair = pairs.topk(torch.sym_min(topk, pairs.shape[1]))
     product = product.flatten(1).gather(1, pair).where(best > -math.inf, -math.inf)
-    return location.gather(1, pair // cls.shape[2]), pair % cls.shape[2], product
+    return location.gather(1, pair // K), pair % K, product
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -1271,6 +1287,14 @@ def check(keyword: str, value, default):
             expected = f"one of {', '.join(allowed)}"
         raise UserError(f"{keyword} {short_repr(value)}: expected {expected}")
     return value
+
+
+def check_sizes(sizes, images):
+    """Raise UserError if `sizes` are something else, such as the targets of a torchvision model."""
+    if sizes is None or isinstance(sizes, Tensor) or np.shape(sizes) == (len(images), 2):
+        return
+    found = short_repr(sizes, 60)
+    raise UserError(f"sizes {found}: expected (height, width) of each image, no targets")
 
 
 def check_convention(convention) -> dict:
@@ -1508,16 +1532,19 @@ def predict_images(model, images, score_threshold, batch_size, graph, how):
 
     if graph and model.pixel_mean.device.type == "cuda":
         detect = replay(detect)
-    views = (
+    all_views = (
         (number, image, view)
         for number, image in enumerate(map(as_image, images))
         for view in make_views(image.shape[-2:], **how)
     )
     results = []
     with torch.no_grad(), inference(model):
-        for _, of_image in groupby(run_views(model, detect, views, batch_size), itemgetter(0)):
-            _, (image, *_), views, found = zip(*of_image)
-            found = [map_back(model, *pair) for pair in zip(found, views)]
+        runs = run_views(model, detect, all_views, batch_size)
+        for _, group in groupby(runs, key=itemgetter(0)):
+            of_image = list(group)
+            image = of_image[0][1]
+            views = [view for _, _, view, _ in of_image]
+            found = [map_back(model, detections, view) for _, _, view, detections in of_image]
             merged = merge(model, found, views, image.shape[-2:])
             sure = merged["scores"] >= score_threshold
             results.append({name: values[sure] for name, values in merged.items()})
