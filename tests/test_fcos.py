@@ -1562,7 +1562,7 @@ def test_tiles_run_in_batches_and_copy_no_more_than_crops(monkeypatch):
     largest = []
     resize = fcos.resize
     monkeypatch.setattr(fcos, "resize", lambda x, hw: largest.append(x) or resize(x, hw))
-    fcos.look(image, fcos.View((100, 50, 200, 150), (64, 64), False))
+    fcos.crop_view(image, fcos.View((100, 50, 200, 150), (64, 64), False))
     assert largest[0].data_ptr() == image[:, 50:, 100:].data_ptr()  # a view, no copy
 
 
