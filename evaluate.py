@@ -782,6 +782,7 @@ def check_open_files(workers):
 def read_ahead(read, items, workers, pin_memory=False):
     """Return an iterable of read(item), or the UserError it raised; workers read ahead."""
     check_open_files(workers)
+    # The items take the place of a data set, and reading one takes the place of collating.
     return DataLoader(
         items,
         batch_size=None,

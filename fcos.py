@@ -145,7 +145,7 @@ def resize(image: Tensor, hw) -> Tensor:
     """
     if image.shape[-2:] == tuple(hw):
         return image
-    # PyTorch has a fast path for images whose three channels lie next to each other in memory.
+    # Only the strides change: PyTorch has a fast path for a batch in the layout channels_last.
     channels_last = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(channels_last, tuple(hw), mode="bilinear", antialias=True)[0]
 
@@ -969,11 +969,12 @@ class FCOS(nn.Module):
 
         The padding, whatever lies beyond `sizes` (B, 2), becomes 0, as in the official code.
         """
-        B, C, H, W = images.shape
+        B, _, H, W = images.shape
         if self.convention["bgr"]:
             images = images.flip(1)
         images = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
-        h, w = torch.as_tensor(sizes, device=images.device).view(B, 2, 1, 1, 1).unbind(1)
+        sizes = torch.as_tensor(sizes, device=images.device).view(B, 2, 1, 1, 1)
+        h, w = sizes.unbind(1)  # (B, 1, 1, 1)
         y = torch.arange(H, device=images.device)[:, None]
         x = torch.arange(W, device=images.device)
         return images.masked_fill_((y >= h) | (x >= w), 0)
@@ -1076,6 +1077,7 @@ class FCOS(nn.Module):
         Returns the candidates that remain, int64 (B, D), best first and then -1, and their scores
         (B, D), -inf where there is none.
         """
+        # batched_nms of kernels/nms.py, as an operator that can be exported
         keep = nms(boxes, scores, labels, self.nms_threshold, self.max_detections)
         return keep, take(scores, keep, -math.inf)
 
@@ -1593,8 +1595,8 @@ def run_views(model, detect, views, batch_size):
     sizes to a dict of (B, N, ...). Boxes are in pixels of the view.
     """
     device = model.pixel_mean.device
-    for _, alike in groupby(views, lambda triple: padded_hw([triple[2].size])):
-        while chunk := list(islice(alike, max(batch_size, 1))):
+    for _, of_one_size in groupby(views, key=lambda triple: padded_hw([triple[2].size])):
+        while chunk := list(islice(of_one_size, max(batch_size, 1))):
             batch, sizes = pad_batch([crop_view(image, view) for _, image, view in chunk])
             detections = detect(batch.to(device), sizes.to(device))
             detections = {name: values.cpu() for name, values in detections.items()}

@@ -437,11 +437,11 @@ def check_sample(sample, num_classes):
     image = sample["image"]
     boxes = sample["boxes"]
     labels = sample["labels"]
-    good = image.dtype == torch.uint8 and image.ndim == len(image) == 3
-    good = good and (boxes[:, 2:] > boxes[:, :2]).all()
-    good = good and ((0 <= labels) & (labels < num_classes)).all()
-    good = good and {len(sample[name]) for name in sample if name != "image"} == {len(boxes)}
-    if not good:
+    is_image = image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3
+    have_area = (boxes[:, 2:] > boxes[:, :2]).all()
+    known = ((labels >= 0) & (labels < num_classes)).all()
+    complete = all(len(sample[name]) == len(boxes) for name in sample if name != "image")
+    if not (is_image and have_area and known and complete):
         made = f"{tuple(image.shape)} {image.dtype} pixels, boxes {boxes.tolist()}"
         raise UserError(f"augment made {made:.250}, labels {labels.tolist()}")
 
@@ -952,7 +952,7 @@ def update(step, optimizer, companions, settings):
 
 
 class Meter:
-    """The losses of the last step, and the speed since they were read before.
+    """The losses of the last step, and the speed since the last reading.
 
     Reading a number from a GPU waits for all of its work, so `add` reads nothing, and `read` is
     called every few steps.
@@ -1081,7 +1081,7 @@ def main(args: Namespace):
         steps = range(start, iters + 1)
         bar = tqdm(steps, args.recipe, iters, initial=start, disable=rank > 0, unit="step")
         for step in bar:
-            # The model of an evaluation has been saved: a run that is stopped here repeats it.
+            # A checkpoint precedes each evaluation, so a run that is stopped in one repeats it.
             if step == iters or is_due(step, args.eval_every):
                 best = validate(step, model, companions, val_set, best, files, workers)
                 meter.restart(step)
@@ -1137,12 +1137,12 @@ def start_loader(batches, start, workers, device):
 
 
 def is_due(step, every):
-    """Return whether something that happens every so many steps happens after this one."""
+    """Return whether `step` is a multiple of `every`; not at step 0, and never if every is None."""
     return bool(every) and step > 0 and step % every == 0
 
 
 def must_save(done, args, iters):
-    """Return whether a checkpoint is written after `done` steps; before an evaluation it is."""
+    """Return whether to write a checkpoint after `done` steps, as before every evaluation."""
     return done == iters or is_due(done, args.checkpoint_every) or is_due(done, args.eval_every)
 
 
