@@ -1154,7 +1154,7 @@ def best_pairs(cls, ctr, rule, topk):
 
 # ---- models -------------------------------------------------------------------------------------
 
-# Rows of MODELS are made of these parts. Backbones:
+# Parts of the rows of MODELS. Backbones:
 FROZEN = dict(norm="frozen", frozen_stages=2)
 R_50 = dict(blocks=(3, 4, 6, 3)) | FROZEN
 R_101 = dict(blocks=(3, 4, 23, 3)) | FROZEN
@@ -1175,12 +1175,12 @@ IOU = IMPRV | dict(quality="iou")  # AdelaiDet's
 REAL_TIME = IMPRV | dict(levels=(3, 4, 5), ranges=(64, 128), test_size=(512, 736))  # AdelaiDet's
 UNIFORM_LOSS = dict(box_loss="giou_exact", box_weight="uniform")
 TORCHVISION = IMPRV | UNIFORM_LOSS | dict(scales=False, grid="corner")
-HALVED = dict(ranges=(32, 64, 128, 256))  # so that small pictures use several levels
-# For small objects: a finest stride of 4, and a loss that does not neglect them (see fcos_loss)
+HALVED = dict(ranges=(32, 64, 128, 256))  # so that small images use several levels
+# For small objects: a finest stride of 4, and a loss that gives them full weight (see fcos_loss)
 STRIDE_4 = IMPRV | UNIFORM_LOSS | dict(levels=(2, 3, 4, 5, 6), activation="exp_stride") | HALVED
 
-# One architecture per row, named as the official configurations are, without their schedule. The
-# last five are not official. The keywords are those of FCOS and of the row's backbone.
+# One architecture per row, named like the official configurations, without the schedule; the last
+# five are not official. The keywords are those of FCOS and of the row's backbone.
 # fmt: off
 MODELS = {
     "fcos_R_50_FPN":                    R_50        | PLAIN,
@@ -1208,7 +1208,7 @@ MODELS = {
 
 
 class Numbers(NamedTuple):
-    """Bounds of a number, or of every number in a tuple; whole numbers if the bounds are."""
+    """Bounds of a number or of every number in a tuple; bounds of type int allow only ints."""
 
     least: float
     most: float
@@ -1224,9 +1224,9 @@ class Numbers(NamedTuple):
         return all(type(x) in kinds and self.least <= x <= self.most for x in numbers)
 
 
-# What keywords may hold, numbers or one of some choices; others need the type of their default.
-# This keeps typing errors and damaged files from building a model that fails in the middle of a
-# training, or that fills the memory.
+# Allowed values of keywords: bounds or choices. Other keywords need the type of their default.
+# Without these checks, a typing error or a damaged file could build a model that fails during
+# training or fills the memory.
 CHECKS: dict[str, Any] = {
     "backbone": BACKBONES,
     "block": BLOCKS,
@@ -1254,7 +1254,7 @@ CHECKS: dict[str, Any] = {
     "nms_threshold": Numbers(0.0, 1.0),
     "max_detections": Numbers(1, 10**6),
     "num_classes": Numbers(1, 10**6),
-    "mean": Numbers(0.0, 1e6),  # this and the following are entries of CONVENTION
+    "mean": Numbers(0.0, 1e6),  # from here on: entries of CONVENTION
     "std": Numbers(1e-6, 1e6),
     "bn_eps": Numbers(0.0, 1e6),
     "score": SCORES,
@@ -1262,7 +1262,7 @@ CHECKS: dict[str, Any] = {
 
 
 def is_allowed(value, default, allowed) -> bool:
-    """Return whether a value fits an entry of CHECKS, or the type of the default if it is None."""
+    """Return whether an entry of CHECKS allows a value; None allows the type of the default."""
     if isinstance(allowed, Numbers):
         return allowed.allow(value, default)
     if allowed is not None:
@@ -1272,14 +1272,14 @@ def is_allowed(value, default, allowed) -> bool:
 
 
 def check(keyword: str, value, default):
-    """Return the value of a keyword, a list as a tuple. Raises UserError if it does not fit."""
+    """Return the value of a keyword, a list as a tuple. Raises UserError if it is not allowed."""
     if isinstance(value, list):
         value = tuple(value)
     if value is None and default is None:
         return value
     allowed = CHECKS.get(keyword)
     if default is not None and not is_allowed(default, default, allowed):
-        allowed = None  # a backbone of your own means something else by this name
+        allowed = None  # a custom backbone uses this keyword in another sense
     if not is_allowed(value, default, allowed):
         expected = "text" if default is None else f"a value like {default!r}"
         if isinstance(allowed, Numbers):
@@ -1300,18 +1300,20 @@ def check_sizes(sizes, images):
 
 
 def check_convention(convention) -> dict:
-    """Return a convention with tuples in place of lists; raises UserError if it does not fit."""
+    """Return a convention with lists as tuples; raises UserError if an entry is not allowed."""
     if not isinstance(convention, dict) or not convention.keys() <= CONVENTION.keys():
         known = ", ".join(CONVENTION)
-        raise UserError(f"convention {short_repr(convention)}: expected a dict, some of {known}")
+        raise UserError(
+            f"convention {short_repr(convention)}: expected a dict with keys of {known}"
+        )
     return {name: check(name, value, CONVENTION[name]) for name, value in convention.items()}
 
 
 def resolve(keywords: dict) -> dict:
-    """Return all keywords of FCOS and of its backbone, the defaults of those not given included.
+    """Return all keywords of FCOS and of its backbone, with defaults for those not given.
 
-    With the number of classes, the result is all it takes to build the same model again.
-    Raises UserError for an unknown keyword or a value that does not fit.
+    The result and the number of classes suffice to build the same model again.
+    Raises UserError for an unknown keyword or a value that is not allowed.
     """
     resolved = defaults(FCOS)
     backbone = keywords.get("backbone", "resnet")
@@ -1333,13 +1335,13 @@ def resolve(keywords: dict) -> dict:
 
 
 def check_combination(keywords):
-    """Raise UserError for values that are possible alone, but not together or in this order."""
+    """Raise UserError for values that are allowed one by one, but not together."""
     levels, ranges, test_size = (keywords[name] for name in ("levels", "ranges", "test_size"))
     consecutive = levels and levels == tuple(range(levels[0], levels[0] + len(levels)))
     for keyword, fits, expected in (
         ("levels", consecutive, "consecutive levels, such as (3, 4, 5, 6, 7)"),
         ("ranges", len(ranges) == len(levels) - 1, f"{len(levels) - 1}, one between two levels"),
-        ("ranges", list(ranges) == sorted(set(ranges)), "rising numbers"),
+        ("ranges", list(ranges) == sorted(set(ranges)), "ascending numbers"),
         ("test_size", test_size[0] <= test_size[1], "the short side first"),
         ("channels", keywords["channels"] % 32 == 0, "a multiple of 32, for 32 groups in the head"),
     ):
@@ -1348,10 +1350,10 @@ def check_combination(keywords):
 
 
 def model_keywords(name: str, overrides: dict) -> dict:
-    """Return the resolved keywords of the row `name` of MODELS with `overrides` in their place.
+    """Return the resolved keywords of the row `name` of MODELS, updated by `overrides`.
 
-    With another backbone, the keywords of the row's own backbone are dropped. Raises UserError for
-    an unknown row or keyword, and for other levels without ranges, since the row's do not fit them.
+    If the backbone changes, keywords of the row's backbone are dropped. Raises UserError for an
+    unknown row or keyword, and for other levels without ranges.
     """
     if name not in MODELS:
         raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
@@ -1362,13 +1364,13 @@ def model_keywords(name: str, overrides: dict) -> dict:
         kept = {key: value for key, value in kept.items() if key not in of_backbone}
     levels = check("levels", overrides.get("levels", row["levels"]), row["levels"])
     if levels != row["levels"] and "ranges" not in overrides:
-        has = f"{name} has levels {row['levels']} and ranges {row['ranges']} in pixels"
-        raise UserError(f"levels {levels}: expected ranges with them; {has}")
+        default = f"{name} has levels {row['levels']} and ranges {row['ranges']} in pixels"
+        raise UserError(f"levels {levels}: expected ranges with them; {default}")
     return resolve(kept | overrides)
 
 
 def build(name: str, num_classes: int = 80, **overrides) -> FCOS:
-    """Build the model of the row `name` of MODELS with random weights; never downloads.
+    """Build the model of the row `name` of MODELS with random weights, without downloads.
 
     overrides: keywords of FCOS and of the row's backbone that replace the row's, such as
     norm="gn", frozen_stages=0. Raises UserError, a ValueError, with the choices.
@@ -1382,13 +1384,13 @@ def build(name: str, num_classes: int = 80, **overrides) -> FCOS:
 
 
 def regular_file(path):
-    """Return the path; raises OSError if it is a folder, pipe or device, which would block."""
+    """Return the path; raises OSError if it is a folder, pipe or device (reads could block)."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError("Is a directory" if os.path.isdir(path) else "expected a regular file")
     return path
 
 
-TURNS = {  # how an image is turned upright, by its EXIF orientation
+TURNS = {  # EXIF orientation: the operation that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -1400,9 +1402,9 @@ TURNS = {  # how an image is turned upright, by its EXIF orientation
 
 
 def exif_turn(image):
-    """Return one of TURNS that makes an image upright, or None."""
+    """Return the one of TURNS that an image needs, or None."""
     try:
-        # ImageOps.exif_transpose would fail at other tags that cameras and editors write wrongly
+        # ImageOps.exif_transpose fails if any other EXIF tag is malformed
         return TURNS.get(image.getexif().get(0x0112))
     except Exception:  # damaged
         return None
@@ -1411,11 +1413,11 @@ def exif_turn(image):
 def read_image(source, hw=None) -> Tensor:
     """Read an image as 8-bit RGB and return it as a uint8 tensor (3, H, W).
 
-    source: a path, a PIL image, or the bytes of an image file or a file object with them. Grey,
-    palette, CMYK and transparent images are converted; 16-bit ones by the highest bit they use.
+    source: a path, a PIL image, a file object, or the bytes of an image file. Grey, palette, CMYK
+    and transparent images are converted; 16-bit images keep the highest 8 bits in use.
 
-    The EXIF orientation is applied, as in a viewer, unless the stored image has already the size
-    `hw`, the (height, width) of its annotations: COCO's boxes refer to the stored pixels.
+    hw: the (height, width) of its annotations. The EXIF orientation is applied unless the stored
+    image already has this size, because COCO's boxes refer to the stored pixels.
 
     Raises UserError if the file cannot be read, or if its size is not `hw`.
     """
@@ -1432,24 +1434,25 @@ def read_image(source, hw=None) -> Tensor:
         if stored != hw and turn is not None:
             image = image.transpose(turn)
         if image.mode == "F":
-            raise ValueError("its pixels are floating point; save it with 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would saturate at 255
+            raise ValueError("expected 8 or 16 bits, found floating-point pixels; convert it first")
+        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
             pixels = np.asarray(image).clip(min=0)
-            bits = int(pixels.max()).bit_length()  # a camera's 10, 12 or 14 bits come in 16
+            bits = int(pixels.max()).bit_length()  # cameras store 10, 12 or 14 bits in 16
             image = Image.fromarray((pixels >> max(bits - 8, 0)).astype(np.uint8))
         pixels = np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise UserError(f"{name}: no such image") from None
     except Exception as error:  # Pillow raises nearly anything for damaged files
-        why = getattr(error, "strerror", None) or printable(error)
+        reason = getattr(error, "strerror", None) or printable(error)
         if isinstance(error, UnidentifiedImageError):
-            why = "not an image"
+            reason = "not an image"
         elif isinstance(error, Image.DecompressionBombError):
-            why += "; cut it into pieces, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
-        raise UserError(f"{name}: cannot be read as an image ({why})") from None
+            reason += "; split it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+        raise UserError(f"{name}: cannot be read as an image ({reason})") from None
     if hw is not None and pixels.shape[:2] != tuple(hw):
         h, w = stored
-        raise UserError(f"{name}: is {w}x{h} pixels, but its annotations say {hw[1]}x{hw[0]}")
+        expected = f"expected {hw[1]}x{hw[0]} pixels as in its annotations"
+        raise UserError(f"{name}: {expected}, found {w}x{h}")
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -1464,7 +1467,7 @@ def as_image(source) -> Tensor:
     """
     image = source
     if isinstance(source, np.ndarray) and source.ndim == 3 and source.dtype == np.uint8:
-        writable = np.require(source, requirements=["C", "W"])  # PyTorch warns of read-only memory
+        writable = np.require(source, requirements=["C", "W"])  # PyTorch warns about read-only ones
         image = torch.from_numpy(writable).permute(2, 0, 1)
     elif isinstance(source, SOURCES) or hasattr(source, "read"):
         image = read_image(source)
@@ -1478,19 +1481,19 @@ def as_image(source) -> Tensor:
 
 
 def list_images(images):
-    """Return images as an iterable: a single one, of any kind that `as_image` takes, in a list."""
+    """Return an iterable of images; a single image of any kind is put into a list."""
     single = isinstance(images, (*SOURCES, np.ndarray, Tensor, dict)) or hasattr(images, "read")
     return [images] if single or not isinstance(images, Iterable) else images
 
 
-INFERENCE_LOCK = threading.RLock()  # of all models: a lock inside a model could not be copied
+INFERENCE_LOCK = threading.RLock()  # for all models, because a model with a lock cannot be copied
 
 
 @contextlib.contextmanager
 def inference(model: FCOS):
     """Switch to eval mode and fold frozen norms into the convolutions, at autocast's precision.
 
-    Do not change weights inside this context. Threads wait for each other.
+    Do not change weights inside this context. Only one thread can be inside at a time.
     """
     with INFERENCE_LOCK:
         training = {module: module.training for module in model.modules()}
@@ -1514,30 +1517,31 @@ def inference(model: FCOS):
 
 
 class View(NamedTuple):
-    """What the model sees of an image: a crop of it, resized, perhaps mirrored."""
+    """A part of an image as the model sees it: cropped, resized and perhaps mirrored."""
 
     crop: tuple  # x1, y1, x2, y2 in pixels of the image
     size: tuple  # (height, width) to which the crop is resized
     mirrored: bool
 
 
-def predict_images(model, images, score_threshold, batch_size, graph, how):
+def predict_images(model, images, score_threshold, batch_size, graph, view_options):
     """Run `FCOS.predict`: make the views of each image, run them, map boxes back, and merge them.
 
-    how: the arguments of `make_views` beside the size of the image.
+    view_options: the arguments of `make_views` except the size of the image.
     """
 
     def detect(images, sizes):
         outputs = model(images, sizes)
-        # The official augmentation merges candidates; tiles suppress first, as there may be many.
-        return model.candidates(outputs, sizes) if how["tta"] else model.decode(outputs, sizes)
+        # The official augmentation merges candidates. Tiles are suppressed first to bound memory.
+        tta = view_options["tta"]
+        return model.candidates(outputs, sizes) if tta else model.decode(outputs, sizes)
 
     if graph and model.pixel_mean.device.type == "cuda":
         detect = replay(detect)
     all_views = (
         (number, image, view)
         for number, image in enumerate(map(as_image, images))
-        for view in make_views(image.shape[-2:], **how)
+        for view in make_views(image.shape[-2:], **view_options)
     )
     results = []
     with torch.no_grad(), inference(model):
@@ -1548,19 +1552,19 @@ def predict_images(model, images, score_threshold, batch_size, graph, how):
             views = [view for _, _, view, _ in of_image]
             found = [map_back(model, detections, view) for _, _, view, detections in of_image]
             merged = merge(model, found, views, image.shape[-2:])
-            sure = merged["scores"] >= score_threshold
-            results.append({name: values[sure] for name, values in merged.items()})
+            kept = merged["scores"] >= score_threshold
+            results.append({name: values[kept] for name, values in merged.items()})
     return results
 
 
 def make_views(hw, test_size, tile=None, overlap=0.2, tta=False) -> list[View]:
-    """Return the views of an image of (height, width): the whole image, and further ones.
+    """Return the views of an image of (height, width): the whole image, and perhaps more.
 
-    With `tile`, crops of tile x tile pixels follow, which overlap by at least this share of their
-    sides. With `tta`, the whole image is seen at nine sizes and each time mirrored, too, as in the
-    official test-time augmentation.
+    tile: add crops of tile x tile pixels that overlap by at least the share `overlap` of a side.
+    tta: return the whole image at nine sizes, plain and mirrored, as in the official test-time
+    augmentation.
 
-    Raises UserError for tiles of no size, for overlap outside [0, 1), and for both at once.
+    Raises UserError for a tile below 1 pixel, overlap outside [0, 1), or tile together with tta.
     """
     whole = (0, 0, hw[1], hw[0])
     if tta and tile is not None:
@@ -1581,7 +1585,7 @@ def make_views(hw, test_size, tile=None, overlap=0.2, tta=False) -> list[View]:
 
 
 def tile_starts(side, tile, overlap):
-    """Return where tiles begin that cover `side` pixels at equal distances, overlapping enough."""
+    """Return the starts of evenly spaced tiles that cover `side` pixels and overlap enough."""
     if side <= tile:
         return [0]
     steps = math.ceil((side - tile) / max(tile * (1 - overlap), 1))
@@ -1589,9 +1593,9 @@ def tile_starts(side, tile, overlap):
 
 
 def run_views(model, detect, views, batch_size):
-    """Run views in batches of one padded size; yields (image number, image, view, detections).
+    """Run views in batches of one padded size; yield (image number, image, view, detections).
 
-    views: triples of image number, image (3, H, W) and view. detect: from a padded batch and its
+    views: triples of image number, image (3, H, W) and view. detect: maps a padded batch and its
     sizes to a dict of (B, N, ...). Boxes are in pixels of the view.
     """
     device = model.pixel_mean.device
@@ -1606,14 +1610,14 @@ def run_views(model, detect, views, batch_size):
 
 
 def crop_view(image, view):
-    """Return the pixels of a view; only the crop is copied."""
+    """Return the pixels of a view."""
     x1, y1, x2, y2 = view.crop
     crop = image[:, y1:y2, x1:x2]
     return resize(crop.flip(2) if view.mirrored else crop, view.size)
 
 
-# How each column of the detections on a mirrored image becomes that on the image itself, given the
-# x coordinate at which the mirrored image's left border lies. A column without a rule is refused.
+# For each column of detections, the function that undoes mirroring, given the x coordinate of the
+# image's right border. A column without a rule raises an error.
 UNMIRROR = {
     "boxes": lambda boxes, right: torch.stack(
         [right - boxes[:, 2], boxes[:, 1], right - boxes[:, 0], boxes[:, 3]], 1
@@ -1624,7 +1628,7 @@ UNMIRROR = {
 
 
 def map_back(model, found, view):
-    """Return the detections on a view in pixels of its image.
+    """Map the detections on a view to pixels of its image.
 
     Raises UserError if the view is mirrored and a column has no rule in UNMIRROR.
     """
@@ -1635,7 +1639,7 @@ def map_back(model, found, view):
         unknown = found.keys() - UNMIRROR.keys()
         if unknown:
             raise UserError(f"output {min(unknown)}: expected a rule in fcos.UNMIRROR")
-        pixel = width / view.size[1]  # one pixel of the view; inclusive boxes end at W - pixel
+        pixel = width / view.size[1]  # a pixel of the view; inclusive boxes end at width - pixel
         right = width + (1 - pixel) * model.convention["inclusive"]
         found = {name: UNMIRROR[name](values, right) for name, values in found.items()}
     return found | {"boxes": found["boxes"] + torch.tensor([x1, y1, x1, y1])}
@@ -1644,9 +1648,9 @@ def map_back(model, found, view):
 def merge(model, found, views, hw):
     """Merge the detections of all views of one image by one suppression.
 
-    found: for each view a dict in pixels of the image, whose size is hw. Boxes that an edge of a
-    tile has cut are dropped where an uncut one covers them. Overlaps are computed in pixels of the
-    first view, as in the official code, which matters for inclusive boxes only.
+    found: for each view a dict in pixels of the image of size hw. Boxes cut by the edge of a tile
+    are dropped if an uncut box covers them. Overlaps are computed in pixels of the first view, as
+    in the official code; this matters only for inclusive boxes.
     """
     if len(found) == 1:
         return found[0]
@@ -1664,18 +1668,19 @@ def merge(model, found, views, hw):
 
 
 def find_cut(boxes, crop, hw):
-    """Return which boxes (D, 4) end at an edge of the crop that is none of the image."""
+    """Return which boxes (D, 4) end at an edge of the crop that is inside the image, bool (D,)."""
     x1, y1, x2, y2 = crop
     inside = torch.tensor([x1 > 0, y1 > 0, x2 < hw[1], y2 < hw[0]])
-    near = (x2 - x1 + y2 - y1) / 200  # pixels: a cut box rarely reaches the edge exactly
+    near = (x2 - x1 + y2 - y1) / 200  # pixels, because a cut box rarely reaches the edge exactly
     return (((boxes - torch.tensor(crop)).abs() <= near) & inside).any(1)
 
 
 def find_covered(boxes, labels, cut):
-    """Return which of the cut boxes an uncut box of their class covers by more than half, (D,)."""
+    """Return which cut boxes are more than half covered by an uncut box of their class, (D,)."""
     covered = torch.zeros_like(cut)
-    whole, whole_labels = boxes[~cut], labels[~cut]
-    for rows in cut.nonzero()[:, 0].split(64):  # a few at a time: there may be tens of thousands
+    whole = boxes[~cut]
+    whole_labels = labels[~cut]
+    for rows in cut.nonzero()[:, 0].split(64):  # 64 at a time to bound memory
         part = boxes[rows, None]
         corner = torch.maximum(part[..., :2], whole[:, :2])
         common = (torch.minimum(part[..., 2:], whole[:, 2:]) - corner).clamp(min=0).prod(2)
@@ -1696,10 +1701,10 @@ def as_list(detections: dict, score_threshold: float) -> list[dict]:
 
 
 def replay(function):
-    """Return `function` of CUDA tensors as one that replays CUDA graphs.
+    """Wrap a function of CUDA tensors so that it replays CUDA graphs.
 
-    The first call with tensors of some shapes records its kernels; later calls launch them all at
-    once, and overwrite the result of the call before. Use it under torch.no_grad().
+    The first call with new shapes records a graph. Later calls replay it and overwrite the result
+    of the call before. Use it under torch.no_grad().
     """
     graphs = {}
     memory = torch.cuda.graph_pool_handle()  # shared, because the graphs run in turn
@@ -1708,7 +1713,7 @@ def replay(function):
         shapes = tuple((x.shape, x.dtype) for x in inputs)
         if shapes not in graphs:
             autocast = torch.is_autocast_enabled("cuda")
-            # casts that autocast has cached would not be recorded
+            # the graph must record autocast's casts, so none may come from the cache
             with (
                 torch.cuda.device_of(inputs[0]),
                 torch.autocast("cuda", enabled=autocast, cache_enabled=False),
@@ -1723,22 +1728,22 @@ def replay(function):
 
 
 def is_int64(value):
-    """Return whether a value is an integer of 64 bits, which takes no time to hash or to print."""
+    """Return whether a value is an int of at most 64 bits, which is fast to hash and print."""
     return type(value) is int and -(2**63) <= value < 2**63
 
 
 class SafeUnpickler(pickle._Unpickler):
-    """Read a pickle of plain values and arrays without calling anything that it names.
+    """Read a pickle of plain values and arrays without calling any function that it names.
 
-    A pickle is a program, and numpy's constructors trust it: a forged one makes them read and write
-    at any address. Here `call` and `build` do what its functions would do, and make an array only
-    of bytes that fit its shape and element type. Tensors become None: once a file of torch.save has
-    been read like this, torch.load can read it. Keys must be plain, because hashing a deeply nested
-    tuple overflows the interpreter's stack. The file's size limits what functions receive:
-    otherwise a small file that passes a part of itself many times would fill the memory.
+    A pickle is a program, and numpy's constructors trust it: a forged pickle can make them read and
+    write any address. `call` and `build` replace the functions, and make an array only from bytes
+    that match its shape and element type. Tensors become None; after this check torch.load may read
+    the file. Keys must be plain, because hashing a deeply nested tuple overflows the stack. The
+    size of the file limits all arguments together, because a small file could pass the same value
+    many times and fill the memory.
     """
 
-    # not those that create objects of classes, sets and extension codes, or read other buffers
+    # without instructions that create objects, sets or extension codes, or read other buffers
     INSTRUCTIONS = """
         PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
         FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8
@@ -1756,7 +1761,7 @@ class SafeUnpickler(pickle._Unpickler):
     def __init__(self, file, size):
         super().__init__(file, encoding="latin1")
         self.memo = Memo()
-        self.values_left = 3 * size  # an array may be stored as text, which becomes bytes first
+        self.values_left = 3 * size  # 3 because an array may be stored as text, then as bytes
 
     def find_class(self, module, name):
         package = re.sub(r"^numpy\._?core\.(multiarray|numeric)$", "numpy", module)
@@ -1768,7 +1773,7 @@ class SafeUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
     def call(self, function, *arguments):
-        """Return what one of FUNCTIONS would return, or None in place of a tensor."""
+        """Return the result of one of FUNCTIONS, or None instead of a tensor."""
         self.limit_size(arguments)
         match function, arguments:
             case "_codecs.encode", (str(text), "latin1" | "latin-1"):
@@ -1797,7 +1802,7 @@ class SafeUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f"arguments of {function}")
 
     def build(self, value, state):
-        """Return what a value becomes when it is given its state."""
+        """Return a value after its state was set."""
         self.limit_size(state)
         match value, state:
             case OrderedDict(), dict():
@@ -1811,8 +1816,8 @@ class SafeUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f"a state of a {type(value).__name__}")
 
     def make_array(self, shape, kind, order, raw):
-        """Return an array of the bytes `raw`; raises UnpicklingError unless they fit exactly, and
-        UserError if the elements are no numbers."""
+        """Return an array of the bytes `raw`. Raises UnpicklingError unless they fit exactly, and
+        UserError if the elements are not numbers."""
         if not re.fullmatch(r"f[248]|[iu][1248]|b1|[SU][1-9]\d{0,8}", kind.code):
             name = printable(self.stack[-2], 99)  # the key of the array
             found = printable(kind.code, 20)
@@ -1824,15 +1829,15 @@ class SafeUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("an array whose shape does not fit its bytes")
         raw = raw.encode("latin1") if isinstance(raw, str) else raw
         if dtype.kind == "U":
-            raw.decode("utf-32-be" if kind.order == ">" else "utf-32-le")  # raises if it is no text
+            raw.decode("utf-32-be" if kind.order == ">" else "utf-32-le")  # raises if not text
         return np.frombuffer(raw, dtype).reshape(shape, order="F" if order == "F" else "C")
 
     def persistent_load(self, storage):
         match storage:
-            case "storage", None, *parts:  # its key, device and number of elements
+            case "storage", None, *parts:  # key, device and number of elements
                 self.check_plain(parts)
                 return None
-        raise pickle.UnpicklingError("a reference to something else than a storage")
+        raise pickle.UnpicklingError("a reference to something other than a storage")
 
     def limit_size(self, values):
         self.values_left -= len(values) + sum(
@@ -1849,11 +1854,11 @@ class SafeUnpickler(pickle._Unpickler):
                 raise pickle.UnpicklingError("a huge number as a key")
 
     def fill(self, target, items):
-        """Add a list of keys and values, in turn, to a dict, and return it."""
+        """Add a list of alternating keys and values to a dict, and return the dict."""
         keys, values = items[::2], items[1::2]
         self.check_plain(keys)
         if any(callable(value) or isinstance(value, (StoredArray, StoredType)) for value in values):
-            raise pickle.UnpicklingError("a part of an array in place of an array")
+            raise pickle.UnpicklingError("an unfinished array")
         if type(target) not in (dict, OrderedDict):
             raise pickle.UnpicklingError(f"items of a {type(target).__name__}")
         target.update(zip(keys, values, strict=True))
@@ -1885,7 +1890,7 @@ class SafeUnpickler(pickle._Unpickler):
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.BUILD[0]: load_build,
-        pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]],  # its own fills any size with zeros
+        pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]],  # the original allocates any size
     }
 
 
@@ -1899,13 +1904,13 @@ class StoredType:
 
 @dataclass
 class StoredArray:
-    """An array in a pickle between the instructions that create it and fill it."""
+    """An array in a pickle that was created but not filled yet."""
 
     array: object = None
 
 
 class Memo(dict):
-    """The values that a pickle refers to again, with arrays in place of what they came from."""
+    """The values that a pickle may refer to again; a filled StoredArray becomes its array."""
 
     def __getitem__(self, index):
         value = super().__getitem__(index)
@@ -1913,14 +1918,15 @@ class Memo(dict):
 
 
 def check_archive(file, size):
-    """Raise an error if the zip archive of torch.save is damaged, or holds more than its size."""
+    """Raise an error if the zip archive of torch.save is damaged or unpacks to more than `size`."""
     archive = zipfile.ZipFile(file)
     members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise UserError("expected a file of torch.save, found a compressed archive; unpack it")
     if sum(member.file_size for member in members) > size:
         raise ValueError("members overlap")
-    if damaged := archive.testzip():  # torch.load verifies no checksum
+    damaged = archive.testzip()  # torch.load does not verify checksums
+    if damaged:
         raise ValueError(f"the checksum of {damaged} is wrong")
     for member in members:
         if member.filename.endswith("data.pkl"):
@@ -1929,8 +1935,8 @@ def check_archive(file, size):
 
 
 def read_safetensors(path):
-    """Return the tensors of a file by name; if `save` wrote it, the content of a checkpoint."""
-    from safetensors import safe_open  # needed only for these files
+    """Return the tensors of a file by name, or the checkpoint if `save` wrote the file."""
+    from safetensors import safe_open  # optional
 
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -1939,7 +1945,7 @@ def read_safetensors(path):
 
 
 def read_torch_or_pickle(file):
-    """Return the content of an open file of torch.save, or of a pickle of arrays."""
+    """Return the content of an open file that torch.save wrote, or a pickle of arrays."""
     size = os.fstat(file.fileno()).st_size
     if zipfile.is_zipfile(file):
         check_archive(file, size)
@@ -1948,20 +1954,20 @@ def read_torch_or_pickle(file):
         content = SafeUnpickler(file, size).load()
         if type(content) is not int or content != torch.serialization.MAGIC_NUMBER:
             return content
-        # torch.save before 1.6: protocol version, system, content, and the keys of the storages
+        # the format before PyTorch 1.6: protocol version, system, content, keys of the storages
         *_, storages = [SafeUnpickler(file, size).load() for _ in range(4)]
         if any(type(key) is not str for key in storages):
             raise ValueError("a key of a storage is not text")
     file.seek(0)
-    with warnings.catch_warnings(action="ignore"):  # about rare kinds of tensors
+    with warnings.catch_warnings(action="ignore"):  # rare kinds of tensors warn
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def read_checkpoint(path):
-    """Read a file of torch.save, a pickle of arrays (.pkl) or a .safetensors file, without running
+    """Read a file of torch.save, a pickle of arrays (.pkl) or a .safetensors file without running
     code from it.
 
-    Raises UserError if it is missing or damaged, or if it holds more than tensors, arrays and plain
+    Raises UserError if it is missing or damaged, or holds anything but tensors, arrays and plain
     values.
     """
     try:
@@ -1970,19 +1976,21 @@ def read_checkpoint(path):
                 return read_safetensors(path)
             return read_torch_or_pickle(file)
     except UserError as error:
-        why = error
+        reason = error
     except ImportError as error:
-        why = f"pip install safetensors ({error})"
+        reason = f"pip install safetensors ({error})"
     except OSError as error:
-        why = "damaged" if error.errno == errno.EINVAL else error.strerror or error  # torn files
-    except Exception as error:  # junk makes the readers raise nearly anything
-        why = f"not a checkpoint or damaged ({type(error).__name__})"
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            why = (
+        truncated = error.errno == errno.EINVAL
+        reason = "damaged" if truncated else error.strerror or error
+    except Exception as error:  # damaged files make the readers raise nearly anything
+        reason = f"not a checkpoint or damaged ({type(error).__name__})"
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            reason = (
                 f"refused, because it holds {printable(refused[1], 99)} and could run any program; "
-                "save its state dict alone"
+                "save only its state dict"
             )
-    raise UserError(f"{printable(path)}: {why}")
+    raise UserError(f"{printable(path)}: {reason}")
 
 
 def stored_keywords(content: dict) -> dict:
@@ -1995,7 +2003,7 @@ def stored_keywords(content: dict) -> dict:
 def checkpoint(model: "FCOS") -> dict:
     """Return all that `load` needs to build the model again, as tensors and plain Python values.
 
-    Wrappers of torch.compile and DataParallel are removed. Raises UserError for another model.
+    Wrappers of torch.compile and DataParallel are removed. Raises UserError unless it is an FCOS.
     """
     inner = model
     while isinstance(inner, nn.Module) and not isinstance(inner, FCOS):
@@ -2010,10 +2018,10 @@ def checkpoint(model: "FCOS") -> dict:
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb", keep=None):
-    """Open a file for writing that appears whole at `path`, or not at all.
+    """Open a file for writing that appears complete at `path`, or not at all.
 
-    A temporary file in the same folder replaces what is at `path`, a link itself and not its
-    target, and the old file moves to `keep` if given. A missing folder is created.
+    A temporary file in the same folder replaces `path` at the end; a link is replaced, not its
+    target. The old file moves to `keep` if given. A missing folder is created.
 
     Raises UserError if the file cannot be written.
     """
@@ -2030,10 +2038,10 @@ def atomic_write(path, mode="wb", keep=None):
             os.replace(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save raises a RuntimeError while it handles an OSError, such as a full disk
+        # torch.save hides an OSError, such as a full disk, behind a RuntimeError
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        why = cause.strerror if getattr(cause, "filename", None) else printable(cause)
-        raise UserError(f"{printable(path)}: cannot be written ({why})") from None
+        reason = cause.strerror if getattr(cause, "filename", None) else printable(cause)
+        raise UserError(f"{printable(path)}: cannot be written ({reason})") from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -2050,9 +2058,9 @@ def remove_leftovers(folder):
 
 
 def save(model: "FCOS", path):
-    """Write a checkpoint that `load` reads, whole or not at all.
+    """Write a checkpoint that `load` reads, completely or not at all.
 
-    A path that ends in .safetensors is written in that format, with everything but the tensors as
+    If the path ends in .safetensors, that format is written, with everything but the tensors as
     JSON in its metadata.
     """
     content = checkpoint(model)
@@ -2072,9 +2080,9 @@ def save(model: "FCOS", path):
 def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "FCOS":
     """Load a model in eval mode from a file of weights.
 
-    Our own checkpoints and torchvision's say which model they hold. For the files of other
-    families, `name` is the row of MODELS. "coco" is torchvision's own file, see `hub_file`.
-    backbone: the module, if the model was built with one of your own.
+    name: the row of MODELS, needed except for checkpoints of this project and of torchvision.
+    "coco" is torchvision's own file, see `hub_file`.
+    backbone: the module, if the model was built with a custom one.
 
     Raises UserError if the file cannot be read or does not fit.
     """
@@ -2083,7 +2091,7 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
         name, classes, keywords = find_description(weights, name)
         if keywords["backbone"] is None:
             if backbone is None:
-                raise UserError("was built with a custom backbone: pass it as `backbone=`")
+                raise UserError("has a custom backbone: pass the module as `backbone=`")
             keywords["backbone"] = backbone
         check_size(classes, keywords, weights.size)
         model = FCOS(classes, **keywords)
@@ -2100,10 +2108,10 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
 def find_description(weights, name):
     """Return the name, number of classes and keywords of the model that a file of weights holds.
 
-    name: the row of MODELS, for a file that does not tell.
+    name: the row of MODELS, for a file that does not name it.
     """
     if weights.family not in DETECTORS:
-        raise UserError(f"is an ImageNet classifier ({weights.family}) and no detector")
+        raise UserError(f"expected a detector, found an ImageNet classifier ({weights.family})")
     content = weights.content
     rows = len(as_dense(weights.family_key, weights.state[weights.family_key], torch.empty(0)))
     if "keywords" not in content:
@@ -2111,11 +2119,11 @@ def find_description(weights, name):
             name = name or "fcos_torchvision_R_50_FPN"
             rows = len(COCO) if rows == 91 else rows  # its rows are category ids
         if name is None:
-            raise UserError(f"does not say which model it is; name one of {', '.join(MODELS)}")
+            raise UserError(f"does not say which model it is; pass one of {', '.join(MODELS)}")
         return name, rows, model_keywords(name, {})
     stored_name, number = content.get("name"), content.get("num_classes")
     if not isinstance(stored_name, str) or name not in (None, stored_name):
-        raise UserError(f"is a model {short_repr(stored_name)}, expected {name or 'a name'}")
+        raise UserError(f"expected model {name or 'name'}, found {short_repr(stored_name)}")
     if type(number) is not int or number != rows:
         raise UserError(f"num_classes {short_repr(number)}: expected {rows} as in its weights")
     checks = {"classes": lambda value: type(value) is str, "category_ids": is_int64}
@@ -2128,8 +2136,8 @@ def find_description(weights, name):
 
 
 def check_size(classes, keywords, size):
-    """Raise UserError if the keywords in a file of `size` bytes describe no model, or a far larger
-    one: it would fill the memory."""
+    """Raise UserError if keywords describe no model, or one much larger than the file of `size`
+    bytes, which could fill the memory."""
     backbone = keywords["backbone"]
     if isinstance(backbone, nn.Module):
         keywords = keywords | {"backbone": copy.deepcopy(backbone).to("meta")}
@@ -2145,17 +2153,17 @@ def check_size(classes, keywords, size):
 # ---- weights of other projects ------------------------------------------------------------------
 
 
-# COCO's 80 classes by category id; ten of 1..90 are not used.
+# COCO's 80 classes by category id; ten of the ids 1 to 90 are unused.
 COCO = dict(enumerate(detection.FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))
 COCO = {id: name for id, name in COCO.items() if name not in ("__background__", "N/A")}
 
 
 def layer_name(n):
-    """Return our name of module number n in a sequence of convolution, norm, ReLU, ..."""
+    """Return our name of module n in a sequence of convolution, norm, ReLU, convolution, ..."""
     return f"{int(n) // 3}.{('conv', 'norm', 'relu')[int(n) % 3]}"
 
 
-# How other projects name what is fpn.* and head.* here: (pattern, replacement or a function of the
+# From other projects' names to our fpn.* and head.*: (pattern, replacement or a function of the
 # match), applied from top to bottom.
 NAMES = [
     # pyramids: official, torchvision (its files have both spellings), AdelaiDet, mmdetection
@@ -2221,7 +2229,7 @@ MOBILENET_NAMES = [
     (r"\.features\.(\d\d?)\.conv\.(\d\d?)\.", lambda m: f".features.{m[1]}.{layer_name(m[2])}."),
 ]
 
-# torchvision nests its layers, and so counts them in twos.
+# torchvision nests its layers, so its numbers come in pairs.
 NESTED_MOBILENET_NAMES = [
     (r"^features\.1\.conv\.([12])\.(?=\D)", lambda m: f"features.1.conv.{int(m[1]) + 2}."),
     (
@@ -2233,7 +2241,7 @@ NESTED_MOBILENET_NAMES = [
 
 BACKBONE_NAMES = {ResNet: RESNET_NAMES, MobileNetV2: MOBILENET_NAMES}
 
-# family: (the key by which its files are known, the convention of its weights)
+# family: (a key that only its files have, the convention of its weights)
 FAMILIES = {
     "fcos": (r"head\.cls\.weight", {}),
     "official": (r"rpn\.head\.cls_logits\.weight", CONVENTION | dict(inclusive=True)),
@@ -2258,25 +2266,25 @@ DETECTORS = "fcos", "official", "adelaidet", "torchvision", "mmdetection"
 
 
 def rename_key(key: str, names: list) -> str:
-    """Return our name for a key of another project, by the rows of a table such as NAMES."""
+    """Return our name for a key of another project. names: a table such as NAMES."""
     for pattern, replacement in names:
         key = re.sub(pattern, replacement, key)
     return key
 
 
 class Weights(NamedTuple):
-    """A file of weights, opened."""
+    """The content of a file of weights."""
 
-    path: Any  # or "weights" for a dict
+    path: Any  # "weights" for a dict
     content: dict  # the dict around the state dict, or the state dict itself
     state: dict  # tensors or arrays by name, without the prefix of wrappers
     family: str  # one of FAMILIES
-    family_key: str = ""  # the key by which the family is known
+    family_key: str = ""  # the key that identifies the family
     size: float = math.inf  # of the file, in bytes
 
 
-# Entries in which training programs keep the state dict, the preferred ones first. Wrappers put
-# such names before every key.
+# Names under which training programs store the state dict, the preferred ones first. Wrappers also
+# put such names before every key.
 STATE_DICT_KEYS = """model state_dict blobs net network model_state_dict model_state weights module
     ema model_ema ema_model ema_state_dict state_dict_ema student teacher detector _orig_mod
     _fsdp_wrapped_module _checkpoint_wrapped_module""".split()
@@ -2284,7 +2292,7 @@ WRAPPER_PREFIX = rf"(?:{'|'.join(STATE_DICT_KEYS)})\."
 
 
 def open_weights(source) -> Weights:
-    """Open a path or a dict of any family; raises UserError if it holds no state dict of one."""
+    """Open a path or a dict; raises UserError if it holds no state dict of a known family."""
     is_path = isinstance(source, (str, os.PathLike))
     path = source if is_path else "weights"
     size = math.inf
@@ -2293,7 +2301,7 @@ def open_weights(source) -> Weights:
         size = os.path.getsize(path)
     content, state = find_state(source)
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
-    if not named or len(state) > 20_000:  # files have up to 2,000, and renaming takes time
+    if not named or len(state) > 20_000:  # real files have up to 2,000, and renaming is slow
         found = f"a {type(state).__name__}"
         if isinstance(state, dict):
             found = f"{len(state)} keys such as {short_repr(next(iter(state)), 60)}"
@@ -2303,11 +2311,11 @@ def open_weights(source) -> Weights:
         family, prefix, _ = find_family(state, r".*[./]")
         first = ", ".join(printable(key, 60) for key in list(state)[:3])
         known = ", ".join(FAMILIES)
-        why = f"of no family known here ({known}); its first keys are {first or 'none'}"
+        reason = f"expected weights of {known}; its first keys are {first or 'none'}"
         if family:
-            why = f"remove the prefix {printable(prefix, 60)!r} before the keys of {family}"
-        raise UserError(f"{printable(path)}: {why}")
-    # the keys with the prefix come last, and so replace others of the same name
+            reason = f"remove the prefix {printable(prefix, 60)!r} before the keys of {family}"
+        raise UserError(f"{printable(path)}: {reason}")
+    # keys with the prefix come last, so that they replace others of the same name
     keys = sorted(state, key=lambda key: key.startswith(prefix))
     tensors = {key.removeprefix(prefix): state[key] for key in keys}
     return Weights(path, content, tensors, family, family_key, size)
@@ -2325,9 +2333,9 @@ def find_state(content):
 
 
 def find_family(state, prefix):
-    """Return the family of a state dict, the prefix of its keys and the key that tells the family.
+    """Return the family of a state dict, the prefix of its keys and the key that identifies it.
 
-    prefix: a pattern of what may stand before that key. The family is None if no key tells it.
+    prefix: a pattern for the prefix of that key. The family is None if it is unknown.
     """
     keys = [key for key, value in state.items() if getattr(value, "ndim", 0)]
     for family, (family_key, _) in FAMILIES.items():
@@ -2339,20 +2347,20 @@ def find_family(state, prefix):
 
 
 def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dict:
-    """Fill `model` with weights of any family, and set its convention to theirs.
+    """Load weights of any family into `model`, and set its convention to theirs.
 
     source: a path or a dict with one of our checkpoints; a detector of the official FCOS,
     AdelaiDet, torchvision or mmdetection; or an ImageNet classifier of Caffe2, Detectron2 or
-    torchvision, which fills the backbone. The keys tell the family. The architecture stays that of
-    the model; only our own files say whether they mean it (exp or relu, for example). A detector of
-    COCO's 80 classes names them.
+    torchvision, which fills the backbone. The keys identify the family. The model must have the
+    architecture of the weights; keywords that shapes do not show, such as the activation, can be
+    checked only for our own files. A detector of COCO's 80 classes also sets the class names.
 
-    classes: names of the model's classes, to fine-tune a detector of others: rows of the classifier
-    are copied to the classes of the same name, and the other classes keep their initial rows.
+    classes: names of the model's classes, to fine-tune a detector of other classes: rows of the
+    classifier are copied for classes of the same name; the others keep their initial rows.
 
     Returns {"family", "convention", "loaded", "ignored", "missing", "new_classes"}, the last four
     lists of names. Raises UserError, and changes nothing, if keys are missing or unknown, or if
-    shapes, values or keywords do not fit.
+    shapes, values or keywords do not match.
     """
     weights = source if isinstance(source, Weights) else open_weights(source)
     try:
@@ -2384,9 +2392,9 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
 
 
 def rename_tensors(model, weights):
-    """Return {our name: tensor} and {their key: our name, which the model does not have}.
+    """Return {our name: tensor}, and {their key: our name} for names that the model lacks.
 
-    Raises UserError if a value that is used is no dense tensor or array of numbers.
+    Raises UserError if a tensor to load is not a dense tensor or array of numbers.
     """
     names = BACKBONE_NAMES.get(type(model.backbone), []) + NAMES
     if weights.family == "torchvision_mobilenet":
@@ -2394,7 +2402,8 @@ def rename_tensors(model, weights):
     if weights.family == "fcos":
         names = []
     own = model.state_dict()
-    tensors, unknown = {}, {}
+    tensors = {}
+    unknown = {}
     for key, value in weights.state.items():
         name = rename_key(key, names)
         if name in own and name not in tensors:
@@ -2418,18 +2427,18 @@ def as_dense(key, value, own):
 
 
 def complete_tensors(model, family, tensors):
-    """Add the constants that a family leaves out, and reshape what it stores otherwise."""
+    """Add constants that a family does not store, and reshape scales."""
     for name, own in model.state_dict().items():
         if family == "caffe2" and re.match(r"backbone\..*\.running_(mean|var)$", name):
-            tensors[name] = torch.full_like(own, name.endswith("var"))  # its norms are affine only
+            tensors[name] = torch.full_like(own, name.endswith("var"))  # it has no statistics
         elif family == "mmdetection" and re.fullmatch(r"head\.\w+_tower\.\d\.conv\.bias", name):
-            tensors.setdefault(name, torch.zeros_like(own))  # its plain models have none
+            tensors.setdefault(name, torch.zeros_like(own))  # its plain models have no bias
         elif name.startswith("head.scale.") and name in tensors and tensors[name].numel() == 1:
-            tensors[name] = tensors[name].reshape(1)  # mmdetection's have no axis
+            tensors[name] = tensors[name].reshape(1)  # mmdetection stores scalars
 
 
 def check_keywords(model, weights):
-    """Raise UserError if the file differs from the model in a keyword that shapes do not show."""
+    """Raise UserError if file and model differ in a keyword that shapes do not show."""
     expected = {}
     if weights.family == "fcos" and "keywords" in weights.content:
         stored = stored_keywords(weights.content)
@@ -2440,35 +2449,35 @@ def check_keywords(model, weights):
             caffe = weights.family in ("caffe2", "detectron2")
             expected["stride_in_1x1"] = caffe and model.keywords["groups"] == 1
         if weights.family == "caffe2" or model.keywords["norm"] == "gn":
-            expected["norm"] = "frozen"  # with statistics, which GroupNorm lacks; Caffe2's are 0, 1
-    for keyword, there in expected.items():
-        here = model.keywords.get(keyword)
-        if there != here:
-            raise UserError(f"{keyword} is {there} in the file, {here} in the model")
+            expected["norm"] = "frozen"  # the file has affine norms or statistics, not GroupNorm
+    for keyword, stored_value in expected.items():
+        value = model.keywords.get(keyword)
+        if stored_value != value:
+            raise UserError(f"{keyword} is {stored_value} in the file, {value} in the model")
 
 
 def check_names(family, tensors, missing, unknown, fine_tuned):
     """Raise UserError if keys are missing or unknown. A classifier fills only the backbone."""
-    spare = r".*num_batches_tracked"
-    if family in DETECTORS:  # may hold further copies of the model, such as a teacher's
+    ignored = r".*num_batches_tracked"
+    if family in DETECTORS:  # the file may hold more copies of the model, such as a teacher
         wrong = missing + list(unknown)
-        spare += rf"|pixel_(mean|std)|n_averaged|{WRAPPER_PREFIX}.*"
-    else:  # the rest of the file is the classifier; Caffe2's also keep the optimizer's momentum
+        ignored += rf"|pixel_(mean|std)|n_averaged|{WRAPPER_PREFIX}.*"
+    else:  # the rest of the file is the classifier and, in Caffe2, the momentum of the optimizer
         wrong = missing + [key for key, name in unknown.items() if name.startswith("backbone.")]
-        spare += r"|(fpn|head)\..*|.*\.offset\..*|.*_momentum"
-    if family == "fcos" and fine_tuned:  # an output that the head got since starts anew
+        ignored += r"|(fpn|head)\..*|.*\.offset\..*|.*_momentum"
+    if family == "fcos" and fine_tuned:  # a head output added since then keeps its initial weights
         layers = {name.rpartition(".")[0] for name in tensors}
         wrong = [n for n in wrong if n[:5] != "head." or n.rpartition(".")[0] in layers]
-    wrong = [name for name in wrong if not re.fullmatch(spare, name)]
+    wrong = [name for name in wrong if not re.fullmatch(ignored, name)]
     if wrong:
         first = ", ".join(printable(name, 80) for name in wrong[:5])
         raise UserError(f"{len(wrong)} keys are missing or unknown, among them {first}")
 
 
 def choose_class_rows(model, weights, tensors, classes):
-    """Choose the rows of the classifier, in `tensors`, by the names of classes.
+    """Replace the rows of the classifier in `tensors` by those of `classes`.
 
-    Returns the classes that the file does not know; their rows stay those of the model.
+    Returns the classes that the file lacks; they keep the model's rows.
     """
     layers = ("head.cls.weight", "head.cls.bias")
     if layers[0] not in tensors:
@@ -2476,7 +2485,7 @@ def choose_class_rows(model, weights, tensors, classes):
     own = model.state_dict()
     rows = tensors[layers[0]].shape[:1]
     if not rows or any(tensors[name].shape != rows + own[name].shape[1:] for name in layers):
-        return []  # check_tensors refuses them
+        return []  # check_tensors raises the error
     if weights.family == "torchvision" and rows == (91,) and (classes or model.num_classes != 91):
         for name in layers:
             tensors[name] = tensors[name][list(COCO)]  # row numbers are category ids
@@ -2500,23 +2509,24 @@ def choose_class_rows(model, weights, tensors, classes):
 
 
 def check_tensors(own, tensors):
-    """Raise UserError for another shape than our own tensors', or for NaN and infinity.
+    """Raise UserError if shapes differ from the model's, or for NaN and infinity.
 
-    All shapes come first: values of a wrong shape may be too many to look at.
+    All shapes are checked first, because a tensor of the wrong shape may be huge.
     """
     for name, value in tensors.items():
         if value.shape != own[name].shape:
             rows_differ = name.startswith("head.cls.") and value.shape[1:] == own[name].shape[1:]
-            hint = "; `classes` says whose rows to take" if rows_differ else ""
-            there, here = short_repr(tuple(value.shape)), tuple(own[name].shape)
-            raise UserError(f"{name} is {there} in the file and {here} in the model{hint}")
+            hint = "; pass `classes` to choose rows" if rows_differ else ""
+            expected = tuple(own[name].shape)
+            found = short_repr(tuple(value.shape))
+            raise UserError(f"{name}: expected shape {expected}, found {found}{hint}")
     for name, value in tensors.items():
-        if not value.float().isfinite().all():  # as the model holds it
+        if not value.float().isfinite().all():
             raise UserError(f"{name}: expected finite values, found NaN or infinity")
 
 
 def stored_convention(model, weights):
-    """Return what weights expect of pixels and boxes, as keywords of CONVENTION."""
+    """Return the pixel and box convention of weights, as keywords of CONVENTION."""
     family, state = weights.family, weights.state
     if family == "fcos":
         return weights.content.get("convention", {})
@@ -2530,14 +2540,14 @@ def stored_convention(model, weights):
             pixels[name] = tuple(value.flatten().tolist())
         pixels["bgr"] = pixels["mean"][0] < pixels["mean"][2]
     elif family in ("adelaidet", "detectron2") and model.keywords.get("groups") == 32:
-        pixels = dict(std=(57.375, 57.12, 58.395))  # for this backbone alone
+        pixels = dict(std=(57.375, 57.12, 58.395))  # only X-101-32x8d
     elif family == "mmdetection":
         pixels = mmdetection_pixels(model, weights)
     return FAMILIES[family][1] | pixels
 
 
 def mmdetection_pixels(model, weights):
-    """Return the pixels of an mmdetection model, from its configuration if the file has it."""
+    """Return the pixel convention of an mmdetection model, from its configuration if stored."""
     meta = weights.content.get("meta")
     for key in ("cfg", "config"):
         text = meta.get(key) if isinstance(meta, dict) else None
@@ -2555,16 +2565,16 @@ def mmdetection_pixels(model, weights):
 def hub_file(name: str, classifier: str | None = None) -> Path:
     """Return the path of torchvision's weights in the folder of torch.hub; download them if needed.
 
-    name: "coco" for its FCOS (box AP 39.2), or "imagenet" for the classifier that torchvision calls
-    `classifier`. Raises UserError if there are no such weights, or if the download fails.
+    name: "coco" for its FCOS (box AP 39.2), or "imagenet" for torchvision's model `classifier`.
+    Raises UserError if there are no such weights, or if the download fails.
     """
     try:
         choices = get_model_weights("fcos_resnet50_fpn" if name == "coco" else classifier)
         weights = choices.COCO_V1 if name == "coco" else choices.IMAGENET1K_V1
     except (AttributeError, TypeError, ValueError):
         raise UserError(
-            f"imagenet {short_repr(classifier)}: torchvision has no such weights; its ResNets have "
-            "the stride in the 3x3 convolution, the Caffe-style rows in the 1x1"
+            f"imagenet {short_repr(classifier)}: torchvision has no such weights; Caffe-style rows "
+            "(stride in the 1x1 convolution) need a file listed in the README"
         ) from None
     path = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
     if not path.exists():
@@ -2573,8 +2583,7 @@ def hub_file(name: str, classifier: str | None = None) -> Path:
             torch.hub.download_url_to_file(weights.url, str(path), path.stem.split("-")[-1])
         except (OSError, RuntimeError, HTTPException) as error:
             raise UserError(
-                f"{name}: download {weights.url} and put it into {path.parent}, since "
-                f"this process cannot ({error})"
+                f"{name}: cannot download {weights.url} ({error}); put the file into {path.parent}"
             ) from None
     return path
 
@@ -2586,7 +2595,7 @@ def hub_file(name: str, classifier: str | None = None) -> Path:
 def nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_detections: int
 ) -> Tensor:
-    """batched_nms as one operator, which an exported graph can hold."""
+    """Run batched_nms as one operator, so that it can be exported."""
     return batched_nms(boxes, scores, labels, iou_threshold, max_detections)
 
 
@@ -2596,10 +2605,10 @@ def _(boxes, scores, labels, iou_threshold, max_detections):
 
 
 class Deployed(nn.Module):
-    """The part of prediction that is exported, or recorded as a CUDA graph.
+    """The part of prediction that is exported.
 
-    Images uint8 RGB (B, 3, H, W), padded at the bottom and right, and their sizes int64 (B, 2)
-    before padding become the detections of `FCOS.decode`.
+    Maps images uint8 RGB (B, 3, H, W), padded at the bottom and right, and their sizes int64 (B, 2)
+    before padding to the detections of `FCOS.decode`.
     """
 
     def __init__(self, model: "FCOS"):
@@ -2631,9 +2640,9 @@ def onnx_nms(boxes, scores, labels, iou_threshold, max_detections):
 def export_onnx(model: "FCOS", path, height: int, width: int):
     """Write `Deployed` to an ONNX file, for any number of images of any size.
 
-    The padded height and width of a batch must be multiples of 32, which `height` and `width`
-    are an example of. The thresholds are those of the model. The metadata hold the names of the
-    classes and the test size.
+    height, width: the example for tracing; every padded height and width must be a multiple of 32.
+    The model's thresholds are built in. The metadata hold the names of the classes and the test
+    size.
 
     Raises UserError for other sizes, or if onnx or onnxscript is missing.
     """
@@ -2644,7 +2653,7 @@ def export_onnx(model: "FCOS", path, height: int, width: int):
         raise UserError(f"{path}: pip install onnx onnxscript ({error})") from None
     if height % 32 or width % 32 or min(height, width) < 32:
         raise UserError(f"height {height} and width {width}: expected multiples of 32")
-    # A map with a single row or column would be taken for one that never has more.
+    # A feature map with one row or column would be exported as a constant size.
     height, width = (max(side, 2 * model.strides[-1]) for side in (height, width))
     device = model.pixel_mean.device
     example = (

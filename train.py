@@ -122,11 +122,14 @@ def make_parser():
     positive_int = evaluate.positive_int
     not_negative = evaluate.not_negative
     parser.add_argument(
-        "recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="of RECIPES (%(default)s)"
+        "recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="row of RECIPES (%(default)s)"
     )
     add = parser.add_argument_group(DATA).add_argument
-    add("--data", help="folder of COCO, Roboflow, CVAT, YOLO or Pascal VOC (data/coco)")
-    add("--train-images", metavar="DIR", help="own data, instead of --data: all four")
+    add(
+        "--data",
+        help="folder in the layout of COCO, Roboflow, CVAT, YOLO or Pascal VOC (data/coco)",
+    )
+    add("--train-images", metavar="DIR", help="for any other layout: pass all four, not --data")
     add("--train-annotations", metavar="JSON")
     add("--val-images", metavar="DIR")
     add("--val-annotations", metavar="JSON")
@@ -144,25 +147,29 @@ def make_parser():
     )
     add("--negatives", action="store_true", help="also train on images without objects")
     add("--augment", action="store_true", help="vary colours and crop, for small data sets")
-    add("--batch-size", type=positive_int, help="images a step, over all GPUs and micro-batches")
+    add("--batch-size", type=positive_int, help="images per step, over all GPUs and micro-batches")
     add("--iters", type=positive_int, help="steps; the schedule keeps its proportions")
     add(
         "--lr",
         type=evaluate.number(float, 1e-12, 1e38),
-        help="by default in proportion to --batch-size",
+        help="learning rate (scaled with --batch-size)",
     )
     add("--min-size", type=positive_int, nargs="+", help="choices for the short side, in pixels")
-    add("--max-size", type=positive_int, help="most pixels of the long side")
+    add("--max-size", type=positive_int, help="limit of the long side, in pixels")
     add("--multiple", type=positive_int, help="pad to multiples of this (32; 128 with --compile)")
     decay = evaluate.number(float, 1e-9, 1 - 1e-9)
-    add("--ema", type=decay, metavar="DECAY", help="average the weights, as 0.999 (none)")
-    add("--patience", type=positive_int, metavar="N", help="end after N evaluations in vain (no)")
+    add(
+        "--ema", type=decay, metavar="DECAY", help="moving average of weights, such as 0.999 (none)"
+    )
+    add("--patience", type=positive_int, metavar="N", help="stop after N evaluations without gain")
     add("--seed", type=not_negative, default=0, help="(%(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
     add = parser.add_argument_group(HOW_IT_RUNS).add_argument
     add("--out", help="folder of the run (runs/RECIPE)")
-    add("--workers", type=not_negative, help="loaders for each rank (4 on a GPU, 1 elsewhere)")
-    add("--accumulate", type=positive_int, default=1, metavar="N", help="micro-batches a step (1)")
+    add("--workers", type=not_negative, help="dataloader workers per rank (4 on a GPU, else 1)")
+    add(
+        "--accumulate", type=positive_int, default=1, metavar="N", help="micro-batches per step (1)"
+    )
     add("--eval-every", type=positive_int, help="steps between evaluations (only at the end)")
     add("--checkpoint-every", type=positive_int, default=2500, help="steps (%(default)s)")
     add("--device", help="cpu, cuda, mps or xpu (cuda if there is one)")
@@ -477,7 +484,7 @@ def transform(sample, how, *values):
     columns = [name for name in sample if name != "image"]
     for name in columns:
         if how not in COLUMNS.get(name, {}):
-            raise UserError(f"column {name!r}: has no rule {how!r} in COLUMNS of train.py")
+            raise UserError(f"column {name!r}: expected a rule {how!r} in COLUMNS of train.py")
     return {name: COLUMNS[name][how](sample[name], *values) for name in columns}
 
 
@@ -542,17 +549,17 @@ def load_data(args: Namespace, settings: dict):
     bare = int((~train_set.trainable).sum())
     if bare == len(train_set) or not len(train_set.boxes):
         why = "; ".join(train_set.notes) or f"it lists {len(path.rows)} boxes"
-        raise UserError(f"{path}: has no image with a box to learn; {why}")
+        raise UserError(f"{path}: expected an image with a box to train on, found none; {why}")
     if bare:
         use = "negatives" if settings["negatives"] else "left out; --negatives trains on them"
-        say(f"{path}: {bare} of {len(train_set)} images have no boxes to learn and are {use}")
+        say(f"{path}: {bare} of {len(train_set)} images have no boxes to train on and are {use}")
     path = val_set.annotations
     if not len(val_set.boxes):
-        say(f"{path}: has no box to find, so every AP will be -1")
+        say(f"{path}: has no boxes, so every AP will be -1")
     if train_set.image_dir == val_set.image_dir:
         shared = np.intersect1d(train_set._names, val_set._names)
         if len(shared):
-            say(f"{path}: {len(shared)} of its images are also trained on, so its AP is too high")
+            say(f"{path}: {len(shared)} of its images are in the training set: AP will be too high")
     return train_set, val_set
 
 
@@ -563,9 +570,9 @@ def load_split(paths, classes=None):
     """
     annotations, image_dir = paths
     if not Path(annotations).exists():
-        there = evaluate.list_nearest(annotations)
-        flags = "--data, or --train-images and the three flags beside it"
-        raise UserError(f"{annotations}: no such file; {there}; use {flags}")
+        nearest = evaluate.list_nearest(annotations)
+        flags = "--data, or --train-images and the three flags after it in --help"
+        raise UserError(f"{annotations}: no such file; {nearest}; use {flags}")
     dataset = evaluate.load_dataset(annotations, image_dir, classes)
     names = printable(", ".join(map(str, dataset.classes)), 100)
     counts = f"{len(dataset)} images, {len(dataset.boxes)} boxes"
@@ -621,7 +628,7 @@ def report_sizes(model, batches):
             if largest_loss(measure_boxes(model, batches, larger)) > 0.1:
                 break
             remedy = f"--min-size {larger[0]} --max-size {larger[1]}"
-        say(f"warning: many boxes are too small to be learned; try {remedy}")
+        say(f"warning: many boxes are too small for any location; try {remedy}")
 
 
 def largest_loss(found):
@@ -666,8 +673,8 @@ def find_weights(name, keywords):
     for path in Path(name), cached:
         if path.exists():
             return path
-    choices = "coco (torchvision's detector), imagenet, none, or a file that the README names"
-    raise UserError(f"{name}: no such weights, nor {cached}; expected {choices}")
+    choices = "coco (torchvision's detector), imagenet, none, or a file listed in the README"
+    raise UserError(f"{name}: no such file, nor {cached}; expected {choices}")
 
 
 def make_model(settings: dict, dataset) -> fcos.FCOS:
@@ -709,7 +716,7 @@ def keywords_for(weights, keywords):
         changes["norm"] = "gn"
     if changes or keywords["frozen_stages"]:
         changes["frozen_stages"] = 0
-        say(f"no pretrained weights: {changes}, because frozen random filters learn nothing")
+        say(f"no pretrained weights: {changes}, because random weights must not be frozen")
     return changes
 
 
@@ -729,10 +736,10 @@ def make_network(model, settings, batches):
     if evaluate.rank_and_world_size()[1] > 1:
         if settings["keywords"].get("norm") == "syncbn":
             if next(model.parameters()).device.type == "cpu":
-                say("SyncBN needs GPUs: every process normalizes by its own images alone")
+                say("SyncBN needs GPUs; on a CPU each process normalizes over its own images")
             else:
                 torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # Buffers are no use in training, so none is broadcast; torch 2.15 deprecates the flag.
+        # Training does not use the buffers, so none is broadcast; torch 2.15 deprecates the flag.
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
         network = DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -795,8 +802,9 @@ def rehearse(network, model, batches, settings):
     unused = [name for name, p in named if p.requires_grad and p.grad is None]
     if unused:
         raise UserError(f"no loss depends on {', '.join(unused)}")
-    if losses.keys() & {"step", "loss", "lr", "AP"}:
-        raise UserError(f"losses {', '.join(losses)}: one has a name that the log uses")
+    reserved = {"step", "loss", "lr", "AP"}
+    if losses.keys() & reserved:
+        raise UserError(f"losses {', '.join(losses)}: expected no name of {sorted(reserved)}")
     model.zero_grad()
 
 
@@ -1181,18 +1189,18 @@ class RunFiles:
     """The files of a run: log.jsonl, last.pt, previous.pt, model.pt and metrics.json.
 
     Only rank 0 writes. If the disk is full, training continues, the older file stays, and a warning
-    is printed. Checkpoints hold the log, and a run that resumes writes it again, so that both agree
-    after a kill at any moment. A run that starts over touches no file of the older run before it
-    has written a checkpoint in its place.
+    is printed. Checkpoints include the log; a resumed run rewrites log.jsonl from it, so that both
+    agree after a crash. With --fresh, the files of the older run stay until the first checkpoint is
+    written.
     """
 
     def __init__(self, out, start, best, lines, launch):
         self.out = out
         self.active = evaluate.rank_and_world_size()[0] == 0
         self.launch = launch
-        self.saved_step = start or None  # of the checkpoint that is there
-        self.wrote_model = best is not None  # whether model.pt is not an older run's
-        self.lines = lines  # of the log
+        self.saved_step = start or None  # of the last checkpoint
+        self.wrote_model = best is not None  # whether model.pt is of this run
+        self.lines = lines  # of log.jsonl
         older = any((out / name).exists() for name in ("last.pt", "previous.pt", "model.pt"))
         self.replaces = start == 0 and older
         if self.active and not self.replaces:
@@ -1204,28 +1212,31 @@ class RunFiles:
 
     @contextlib.contextmanager
     def warn_if_full(self, consequence):
-        """Turn an error of writing into a warning."""
+        """Print a warning if a file cannot be written."""
         try:
             yield
         except (OSError, UserError) as error:
             warn(f"{error}; {consequence}")
 
     def log(self, step, **values):
-        """Write a line of the log: losses or metrics. Another logger takes them here."""
+        """Append losses or metrics to log.jsonl. Call another logger here."""
         if not self.active:
             return
         self.lines.append(json.dumps({"step": step, **values}) + "\n")
         if not self.replaces:
             with self.warn_if_full("the log lacks a line"):
-                evaluate.make_folder(self.out)  # in case someone has removed it
+                evaluate.make_folder(self.out)  # it may have been deleted
                 with open(self.out / "log.jsonl", "a") as file:
                     file.write(self.lines[-1])
 
     def checkpoint(self, step, settings, model, saved, best):
-        """Write all that a run needs to resume after `step` steps."""
+        """Write a checkpoint that resumes after `step` steps.
+
+        saved: {name: object with state_dict and load_state_dict}, such as the optimizer.
+        """
         if not self.active:
             return
-        states = {name: thing.state_dict() for name, thing in saved.items()}
+        states = {name: stateful.state_dict() for name, stateful in saved.items()}
         content = {
             "settings": settings,
             "step": step,
@@ -1236,7 +1247,8 @@ class RunFiles:
             "model": fcos.checkpoint(model),
         }
         if states.keys() & content.keys():
-            raise UserError(f"{', '.join(states)}: one has a name of the checkpoint's own")
+            reserved = ", ".join(content)
+            raise UserError(f"saved states {', '.join(states)}: expected no name of {reserved}")
         keep = None if self.replaces else self.out / "previous.pt"
         with self.warn_if_full("the older checkpoint stays"):
             with fcos.atomic_write(self.out / "last.pt", keep=keep) as file:
@@ -1251,7 +1263,7 @@ class RunFiles:
                 self.write_log()
 
     def best(self, model, metrics):
-        """Write model.pt and metrics.json. Returns whether that succeeded."""
+        """Write model.pt and metrics.json; return whether that succeeded."""
         with self.warn_if_full("the older model stays"):
             fcos.save(model, self.out / "model.pt")
             with fcos.atomic_write(self.out / "metrics.json", "w") as file:
@@ -1261,14 +1273,13 @@ class RunFiles:
         return False
 
     def has_model(self):
-        """Return whether the run has written a model.pt that is still there."""
+        """Return whether the run has written a model.pt that still exists."""
         return self.wrote_model and (self.out / "model.pt").exists()
 
     def resume_advice(self):
-        """Return what to do after a stop, for the last message. Raises UserError if a checkpoint
-        could not be written."""
-        there = any((self.out / name).exists() for name in ("last.pt", "previous.pt"))
-        if self.active and not (self.saved_step and there):
+        """Return how to resume, for the last message. Raises UserError without a checkpoint."""
+        exists = any((self.out / name).exists() for name in ("last.pt", "previous.pt"))
+        if self.active and not (self.saved_step and exists):
             raise UserError(f"{self.out}: no checkpoint could be written, so this run is lost")
         return f"the same command resumes after step {self.saved_step}"
 
@@ -1276,14 +1287,14 @@ class RunFiles:
 def open_run(out, args, settings, model, saved, inputs):
     """Resume the run in `out`, or start one. With --fresh, only a run of the same launch resumes.
 
-    inputs: files that the run must not write over.
+    saved: see RunFiles.checkpoint. inputs: files that the run must not overwrite.
     Returns its RunFiles, the number of steps done, and the metrics of the best evaluation.
     """
     rank, world_size = evaluate.rank_and_world_size()
     if rank == 0:
         fcos.remove_leftovers(out)
     launch = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-    # --fresh is for the first start of a launch: torchrun's restarts and Slurm's resume from it
+    # --fresh applies to the first start of a launch; restarts by torchrun or Slurm resume
     counts = [os.environ.get(f"{name}_RESTART_COUNT", "") for name in ("TORCHELASTIC", "SLURM")]
     restarted = any(count.isdecimal() and int(count) > 0 for count in counts)
     start = 0
@@ -1295,20 +1306,20 @@ def open_run(out, args, settings, model, saved, inputs):
         starts = [None] * world_size
         dist.all_gather_object(starts, start)
         if len(set(starts)) > 1:
-            raise UserError(f"{out}: must be one folder for all nodes; they found steps {starts}")
+            raise UserError(f"{out}: expected one folder for all nodes, found steps {starts}")
     if start == 0:
         if (out / "model.pt").exists() and not args.fresh:
-            remedy = "choose another --out, or --fresh to replace it"
-            raise UserError(f"{out}: holds a model.pt and no checkpoint; {remedy}")
+            fix = "choose another --out, or --fresh to replace it"
+            raise UserError(f"{out}: holds a model.pt but no checkpoint; {fix}")
         for name in "last.pt", "previous.pt", "model.pt", "metrics.json", "log.jsonl":
             evaluate.check_target(out / name, inputs)
     return RunFiles(out, start, best, lines, launch), start, best
 
 
 def resume(out, settings, model, saved, launch=None):
-    """Load the model and what is saved beside it from the last checkpoint of the run in `out`.
+    """Load the model and the `saved` states from the last checkpoint of the run in `out`.
 
-    launch: resume only what this launch has written. Returns the number of steps done, the metrics
+    launch: resume only a checkpoint of this launch. Returns the number of steps done, the metrics
     of the best evaluation, and the lines of the log; (0, None, []) without a checkpoint.
     Raises UserError if the checkpoint and the code disagree.
     """
@@ -1321,33 +1332,31 @@ def resume(out, settings, model, saved, launch=None):
         if launch and content["launch"] != launch:
             return 0, None, []
         keywords = fcos.stored_keywords(content["model"])
-        there = content["settings"] | {"model": settings["model"], "keywords": keywords}
-        there["classes"] = content["model"]["classes"]
-        changed = differences(there, settings | {"classes": model.classes})
+        stored = content["settings"] | {"model": settings["model"], "keywords": keywords}
+        stored["classes"] = content["model"]["classes"]
+        changed = differences(stored, settings | {"classes": model.classes})
         if not changed:
             step, best = restore(path, content, settings, model, saved)
             lines = content["log"].splitlines(keepends=True)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        what = printable(f"{type(error).__name__} {error}", 200)
-        raise UserError(f"{path}: cannot be resumed ({what}); --fresh starts over") from None
+        reason = printable(f"{type(error).__name__} {error}", 200)
+        raise UserError(f"{path}: cannot be resumed ({reason}); --fresh starts over") from None
     if changed:
         rest = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         texts = "; ".join(changed[:5]) + rest
-        remedy = f"use --fresh, or choose another --out (with --weights {path}, to train on)"
-        raise UserError(f"{out}: holds a run of other settings ({texts}); repeat them, {remedy}")
+        fix = f"use --fresh, or choose another --out (with --weights {path} to continue from it)"
+        raise UserError(f"{out}: holds a run of other settings ({texts}); repeat them, {fix}")
     for problem in problems:
         say(f"{problem}; {path} takes its place")
-        if evaluate.rank_and_world_size()[0] == 0:  # or the next save would keep it as previous.pt
+        if evaluate.rank_and_world_size()[0] == 0:  # the next save must not make it previous.pt
             os.replace(out / "last.pt", out / "damaged.pt")
     say(f"{out}: resumes after step {step} of {settings['iters']}")
     return step, best, lines
 
 
 def find_checkpoint(out):
-    """Return the path and content of last.pt, or of previous.pt if last.pt is missing or damaged.
-
-    Also returns what is wrong with those that cannot be used. Without any, the content is None.
-    """
+    """Return the path and content of last.pt, or of previous.pt if last.pt is missing or damaged,
+    and the problems of unusable files. Without a usable file, path and content are None."""
     problems = []
     for path in filter(Path.exists, (out / "last.pt", out / "previous.pt")):
         try:
@@ -1361,12 +1370,12 @@ def find_checkpoint(out):
 
 
 def restore(path, content, settings, model, saved):
-    """Load a checkpoint of these settings -> number of steps done, metrics of the best evaluation.
+    """Load a checkpoint; return the number of steps done and the metrics of the best evaluation.
 
-    Raises ValueError and others if something is missing or does not fit.
+    Raises ValueError and others if an entry is missing or does not match.
     """
     step = content["step"]
-    held = content["model"]
+    model_content = content["model"]
     best = content["best"]
     if type(step) is not int or step not in range(settings["iters"] + 1):
         raise ValueError(f"step {step!r}")
@@ -1379,19 +1388,19 @@ def restore(path, content, settings, model, saved):
         for value in torch.utils._pytree.tree_leaves(state):
             if isinstance(value, torch.Tensor) and not value.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity")
-    odd = tensor_shapes(states).items() ^ content["layout"].items()
-    if odd:
-        raise ValueError(f"{min(place for place, _ in odd)} does not fit")
-    fcos.load_weights(model, fcos.Weights(path, held, held["model"], "fcos"))
-    for name, thing in saved.items():
-        if "param_groups" in states[name]:  # the code's own, with which the settings agree
-            states[name]["param_groups"] = thing.state_dict()["param_groups"]
-        thing.load_state_dict(states[name])
+    differing = tensor_shapes(states).items() ^ content["layout"].items()
+    if differing:
+        raise ValueError(f"{min(place for place, _ in differing)} does not fit")
+    fcos.load_weights(model, fcos.Weights(path, model_content, model_content["model"], "fcos"))
+    for name, stateful in saved.items():
+        if "param_groups" in states[name]:  # those of the code, which the settings describe
+            states[name]["param_groups"] = stateful.state_dict()["param_groups"]
+        stateful.load_state_dict(states[name])
     return step, best
 
 
 def tensor_shapes(state):
-    """Return {place in nested containers: shape of the tensor there, () for other values}."""
+    """Return {path in nested containers: shape of the tensor, () for other values}."""
     leaves, _ = torch.utils._pytree.tree_flatten_with_path(state)
     place = torch.utils._pytree.keystr
     return {place(path): tuple(getattr(leaf, "shape", ())) for path, leaf in leaves}
@@ -1413,10 +1422,10 @@ def warn(text):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Collect the names of the signals that ask a run to stop, in the list that this yields.
+    """Yield a list that collects the names of received stop signals.
 
-    Signals that are ignored stay so: SIGHUP under nohup. A second signal ends the process, unless
-    it comes at once: Slurm and torchrun both pass the same one on.
+    Ignored signals stay ignored (SIGHUP under nohup). A second signal ends the process, unless it
+    follows within a second, because Slurm and torchrun may both forward the same signal.
     """
     received = []
     handlers = {}
@@ -1441,12 +1450,12 @@ def stop_signals():
 
 
 def make_fresh_store(rank, world_size, timeout):
-    """Return a part of torchrun's store that no process has used before.
+    """Return a section of torchrun's store that no process has used before.
 
-    torchrun keeps one store through all its restarts, where a rank may find the address of another
-    that has died, and wait for it (PyTorch issue 135712). So rank 0 counts the starts and tells
-    every rank the number, under a name that belongs to that process alone. The number and an id of
-    the launch also replace torchrun's own variables, which differ between nodes and repeat.
+    torchrun keeps one store across restarts, so a rank may read the address of a process that died
+    and wait for it forever (PyTorch issue 135712). Here rank 0 counts the starts and sends the
+    number to every rank under a key that only this process knows. The number and an id of the
+    launch also replace torchrun's environment variables, which differ between nodes.
     """
     env = os.environ
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), None, False, timeout)
@@ -1473,7 +1482,7 @@ def make_fresh_store(rank, world_size, timeout):
 
 # ---- the shapes data set ------------------------------------------------------------------------
 
-SHAPES = {  # category id (with gaps, as in COCO): name, distances of corners at equal angles, hole
+SHAPES = {  # category id (with gaps, as in COCO): name, corner distances at equal angles, hole
     1: ("ellipse", [1] * 72, 0),
     3: ("rectangle", [0.71, 1] * 4, 0),
     4: ("triangle", [1] * 3, 0),
@@ -1491,7 +1500,7 @@ PAPERS, INKS = (
 
 
 def draw_background(rng, w, h):
-    """Mix two colours by a gradient, stripes or checks, and clouds -> (h, w, 3) in 0..255."""
+    """Mix two colours by a gradient, stripes or checks, and clouds; return (h, w, 3) in 0..255."""
     a, b = rng.permutation(PAPERS)[:2]
     y, x = np.mgrid[:h, :w]
     z = (x - w / 2 + 1j * (y - h / 2)) * np.exp(2j * np.pi * rng.uniform())
@@ -1502,24 +1511,27 @@ def draw_background(rng, w, h):
 
 
 def draw_scene(rng):
-    """Draw a picture -> uint8 (h, w, 3), and its objects as COCO annotations without ids.
+    """Draw a picture; return it, uint8 (h, w, 3), and its objects as COCO annotations without ids.
 
-    A box is tight around the part of the object inside the picture, covered or not. Two objects
-    share at most 30 % of the smaller one.
+    A box is tight around the part of the object inside the picture, even if another object covers
+    it. Two objects overlap by at most 30 % of the smaller one.
     """
     w, h = rng.permutation([128, rng.choice([144, 152, 160])]).tolist()
     image = draw_background(rng, w, h)
     objects = []
     masks = []
     sizes = np.sort(10 * 5.5 ** rng.uniform(size=rng.integers(6, 11)))
-    for size, ink in zip(sizes[::-1], rng.permutation(INKS)):  # the small cover the large
+    for size, ink in zip(sizes[::-1], rng.permutation(INKS)):  # small objects on top of large ones
         category = int(rng.choice(list(SHAPES)))
         centre = complex(*rng.uniform(0, (w, h)))
         _, distances, hole = SHAPES[category]
         z = np.exp(2j * np.pi * (np.arange(len(distances)) / len(distances) - 0.25)) * distances
         z = (z.real + 1j * z.imag * rng.uniform(0.75, 1)) * np.exp(1j * rng.uniform(-0.25, 0.25))
         drawn = Image.new("L", (4 * w, 4 * h))  # four times as large
-        for scale, fill in [(size, 255), (size * hole, 0)]:  # a hole of 0 is too small to see
+        for scale, fill in [
+            (size, 255),
+            (size * hole, 0),
+        ]:  # a hole of size 0 draws nothing visible
             corners = 4 * (z * scale + centre)
             ImageDraw.Draw(drawn).polygon(corners.view(float).tolist(), fill)
         x0, y0, x1, y1 = (edge / 4 for edge in drawn.getbbox())
@@ -1527,7 +1539,7 @@ def draw_scene(rng):
         if (x1 - x0) * (y1 - y0) < 0.7 * size**2 * np.ptp(z.real) * np.ptp(z.imag) or any(
             (mask * m).sum() > 0.3 * min(mask.sum(), m.sum()) for m in masks
         ):
-            continue  # too little of it is inside the picture, or too much on another
+            continue  # mostly outside the picture, or overlapping too much
         shadow = drawn.transform((w, h), Image.AFFINE, (4, 0, -4, 0, 4, -8))  # right 1, down 2
         image *= 1 - np.asarray(shadow.filter(ImageFilter.GaussianBlur(2)))[..., None] / 640
         image += (ink - image) * mask[..., None]
@@ -1540,8 +1552,10 @@ def draw_scene(rng):
 
 
 def make_shapes(root, seed=0, train=1400, val=200):
-    """Draw the shapes data set in COCO 2017 layout. Picture i of a split is a function of (seed,
-    split, i). The folder appears when complete. Raises OSError if it exists and is not empty."""
+    """Draw the shapes data set in the layout of COCO 2017; the folder appears when it is complete.
+
+    Picture i of a split depends on (seed, split, i) only. Raises OSError if the folder has files.
+    """
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
@@ -1555,7 +1569,7 @@ def make_shapes(root, seed=0, train=1400, val=200):
 
 
 def draw_split(folder, seed, split, count):
-    """Draw the pictures of a split into a folder -> its COCO instances."""
+    """Draw the pictures of a split into a folder; return its COCO instances."""
     images = []
     annotations = []
     for i in range(count):

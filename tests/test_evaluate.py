@@ -523,7 +523,7 @@ def test_exif_turns_an_image_only_if_the_json_says_so(tmp_path, declared, corner
 def test_exif_of_a_size_that_fits_neither_way_is_an_error(tmp_path):
     path, folder = write_coco(tmp_path, {1: (40, 20)}, [])
     rotated_png(folder / "1.png", 30, 20, 6)
-    with pytest.raises(UserError, match=r"1\.png: is 30x20 pixels, .* 40x20"):
+    with pytest.raises(UserError, match=r"1\.png: expected 40x20 pixels.*, found 30x20"):
         evaluate.CocoDataset(path, folder).image(0)
 
 
@@ -1580,7 +1580,7 @@ MISTAKES = {
     ),
     "unknown model name": ("{tmp}/state.pt --model fcos_R_51 --data {tmp}", "fcos_R_51"),
     "another model's name": ("{model} --model fcos_R_50_FPN --data {tmp}", "fcos_R_50_FPN"),
-    "a foreign file without name": ("{tmp}/state.pt --data {tmp}", "name one of"),
+    "a foreign file without name": ("{tmp}/state.pt --data {tmp}", "pass one of"),
     "other categories": (
         "{model} --annotations {tmp}/other/instances.json --image-dir {dir}",
         "eight",

@@ -292,7 +292,7 @@ def test_exif_is_ignored_where_annotations_were_drawn_on_stored_pixels(tmp_path)
     assert fcos.read_image(tmp_path / "turned.png").shape == (3, 40, 20)
     assert fcos.read_image(tmp_path / "turned.png", hw=(20, 40)).shape == (3, 20, 40)
     assert fcos.read_image(tmp_path / "turned.png", hw=(40, 20)).shape == (3, 40, 20)
-    with pytest.raises(fcos.UserError, match="40x20 pixels.*annotations say 50x50"):
+    with pytest.raises(fcos.UserError, match="expected 50x50 pixels.*annotations, found 40x20"):
         fcos.read_image(tmp_path / "turned.png", hw=(50, 50))
 
 

@@ -138,4 +138,4 @@ def test_names_of_files_are_printable_in_messages(name, tmp_path):
 
 def test_the_size_limit_of_pillow_comes_with_a_remedy(monkeypatch):
     monkeypatch.setattr(fcos.Image, "MAX_IMAGE_PIXELS", 100)
-    assert_refused(lambda: fcos.read_image(jpeg()), "MAX_IMAGE_PIXELS", "pieces")
+    assert_refused(lambda: fcos.read_image(jpeg()), "MAX_IMAGE_PIXELS", "split it")

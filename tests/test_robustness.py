@@ -149,7 +149,7 @@ TABLE = {  # by number of the point of the list that this test began with
     "1 batch": row(FRESH + " --batch-size 1000000000000", "llocate"),
     "1 heights": row(
         FRESH,
-        "annotations say",
+        "as in its annotations",
         fuzz.change(fuzz.TRAIN_JSON, "images", lambda rows: [row | {"height": 50} for row in rows]),
     ),
     "2 previous.pt": row(f"{FRESH} --weights {PREVIOUS}", PREVIOUS, partial(os.remove, MODEL)),
