@@ -523,21 +523,24 @@ class FPN(nn.Module):
 
     Levels that the backbone has (its feature of stride 2**n is level n) get a lateral 1x1
     convolution, the upsampled coarser level added to it, and a 3x3 output convolution. Each further
-    level is a strided convolution of the level before.
+    level is a strided convolution of the level before. Coarser levels of the backbone than the last
+    of `levels` are added to it, too, but have no output.
     """
 
     def __init__(self, strides_in, channels_in, channels, levels):
         super().__init__()
         # the place of each level among the backbone's features; a stride of 2**n is level n
         self.index = {stride.bit_length() - 1: i for i, stride in enumerate(strides_in)}
-        self.lateral = [level for level in levels if level in self.index]
+        self.lateral = [level for level in self.index if level >= levels[0]]
+        self.output = [level for level in levels if level in self.index]
         self.further = [level for level in levels if level not in self.index]
-        if levels[0] not in self.index or self.lateral + self.further != [*levels]:
+        if levels[0] not in self.index or self.output + self.further != [*levels]:
             found = f"levels {levels} of a backbone with levels {tuple(self.index)}"
             raise UserError(f"{found}: expected one of these first, then all above it")
         for level in self.lateral:
             setattr(self, f"lateral{level}", nn.Conv2d(channels_in[self.index[level]], channels, 1))
-            setattr(self, f"output{level}", nn.Conv2d(channels, channels, 3, padding=1))
+            if level in self.output:
+                setattr(self, f"output{level}", nn.Conv2d(channels, channels, 3, padding=1))
         for level in self.further:
             setattr(self, f"p{level}", nn.Conv2d(channels, channels, 3, 2, 1))
 
@@ -552,7 +555,8 @@ class FPN(nn.Module):
             if coarser is not None:
                 x = x + F.interpolate(coarser, x.shape[-2:])
             coarser = x
-            maps.insert(0, getattr(self, f"output{level}")(x))
+            if level in self.output:
+                maps.insert(0, getattr(self, f"output{level}")(x))
         for level in self.further:
             x = maps[-1]
             if level != self.further[0]:  # between two convolutions in a row
@@ -1363,6 +1367,8 @@ def model_keywords(name: str, overrides: dict) -> dict:
         of_backbone = {*defaults(BACKBONES[row["backbone"]]), "frozen_stages", "imagenet"}
         kept = {key: value for key, value in kept.items() if key not in of_backbone}
     levels = check("levels", overrides.get("levels", row["levels"]), row["levels"])
+    if len(levels) == 1:
+        overrides = {"ranges": ()} | overrides  # there is no other level to hand over to
     if levels != row["levels"] and "ranges" not in overrides:
         default = f"{name} has levels {row['levels']} and ranges {row['ranges']} in pixels"
         raise UserError(f"levels {levels}: expected ranges with them; {default}")

@@ -6,6 +6,7 @@ scenarios are functions without arguments that run in a process of their own, in
 copy: `import fcos` there is the changed file. Nothing else of the product may be imported here.
 """
 
+import functools
 import importlib.util
 import json
 import math
@@ -579,6 +580,23 @@ def other_levels():
     ends = [-1.0, 16.0, 32.0, 64.0, 128.0, math.inf]
     assert bounds == set(zip(map(float, model.strides), ends, ends[1:]))
     assert found_in_results() is not None
+
+
+@pytest.mark.parametrize("level", [2, 4])
+def test_a_single_level_is_a_keyword(change, level):
+    change(functools.partial(single_level, level))
+
+
+def single_level(level):
+    """The coarser features of the backbone reach it, and are trained."""
+    import fcos
+
+    run_train("--set", f"levels={level},", "candidate_threshold=0.001")
+    model = fcos.load("run/model.pt")
+    assert model.strides == (2**level,) and model.ranges == ()
+    names = {name.split(".")[0] for name in model.fpn.state_dict()}
+    assert names == {f"output{level}"} | {f"lateral{n}" for n in range(level, 6)}
+    assert {row["image_id"] for row in found_in_results()} != set()
 
 
 @needs_timm
