@@ -700,8 +700,8 @@ class CocoDataset:
     def truth(self, i, hw) -> dict[str, torch.Tensor]:
         """Return the boxes of image i, scaled to an image of (height, width).
 
-        {"boxes": float32 (G, 4) xyxy pixels, "labels": int64 (G,)} and every extra column, which is
-        not scaled: if yours is in pixels, scale it here.
+        {"boxes": float32 (G, 4) xyxy pixels, "labels": int64 (G,)} and every extra column as
+        in the file: train.py scales it by its rule in COLUMNS.
         """
         h, w = self.hw[i].tolist()
         boxes, labels = self.target(i)

@@ -416,16 +416,17 @@ class TrainBatches:
     def read(self, i, hw, step, slot):
         """Return the sample of image i at (height, width), before augmentation.
 
-        A mosaic goes here: it takes further images by self.rng("mosaic", step, slot).
+        A mosaic goes here: it draws further images by self.rng("mosaic", step, slot), and reads
+        them by `read_resized`, too.
         """
-        return self.dataset.sample(i, hw)
+        return read_resized(self.dataset, i, hw)
 
     def smallest(self):
         """Return a batch of one image, the smallest one."""
         images = self.one_of_each_size(np.concatenate(self.groups))
         sizes = {image: self.resized_hw(image, min(self.settings["min_size"])) for image in images}
         i = min(images, key=lambda image: math.prod(sizes[image]))
-        return collate([self.dataset.sample(i, sizes[i])], fcos.padded_hw([sizes[i]]))
+        return collate([read_resized(self.dataset, i, sizes[i])], fcos.padded_hw([sizes[i]]))
 
 
 def aspect_groups(dataset, settings):
@@ -471,8 +472,8 @@ def mirror_boxes(boxes, width):
 
 
 # How each column of the boxes changes when the image is mirrored at a width, and when it is cropped
-# at an offset and scaled, both (x, y, x, y). A column without a rule is an error: it would silently
-# keep the values of another image.
+# at an offset and scaled, both (x, y, x, y), or only resized, at the offset 0. A column without a
+# rule is an error: it would silently keep the values of another image.
 COLUMNS = {
     "boxes": dict(mirror=mirror_boxes, crop=lambda boxes, offset, scale: (boxes - offset) * scale),
     "labels": dict(mirror=lambda labels, *_: labels, crop=lambda labels, *_: labels),
@@ -486,6 +487,16 @@ def transform(sample, how, *values):
         if how not in COLUMNS.get(name, {}):
             raise UserError(f"column {name!r}: expected a rule {how!r} in COLUMNS of train.py")
     return {name: COLUMNS[name][how](sample[name], *values) for name in columns}
+
+
+def read_resized(dataset, i, hw):
+    """Return the sample of image i at (height, width). Extra columns follow by their "crop" rule,
+    since resizing is a crop of everything: one in pixels is scaled as the boxes are."""
+    sample = dataset.sample(i, hw)
+    height, width = dataset.hw[i].tolist()
+    scale = torch.tensor([hw[1] / width, hw[0] / height] * 2)
+    extra = {name: sample[name] for name in sample if name not in ("image", "boxes", "labels")}
+    return sample | transform(extra, "crop", torch.zeros(4), scale)
 
 
 def augment(sample, rng):

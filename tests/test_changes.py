@@ -404,6 +404,47 @@ def coco_boxes(split):
     return [b for b in json.loads(annotations.read_text())["annotations"] if not b["iscrowd"]]
 
 
+POINT = [
+    (
+        "evaluate.py",
+        "    iscrowd: bool | float | None = None\n",
+        "    iscrowd: bool | float | None = None\n    point: tuple[float, float]\n",
+    ),
+    (
+        "train.py",
+        "COLUMNS = {\n",
+        'COLUMNS = {\n    "point": dict(\n'
+        "        mirror=lambda p, width: torch.stack([width - p[:, 0], p[:, 1]], 1),\n"
+        "        crop=lambda p, offset, scale: (p - offset[:2]) * scale[:2],\n    ),\n",
+    ),
+]
+
+
+def test_a_column_in_pixels_is_resized_with_the_boxes(change):
+    change(column_in_pixels, POINT)
+
+
+def column_in_pixels():
+    """Every point is a quarter of the way from the left to the right, and a third down."""
+    import evaluate
+    import train
+
+    annotations, images = evaluate.coco_paths("data/shapes", "train2017")
+    coco = json.loads(annotations.read_text())
+    for box in coco["annotations"]:
+        x, y, w, h = box["bbox"]
+        box["point"] = [x + w / 4, y + h / 3]
+    annotations.write_text(json.dumps(coco))
+    settings = train.resolve(train.parse_args(["shapes", "--iters", "8"]))
+    settings |= dict(batch_size=4, min_size=[64], max_size=96)
+    batches = train.TrainBatches(evaluate.CocoDataset(annotations, images), settings)
+    for batch in [batches.smallest(), *map(batches.__getitem__, range(8))]:
+        x1, y1, x2, y2 = batch["boxes"].T
+        x, y = ((batch["point"] - batch["boxes"][:, :2]) / torch.stack([x2 - x1, y2 - y1], 1)).T
+        torch.testing.assert_close(y, torch.full_like(y, 1 / 3), atol=1e-4, rtol=0)
+        torch.testing.assert_close((x - 0.5).abs(), torch.full_like(x, 0.25), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("forgotten", range(6))
 def test_a_place_of_a_further_column_that_is_forgotten_is_an_error(change, forgotten):
     change(forgotten_column, FURTHER_COLUMN[:forgotten] + FURTHER_COLUMN[forgotten + 1 :])
