@@ -153,7 +153,7 @@ def quantized():
         )
         for row in good(record["results"])
     ]
-    return table(("engine", "AP", "CPU time of an image", "of PyTorch's"), lines)
+    return table(("engine", "AP", "CPU time of an image", "relative to PyTorch"), lines)
 
 
 def training():
@@ -176,7 +176,7 @@ def kernels():
             ]
             lines.append(
                 cells(
-                    f"{row['what']}, beside {peer['contender']}",
+                    f"{row['what']}, against {peer['contender']}",
                     device(record),
                     f"{short(row[clock])} ms",
                     f"{short(peer[clock])} ms",
@@ -215,7 +215,7 @@ def data():
             ]
             lines.append(
                 cells(
-                    f"{row['what']}, beside {'version ' if side[0] == '2' else ''}{side}, {same}",
+                    f"{row['what']}, against {'version ' if side[0] == '2' else ''}{side}, {same}",
                     device(record),
                     f"{short(row['median'])} CPU s, {short(row['peak_mib'])} MiB",
                     f"{short(peer['median'])} CPU s, {short(peer['peak_mib'])} MiB",
@@ -286,7 +286,7 @@ def padding():
         "data set and short sides",
         "multiple",
         "padded sizes",
-        "pixels that are of images",
+        "image pixels",
         "pixels against 32",
         "most frequent",
     )
@@ -331,7 +331,7 @@ def sources():
         note = f"; {record['note']}" if "note" in record else ""
         lines.append(
             f"- `{name}.json`: {record['date']}, {device(record)}, torch "
-            f"{record['versions']['torch']}, load of the machine {record['load_before']} "
+            f"{record['versions']['torch']}, system load {record['load_before']} "
             f"before{note}"
         )
     return "\n".join(lines)
