@@ -765,7 +765,7 @@ def fcos_loss(
     is split over GPUs and micro-batches.
 
     outputs: from FCOS.forward. targets: from FCOS.targets. normalizers: (2,), see loss_normalizers.
-    box_loss, unit: keywords of FCOS. quality: what "ctr" learns, the "centerness" or the "iou" of
+    box_loss, unit: keywords of FCOS. quality: the target of "ctr", the "centerness" or the "iou" of
     the predicted box (AdelaiDet's BOX_QUALITY). box_weight: positive locations weigh the same in
     the box loss ("uniform"), or by their "centerness", which takes weight from small objects; None
     is as published, "centerness" if that is the quality, else "uniform".
@@ -773,7 +773,7 @@ def fcos_loss(
     Background locations are masked, not removed: shapes never depend on values, nothing waits for
     the GPU, and a batch without a box is an ordinary input.
     """
-    positives = normalizers[0].clamp(min=1)
+    num_positives = normalizers[0].clamp(min=1)
     labels = targets["labels"]
     positive = labels >= 0
 
@@ -796,7 +796,7 @@ def fcos_loss(
         box_normalizer = normalizers[1].clamp(min=1e-6)
     elif box_weight == "uniform":
         weight = positive.float()
-        box_normalizer = positives
+        box_normalizer = num_positives
     else:
         raise ValueError(f"box_weight {box_weight!r}: expected centerness, uniform or None")
 
@@ -805,7 +805,7 @@ def fcos_loss(
     ctr = F.binary_cross_entropy_with_logits(
         outputs["ctr"], wanted_quality, weight=positive.float(), reduction="sum"
     )
-    return {"cls": cls / positives, "box": box / box_normalizer, "ctr": ctr / positives}
+    return {"cls": cls / num_positives, "box": box / box_normalizer, "ctr": ctr / num_positives}
 
 
 # ---- the model ----------------------------------------------------------------------------------

@@ -847,7 +847,7 @@ def lr_at(step: int, lr: float, iters: int, warmup: int, decays=DECAYS) -> float
     return lr * (1 / 3 if step < warmup else 1) * 0.1**passed
 
 
-def rate_at(step, group, settings):
+def group_lr(step, group, settings):
     """Return the learning rate of an optimizer's group at a step."""
     initial_lr = group.setdefault("initial_lr", group["lr"])
     return lr_at(step, initial_lr, settings["iters"], settings["warmup"], settings["decays"])
@@ -865,7 +865,7 @@ def describe(optimizer, model, settings):
         used = [(name, value) for name, value in group.items() if value not in (None, False)]
         values = [f"{name} {value}" for name, value in used if name not in ("params", "lr")]
         found[f"group {number}"] = f"{', '.join(values)}, {len(parameters)} tensors ({digest:x})"
-    rates = [rate_at(k, optimizer.param_groups[0], settings) for k in range(settings["iters"])]
+    rates = [group_lr(k, optimizer.param_groups[0], settings) for k in range(settings["iters"])]
     changes = [k for k in range(len(rates)) if k == 0 or rates[k] != rates[k - 1]]
     shown = changes[:: math.ceil(len(changes) / 20)]  # some of them, if the rate always changes
     schedule = {f"from step {k + 1}": float(f"{rates[k]:.9g}") for k in shown}
@@ -963,7 +963,7 @@ def compute_gradients(model, network, batches, settings):
 def update(step, optimizer, companions, settings):
     """Update the weights, with the learning rates of this step, and then the companions."""
     for group in optimizer.param_groups:
-        group["lr"] = rate_at(step, group, settings)
+        group["lr"] = group_lr(step, group, settings)
     optimizer.step()
     optimizer.zero_grad()
     for companion in companions.values():

@@ -187,8 +187,8 @@ def save_model(**keywords):
 FURTHER_LOSS = [
     (
         "fcos.py",
-        '"ctr": ctr / positives}',
-        '"ctr": ctr / positives, "l1": (predicted - wanted).abs().sum() / positives}',
+        '"ctr": ctr / num_positives}',
+        '"ctr": ctr / num_positives, "l1": (predicted - wanted).abs().sum() / num_positives}',
     )
 ]
 KIND_OF_IOU_LOSS = [
@@ -252,8 +252,8 @@ FURTHER_OUTPUT = [
     ),
     (
         "fcos.py",
-        '"ctr": ctr / positives}',
-        '"ctr": ctr / positives, "aspect": aspect / positives}',
+        '"ctr": ctr / num_positives}',
+        '"ctr": ctr / num_positives, "aspect": aspect / num_positives}',
     ),
 ]
 
@@ -343,8 +343,8 @@ FURTHER_COLUMN = [
     ),
     (
         "fcos.py",
-        '"ctr": ctr / positives}',
-        '"ctr": ctr / positives, "angle": angle / positives}',
+        '"ctr": ctr / num_positives}',
+        '"ctr": ctr / num_positives, "angle": angle / num_positives}',
     ),
 ]
 
