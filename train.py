@@ -397,7 +397,7 @@ class TrainBatches:
         return collate([self.sample(plan, step, slot) for slot in slots], plan.padded_hw)
 
     def sample(self, plan, step, slot):
-        """Return the augmented sample of a slot of a step."""
+        """Return the augmented sample of a slot of a step: the index of an image in its plan."""
         self.dataset.files_read.clear()
         try:
             sample = self.read(plan.indices[slot], plan.sizes[slot], step, slot)
@@ -873,7 +873,7 @@ def describe(optimizer, model, settings):
 
 
 class MovingAverage:
-    """The moving average of a model's weights, which is evaluated and kept in its place (--ema).
+    """The moving average of a model's weights, evaluated and saved in place of the model (--ema).
 
     Step k, counted from 0, weighs at least 9 / (9 + k), so that the random start is forgotten.
     """
