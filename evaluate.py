@@ -1353,6 +1353,7 @@ def lock_folder(folder, wait=False):
     if rank_and_world_size()[0] > 0:
         yield
         return
+    missing = not os.path.isdir(folder)
     path = make_folder(folder) / ".lock"
     with open(path, "a") as file:
         try:
@@ -1370,6 +1371,8 @@ def lock_folder(folder, wait=False):
         finally:
             with contextlib.suppress(OSError):  # the folder may be gone
                 path.unlink()
+                if missing:
+                    os.rmdir(folder)  # fails unless it is empty
 
 
 def find_device(name=None) -> torch.device:
