@@ -346,10 +346,9 @@ class TrainBatches:
         self.drawn.clear()  # an item begins with its plan
         group = self.group_of_step[step]
         start = self.turn_of_step[step] * self.batch_size
-        indices = []
-        for position in range(start, start + self.batch_size):  # in the group's endless stream
-            epoch, place = divmod(position, len(self.groups[group]))
-            indices.append(self.order(group, epoch)[place].item())
+        positions = start + np.arange(self.batch_size)  # in the group's endless stream
+        epochs, places = np.divmod(positions, len(self.groups[group]))
+        indices = [self.order(group, epoch)[place].item() for epoch, place in zip(epochs, places)]
         min_sizes = self.rng("sizes", step).choice(self.settings["min_size"], self.batch_size)
         sizes = [self.resized_hw(i, size) for i, size in zip(indices, min_sizes.tolist())]
         height, width = fcos.padded_hw(sizes, self.settings["multiple"])
