@@ -2,6 +2,7 @@
 
     python tests/benchmarks/accuracy.py bccd          # ours and torchvision's, from scratch
     python tests/benchmarks/accuracy.py hituav        # the same with small objects
+    python tests/benchmarks/accuracy.py longer        # HIT-UAV for twice as many steps
     python tests/benchmarks/accuracy.py small         # the recipe `small` of train.py as it is
     python tests/benchmarks/accuracy.py ablation      # one thing less, or another one
     python tests/benchmarks/accuracy.py padding       # of the whole step, or of pairs of images
@@ -220,12 +221,16 @@ class Config(NamedTuple):
     data: str = "bccd"
     model: str | None = None
     recipe: str | None = None
+    iters: int | None = None  # instead of the recipe's
 
     def settings(self):
         """Return the recipe of this training."""
+        recipe = RECIPE | SIZES_OF[self.data]
         if self.recipe:
-            return train.RECIPES[self.recipe]
-        return RECIPE | SIZES_OF[self.data]
+            recipe = train.RECIPES[self.recipe]
+        if self.iters:
+            recipe = recipe | dict(iters=self.iters)
+        return recipe
 
     def keywords(self):
         """Return the model's keywords before the flags."""
@@ -253,6 +258,12 @@ CONFIGS = {
     "HIT-UAV, tiles at test": HIT_UAV._replace(
         base="HIT-UAV, stride 4 and its loss", model="small", patch=tiles_at_test, from_base=True
     ),
+    "HIT-UAV, torchvision, 900 steps": HIT_UAV._replace(
+        group="longer", base="HIT-UAV, torchvision, 900 steps", patch=torchvision_side, iters=900
+    ),
+    "HIT-UAV, stride 4 and its loss, 900 steps": HIT_UAV._replace(
+        group="longer", base="HIT-UAV, torchvision, 900 steps", model="small", iters=900
+    ),
     "BCCD, recipe small": Config("small", base="BCCD, recipe small", recipe="small"),
     "HIT-UAV, recipe small": Config(
         "small", base="HIT-UAV, recipe small", recipe="small", data="hituav"
@@ -279,6 +290,7 @@ CONFIGS = {
 SEEDS = {
     "bccd": 5,
     "hituav": 3,
+    "longer": 1,
     "small": 1,
     "ablation": 3,
     "padding": 3,
@@ -288,6 +300,7 @@ SEEDS = {
 ALL = [
     ("bccd", range(3)),
     ("hituav", range(3)),
+    ("longer", range(1)),
     ("small", range(1)),
     ("ablation", range(3)),
     ("bccd", range(3, 5)),
