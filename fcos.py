@@ -634,7 +634,11 @@ class Head(nn.Module):
         return outputs
 
     def predict_level(self, feature, scale, stride):
-        """Return the maps of one level by name; a further output needs one more entry here."""
+        """Return the maps of one level by name; a further output needs one more entry here.
+
+        Boxes alone are scaled from the resized image to the original: let a further output be in
+        units that do not change with the size, such as shares of the sides of the box.
+        """
         cls_features = self.cls_tower(feature)
         box_features = self.box_tower(feature)
         ctr_features = {"cls": cls_features, "box": box_features}[self.ctr_on]
