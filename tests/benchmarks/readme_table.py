@@ -236,7 +236,7 @@ def objects365():
         scale = OBJECTS365_BOXES / row["size"]
         lines.append(
             cells(
-                {"ours": "now, one process of a node"}.get(
+                {"ours": "now, one process of all"}.get(
                     row["side"], "2026-11-27, every process"
                 ),
                 f"{row['exponent']:.2f}",
