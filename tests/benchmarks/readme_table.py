@@ -236,9 +236,7 @@ def objects365():
         scale = OBJECTS365_BOXES / row["size"]
         lines.append(
             cells(
-                {"ours": "now, one process of all"}.get(
-                    row["side"], "2026-11-27, every process"
-                ),
+                {"ours": "now, one process of all"}.get(row["side"], "2026-11-27, every process"),
                 f"{row['exponent']:.2f}",
                 short(row["median"] * scale ** row["exponent"]),
                 short(row["peak_mib"] * scale / 1024),
