@@ -85,8 +85,8 @@ def coco_paths(data, split: str) -> tuple[Path, Path]:
     layouts = [[path.format(**words) for path in layout] for layout in LAYOUTS]
     for annotations, images in layouts:
         path = data / annotations
-        files = [*path.glob("*.txt"), *path.glob("*.xml")]
-        if files or (path.exists() and not path.is_dir()):  # a pipe is refused when it is read
+        has_labels = any(path.glob("*.txt")) or any(path.glob("*.xml"))
+        if has_labels or (path.exists() and not path.is_dir()):  # reading refuses a pipe
             return path, data / images
     annotations, images = layouts[0]
     if data.is_dir():

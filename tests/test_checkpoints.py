@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    DEEP,
+    DEEP_KEY,
     HUGE,
     NAN,
     THIN,
@@ -28,8 +30,6 @@ import fcos
 from fcos import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DEEP = b")" + b"\x85" * 400_000  # a tuple in a tuple in ..., as a pickle
-DEEP_KEY = DEEP + b"K\x01s"
 
 
 # ---- our own checkpoints -----------------------------------------------------------------------

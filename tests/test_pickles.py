@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    DEEP,
     assert_refused,
     small,
 )
@@ -22,8 +23,6 @@ import fcos
 from fcos import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DEEP = b")" + b"\x85" * 400_000  # a tuple in a tuple in ..., as a pickle
-DEEP_KEY = DEEP + b"K\x01s"
 
 
 class Program:
