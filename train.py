@@ -848,8 +848,8 @@ def lr_at(step: int, lr: float, iters: int, warmup: int, decays=DECAYS) -> float
 
 def group_lr(step, group, settings):
     """Return the learning rate of an optimizer's group at a step."""
-    initial_lr = group.setdefault("initial_lr", group["lr"])
-    return lr_at(step, initial_lr, settings["iters"], settings["warmup"], settings["decays"])
+    schedule = settings["iters"], settings["warmup"], settings["decays"]
+    return lr_at(step, group["initial_lr"], *schedule)  # `describe` has stored initial_lr
 
 
 def describe(optimizer, model, settings):
