@@ -1826,7 +1826,7 @@ def test_a_module_of_ones_own_is_a_backbone(tmp_path):
     expected = outputs_of(model.eval(), images, sizes)
     fcos.save(model, tmp_path / "model.pt")
     with pytest.raises(
-        fcos.UserError, match=r"model\.pt: .*custom backbone: pass it as `backbone=`"
+        fcos.UserError, match=r"model\.pt: has a custom backbone: pass the module as `backbone=`"
     ):
         fcos.load(tmp_path / "model.pt")
     loaded = fcos.load(tmp_path / "model.pt", backbone=Patches())
