@@ -1005,6 +1005,7 @@ class FCOS(nn.Module):
         if not images.is_floating_point():
             images = self.normalize(images, [hw] * len(images) if sizes is None else sizes)
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        check_features(features, hw, self.backbone)
         outputs = self.head(self.fpn(features))
         levels = [rows * columns for rows, columns in level_sizes(hw, self.strides)]
         return outputs | {"points": self.points(hw, images.device), "levels": levels}
@@ -1305,6 +1306,20 @@ def check_sizes(sizes, images):
         return
     found = short_repr(sizes, 60)
     raise UserError(f"sizes {found}: expected (height, width) of each image, no targets")
+
+
+def check_features(features, hw, backbone):
+    """Raise UserError unless a backbone's features of a (height, width) image have the strides and
+    channels that it declares; other strides would silently move every location."""
+    if torch.compiler.is_compiling():  # sizes may be symbols here
+        return
+    expected = list(zip(backbone.channels, *zip(*level_sizes(hw, backbone.strides))))
+    found = [tuple(feature.shape[1:]) for feature in features]
+    if found != expected:
+        raise UserError(
+            f"backbone {type(backbone).__name__}: its strides and channels promise features "
+            f"(channels, height, width) of {expected}, found {found}"
+        )
 
 
 def check_convention(convention) -> dict:

@@ -805,6 +805,8 @@ def rehearse(network, model, batches, settings):
     batch = to_device(batches.smallest(), next(model.parameters()).device)
     network.eval()  # running statistics stay as they are
     losses = compute_gradients(model, network, [batch], settings)
+    if batches.batch_size > batches.world_size * batches.micro_batches:
+        check_sums(model, network, batch, settings)
     with torch.no_grad():
         model.decode(model(batch["images"], batch["sizes"]), batch["sizes"])
     network.train()
@@ -816,6 +818,16 @@ def rehearse(network, model, batches, settings):
     if losses.keys() & reserved:
         raise UserError(f"losses {', '.join(losses)}: expected no name of {sorted(reserved)}")
     model.zero_grad()
+
+
+def check_sums(model, network, batch, settings):
+    """Warn of a loss that depends on how a step is split into micro-batches, such as a mean."""
+    pair = {name: torch.cat([x, x]) if torch.is_tensor(x) else x + x for name, x in batch.items()}
+    together = compute_gradients(model, network, [pair], settings)
+    apart = compute_gradients(model, network, [batch, batch], settings)
+    for name in together:
+        if not torch.isclose(together[name], apart[name], rtol=0.03, atol=1e-3, equal_nan=True):
+            say(f"warning: loss {name} depends on how a step is split; see fcos.fcos_loss")
 
 
 # ---- optimization ------------------------------------------------------------------------------

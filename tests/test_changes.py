@@ -6,8 +6,10 @@ scenarios are functions without arguments that run in a process of their own, in
 copy: `import fcos` there is the changed file. Nothing else of the product may be imported here.
 """
 
+import contextlib
 import functools
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -191,6 +193,13 @@ FURTHER_LOSS = [
         '"ctr": ctr / num_positives, "l1": (predicted - wanted).abs().sum() / num_positives}',
     )
 ]
+MEAN_LOSS = [
+    (
+        "fcos.py",
+        '"ctr": ctr / num_positives}',
+        '"ctr": ctr / num_positives, "l1": (predicted - wanted).abs().mean()}',
+    )
+]
 KIND_OF_IOU_LOSS = [
     (
         "kernels/iou_loss.py",
@@ -205,11 +214,23 @@ def test_a_further_loss_is_one_place(change):
 
 
 def further_loss():
-    rows = run_train()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        rows = run_train()
+    assert "warning: loss" not in printed.getvalue()
     assert len(rows) == 4
     for row in rows:
         assert row["l1"] > 0
         assert row["loss"] == pytest.approx(row["cls"] + row["box"] + row["ctr"] + row["l1"])
+
+
+def test_a_loss_that_depends_on_the_micro_batches_is_warned_of(change):
+    change(mean_loss, MEAN_LOSS)
+
+
+def mean_loss():
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_train()
+    assert "warning: loss l1 depends on how a step is split" in printed.getvalue()
 
 
 def test_a_kind_of_iou_loss_is_one_place(change):

@@ -1809,6 +1809,16 @@ class Patches(torch.nn.Module):
         return features[1:]
 
 
+@pytest.mark.parametrize("declared", [{"strides": (4, 8, 16)}, {"channels": (8, 12, 17)}])
+def test_features_that_differ_from_what_a_backbone_declares_are_refused(declared):
+    backbone = Patches()
+    backbone.channels = declared.get("channels", Patches.channels)
+    backbone.strides = declared.get("strides", Patches.strides)
+    model = fcos.FCOS(3, backbone=backbone, channels=32)
+    with pytest.raises(fcos.UserError, match=r"backbone Patches: .*features"):
+        model(torch.zeros(1, 3, 64, 96))
+
+
 def test_a_module_of_ones_own_is_a_backbone(tmp_path):
     torch.manual_seed(0)
     backbone = Patches()

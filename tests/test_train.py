@@ -1616,16 +1616,24 @@ def test_images_of_one_pixel_and_of_ten_thousand_are_ordinary(shapes, tmp_path):
 
 def poison(monkeypatch, step, gradient=False, here=True):
     """Make the loss of one step infinite, as a bad batch would, or only its gradient."""
-    fcos_loss, calls = fcos.fcos_loss, itertools.count(-1)  # the first call is the rehearsal
+    fcos_loss = fcos.fcos_loss
+    compute_gradients = train.compute_gradients
+    steps = itertools.count()
 
-    def poisoned(*args, **keywords):
+    def poisoned_loss(*args, **keywords):
         losses = fcos_loss(*args, **keywords)
-        if next(calls) == step and here:
-            losses["box"] = losses["box"] * (1 if gradient else torch.inf)
-            losses["box"].register_hook(lambda g: g * torch.nan)
+        losses["box"] = losses["box"] * (1 if gradient else torch.inf)
+        losses["box"].register_hook(lambda g: g * torch.nan)
         return losses
 
-    monkeypatch.setattr(fcos, "fcos_loss", poisoned)
+    def poisoned_gradients(model, network, batches, settings):
+        training = network.training  # false in the rehearsal
+        with monkeypatch.context() as patch:
+            if training and next(steps) == step and here:
+                patch.setattr(fcos, "fcos_loss", poisoned_loss)
+            return compute_gradients(model, network, batches, settings)
+
+    monkeypatch.setattr(train, "compute_gradients", poisoned_gradients)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
