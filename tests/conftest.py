@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden.synth_image import image as synth_image
+from recorded import GOLDEN, read_golden
 
 import fcos
 from fcos import UserError
@@ -22,9 +24,18 @@ def shared():
     return SHARED
 
 
+@pytest.fixture(params=["small", "full"])
+def golden(request):
+    """Return a function that reads a recording by name, from the small or the full sets."""
+    if request.param == "small":
+        return lambda name: read_golden(GOLDEN / name)
+    folder = request.getfixturevalue("shared") / "golden"
+    return lambda name: read_golden(folder / name)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
-    """Two are slower on networks as small as these, by far if the second core is busy."""
+    """Use one thread: two are slower on such small networks, above all on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,6 +67,35 @@ def small(name, num_classes=80, **overrides):
 def thin(num_classes=3, name="fcos_imprv_R_50_FPN", **overrides):
     torch.manual_seed(0)
     return fcos.build(name, num_classes, **{**THIN, **overrides})
+
+
+def detector(num_classes=3, **overrides):
+    """Build a small model, in eval mode, that finds objects in every image."""
+    torch.manual_seed(0)
+    model = fcos.build("shapes", num_classes, **overrides).eval()
+    with torch.no_grad():
+        model.head.cls.weight.normal_(std=0.2)
+        model.head.cls.bias.fill_(-1)
+        model.head.box.weight.normal_(std=0.1)
+        model.head.box.bias.fill_(2)
+        model.head.ctr.weight.normal_(std=0.2)
+    return model
+
+
+def picture(h, w, seed=1):
+    """Return a generated image, uint8 (3, h, w)."""
+    return torch.from_numpy(synth_image(seed, h, w)).permute(2, 0, 1)
+
+
+def objects(*rows):
+    """Return the ground truth of one image, from rows (x1, y1, x2, y2, label)."""
+    table = torch.tensor(rows, dtype=torch.float32).view(-1, 5)
+    return {"boxes": table[:, :4], "labels": table[:, 4].long()}
+
+
+@torch.no_grad()
+def outputs_of(model, images, sizes=None):
+    return model(images, sizes)
 
 
 def assert_same_weights(model, expected):

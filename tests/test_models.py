@@ -1,4 +1,4 @@
-"""The rows of fcos.MODELS against the official facts, their parts, and their keywords."""
+"""The table of models against the official facts, and the checks of keywords."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torchvision
-from conftest import HUGE, NAN, assert_refused, small
+from conftest import HUGE, NAN, assert_refused
 from foreign import (
     AFFINE,
     GAMMA,
@@ -196,62 +196,6 @@ def test_one_step_reaches_every_parameter(name):
     assert all(name.startswith("head.scale.") for name in idle), idle
     optimizer = torch.optim.SGD(train.parameter_groups(model, 1e-3), momentum=0.9)
     optimizer.step()
-
-
-# ---- deformable convolution and batch norm -----------------------------------------------------
-def test_deformable_convolution_has_the_right_gradients():
-    torch.manual_seed(0)
-    layer = fcos.DeformConv(2, 4, 3, 2, 1, groups=2).double()
-    torch.nn.init.normal_(layer.offset.weight, std=0.3)
-    torch.nn.init.normal_(layer.offset.bias)  # positions between the pixels, some outside
-    names, parameters = zip(*layer.named_parameters())
-
-    def function(x, *values):
-        return torch.func.functional_call(layer, dict(zip(names, values)), x)
-
-    x = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(function, (x, *parameters))
-
-
-def test_deformable_convolution_without_offsets_is_half_a_convolution():
-    layer = fcos.DeformConv(8, 4, 3, 1, 1)
-    torch.nn.init.zeros_(layer.offset.weight)
-    torch.nn.init.zeros_(layer.offset.bias)
-    torch.nn.init.zeros_(layer.bias)
-    x = torch.randn(2, 8, 6, 7)
-    expected = torch.nn.functional.conv2d(x, layer.weight, padding=1) / 2  # sigmoid(0)
-    assert torch.allclose(layer(x), expected, atol=1e-5)
-    with torch.no_grad():  # one pixel down and two to the right, for all taps
-        layer.offset.bias[0:18:2], layer.offset.bias[1:18:2] = 1, 2
-    moved = torch.nn.functional.pad(x, (0, 2, 0, 1))[:, :, 1:, 2:]
-    expected = torch.nn.functional.conv2d(moved, layer.weight, padding=1) / 2
-    assert torch.allclose(layer(x)[:, :, 1:-1, 1:-1], expected[:, :, 1:-1, 1:-1], atol=1e-5)
-
-
-def test_deformable_row_runs_in_bf16():
-    torch.manual_seed(0)
-    model = small("fcos_imprv_dcnv2_R_50_FPN").eval()
-    images, sizes = torch.rand(1, 3, 128, 192), torch.tensor([[128, 192]])
-    with torch.inference_mode():
-        full = model(images, sizes)
-        with torch.autocast("cpu", torch.bfloat16):
-            half = model(images, sizes)
-        model.bfloat16()(images.bfloat16(), sizes)
-    assert (half["cls"] - full["cls"]).abs().max() < 0.1
-
-
-def test_sync_batch_norm_takes_over_every_batch_norm():
-    model = fcos.build("fcos_syncbn_c128_MNV2_FPN").eval()
-    x, sizes = torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]])
-    with torch.inference_mode():
-        before, keys = model(x, sizes)["cls"], list(model.state_dict())
-        parameters = [id(p) for p in model.parameters()]
-        converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        assert converted is model and list(model.state_dict()) == keys
-        assert [id(p) for p in model.parameters()] == parameters
-        assert torch.equal(model(x, sizes)["cls"], before)
-    kinds = [type(m) for m in model.modules() if hasattr(m, "running_mean")]
-    assert len(kinds) == 51 and set(kinds) == {torch.nn.SyncBatchNorm}
 
 
 # ---- keywords, to the last element ---------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Weights of other projects in our models.
 
-That official weights land where they belong is also proved by the recorded outputs in test_fcos.py.
+test_network.py compares the outputs of official weights with recorded ones.
 """
 
 import json
