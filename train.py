@@ -1504,32 +1504,45 @@ def make_fresh_store(rank, world_size, timeout):
 
 # ---- the shapes data set ------------------------------------------------------------------------
 
-SHAPES = {  # category id (with gaps, as in COCO): name, corner distances at equal angles, hole
-    1: ("ellipse", [1] * 72, 0),
-    3: ("rectangle", [0.71, 1] * 4, 0),
-    4: ("triangle", [1] * 3, 0),
-    7: ("star", [1, 0.45] * 5, 0),
-    9: ("ring", [1] * 72, 0.55),
-    10: ("cross", [0.37, 1, 1] * 4, 0),
+
+class Shape(NamedTuple):
+    """A kind of object: its name, the distances of its corners from the center, at equal angles,
+    and the size of its hole."""
+
+    name: str
+    distances: list[float]
+    hole: float = 0
+
+
+SHAPES = {  # by category id, with gaps as in COCO
+    1: Shape("ellipse", [1] * 72),
+    3: Shape("rectangle", [0.71, 1] * 4),
+    4: Shape("triangle", [1] * 3),
+    7: Shape("star", [1, 0.45] * 5),
+    9: Shape("ring", [1] * 72, hole=0.55),
+    10: Shape("cross", [0.37, 1, 1] * 4),
 }
-PAPERS, INKS = (
-    np.array([list(bytes.fromhex(c)) for c in row.split()], np.float32)
-    for row in (
-        "22303f 39463b 43374d 5a4a42 2f5061 1d3557 24404a 4a3038 333a56 3c4a3a",
-        "ff6b6b ff9f43 ffd166 6ee7a8 4dd0c4 7cb8ff b79cff ff8fc2 fff8e7 c7f06a",
-    )
-)
+
+
+def colors(text):
+    """Return colours, written as hexadecimal RGB, as a float32 array (N, 3) in 0..255."""
+    return np.array([list(bytes.fromhex(color)) for color in text.split()], np.float32)
+
+
+PAPERS = colors("22303f 39463b 43374d 5a4a42 2f5061 1d3557 24404a 4a3038 333a56 3c4a3a")
+INKS = colors("ff6b6b ff9f43 ffd166 6ee7a8 4dd0c4 7cb8ff b79cff ff8fc2 fff8e7 c7f06a")
 
 
 def draw_background(rng, w, h):
     """Mix two colours by a gradient, stripes or checks, and clouds; return (h, w, 3) in 0..255."""
-    a, b = rng.permutation(PAPERS)[:2]
+    first, second = rng.permutation(PAPERS)[:2]
     y, x = np.mgrid[:h, :w]
-    z = (x - w / 2 + 1j * (y - h / 2)) * np.exp(2j * np.pi * rng.uniform())
-    u, v = np.sin(2 * np.pi * np.stack([z.real, z.imag]) / rng.uniform(12, 48))
+    turned = (x - w / 2 + 1j * (y - h / 2)) * np.exp(2j * np.pi * rng.uniform())
+    waves = np.sin(2 * np.pi * np.stack([turned.real, turned.imag]) / rng.uniform(12, 48))
     clouds = Image.fromarray(rng.standard_normal((9, 9), np.float32)).resize((w, h), Image.BICUBIC)
-    mix = 0.5 + z.real / w + 0.2 * np.asarray(clouds) + 0.3 * (0, u, u * v)[rng.integers(3)]
-    return a + (b - a) * np.clip(mix, 0, 1)[..., None]
+    pattern = (0, waves[0], waves[0] * waves[1])[rng.integers(3)]  # none, stripes or checks
+    mix = 0.5 + turned.real / w + 0.2 * np.asarray(clouds) + 0.3 * pattern
+    return first + (second - first) * np.clip(mix, 0, 1)[..., None]
 
 
 def draw_scene(rng):
@@ -1546,31 +1559,42 @@ def draw_scene(rng):
     for size, ink in zip(sizes[::-1], rng.permutation(INKS)):  # small objects on top of large ones
         category = int(rng.choice(list(SHAPES)))
         centre = complex(*rng.uniform(0, (w, h)))
-        _, distances, hole = SHAPES[category]
-        z = np.exp(2j * np.pi * (np.arange(len(distances)) / len(distances) - 0.25)) * distances
-        z = (z.real + 1j * z.imag * rng.uniform(0.75, 1)) * np.exp(1j * rng.uniform(-0.25, 0.25))
-        drawn = Image.new("L", (4 * w, 4 * h))  # four times as large
-        for scale, fill in [
-            (size, 255),
-            (size * hole, 0),
-        ]:  # a hole of size 0 draws nothing visible
-            corners = 4 * (z * scale + centre)
-            ImageDraw.Draw(drawn).polygon(corners.view(float).tolist(), fill)
-        x0, y0, x1, y1 = (edge / 4 for edge in drawn.getbbox())
+        outline = draw_outline(rng, category)
+        drawn = fill_shape(size * outline, centre, SHAPES[category].hole, (w, h))
+        x1, y1, x2, y2 = (edge / 4 for edge in drawn.getbbox())
         mask = np.asarray(drawn.reduce(4), np.float32) / 255
-        if (x1 - x0) * (y1 - y0) < 0.7 * size**2 * np.ptp(z.real) * np.ptp(z.imag) or any(
-            (mask * m).sum() > 0.3 * min(mask.sum(), m.sum()) for m in masks
-        ):
-            continue  # mostly outside the picture, or overlapping too much
+        whole_area = size**2 * np.ptp(outline.real) * np.ptp(outline.imag)
+        mostly_outside = (x2 - x1) * (y2 - y1) < 0.7 * whole_area
+        overlaps = [(mask * m).sum() > 0.3 * min(mask.sum(), m.sum()) for m in masks]
+        if mostly_outside or any(overlaps):
+            continue
         shadow = drawn.transform((w, h), Image.AFFINE, (4, 0, -4, 0, 4, -8))  # right 1, down 2
         image *= 1 - np.asarray(shadow.filter(ImageFilter.GaussianBlur(2)))[..., None] / 640
         image += (ink - image) * mask[..., None]
         masks.append(mask)
-        bbox = [x0, y0, x1 - x0, y1 - y0]
+        bbox = [x1, y1, x2 - x1, y2 - y1]
         area = round(float(mask.sum()), 2)
         objects.append(dict(category_id=category, bbox=bbox, area=area, iscrowd=0))
     image += rng.uniform(1, 4) * rng.standard_normal((h, w, 1), np.float32)
     return np.clip(image, 0, 255).astype(np.uint8), objects
+
+
+def draw_outline(rng, category):
+    """Return the corners of a shape of size 1 around 0, as complex numbers, squeezed and turned."""
+    distances = SHAPES[category].distances
+    turns = np.arange(len(distances)) / len(distances) - 0.25
+    corners = np.exp(2j * np.pi * turns) * distances
+    squeezed = corners.real + 1j * corners.imag * rng.uniform(0.75, 1)
+    return squeezed * np.exp(1j * rng.uniform(-0.25, 0.25))
+
+
+def fill_shape(outline, centre, hole, wh):
+    """Draw a shape in white on black, four times as large. hole: its size relative to it."""
+    drawn = Image.new("L", (4 * wh[0], 4 * wh[1]))
+    for scale, grey in ((1, 255), (hole, 0)):  # a hole of size 0 draws nothing visible
+        corners = 4 * (outline * scale + centre)
+        ImageDraw.Draw(drawn).polygon(corners.view(float).tolist(), grey)
+    return drawn
 
 
 def make_shapes(root, seed=0, train=1400, val=200):
@@ -1601,9 +1625,9 @@ def draw_split(folder, seed, split, count):
         h, w, _ = picture.shape
         Image.fromarray(picture).save(folder / name, quality=90)
         images.append(dict(id=image_id, file_name=name, width=w, height=h))
-        for shape in objects:
-            annotations.append(dict(id=len(annotations) + 1, image_id=image_id) | shape)
-    categories = [dict(id=id, name=name) for id, (name, _, _) in SHAPES.items()]
+        for drawn in objects:
+            annotations.append(dict(id=len(annotations) + 1, image_id=image_id) | drawn)
+    categories = [dict(id=id, name=shape.name) for id, shape in SHAPES.items()]
     return dict(images=images, annotations=annotations, categories=categories)
 
 
