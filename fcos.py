@@ -70,47 +70,9 @@ from kernels.nms import batched_nms
 
 __version__ = "1.0"
 
-# about EXIF tags that are not used here
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
-
 
 class UserError(ValueError):
     """A mistake in the caller's input; the scripts print it as one line, without a traceback."""
-
-
-class ShortRepr(reprlib.Repr):
-    """Write any value in little time and space, even if it is nested, shared or huge."""
-
-    def repr_int(self, value, level):
-        return repr(value) if abs(value) < 10**30 else "a huge number"
-
-    def repr_instance(self, value, level):
-        try:
-            return f"{type(value).__name__} {value.dtype} {tuple(value.shape)}"
-        except (AttributeError, RuntimeError):  # no array, or a nested tensor, which has no shape
-            return super().repr_instance(value, level)
-
-
-def short_repr(value, limit: int = 99) -> str:
-    """Return any value as Python writes it, on one line of at most `limit` characters."""
-    writer = ShortRepr()
-    writer.maxstring = writer.maxother = limit
-    return printable(writer.repr(value), limit)
-
-
-def printable(value, limit: int = 300) -> str:
-    """Return text, a path or an error on one line of at most `limit` characters.
-
-    Characters that do not print become escapes, and the middle of a long line is left out. Other
-    values are written by `short_repr`.
-    """
-    if not isinstance(value, (str, os.PathLike, Exception)):
-        return short_repr(value, limit)
-    line = str(value)
-    if len(line) > limit:
-        line = f"{line[: limit * 2 // 3 - 5]} ... {line[-limit // 3 :]}"
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    return line if len(line) <= limit else f"{line[: limit - 4]} ..."
 
 
 # ---- images -------------------------------------------------------------------------------------
@@ -1405,6 +1367,44 @@ def build(name: str, num_classes: int = 80, **overrides) -> FCOS:
     return model
 
 
+# ---- values in messages -------------------------------------------------------------------------
+
+
+class ShortRepr(reprlib.Repr):
+    """Write any value in little time and space, even if it is nested, shared or huge."""
+
+    def repr_int(self, value, level):
+        return repr(value) if abs(value) < 10**30 else "a huge number"
+
+    def repr_instance(self, value, level):
+        try:
+            return f"{type(value).__name__} {value.dtype} {tuple(value.shape)}"
+        except (AttributeError, RuntimeError):  # no array, or a nested tensor, which has no shape
+            return super().repr_instance(value, level)
+
+
+def short_repr(value, limit: int = 99) -> str:
+    """Return any value as Python writes it, on one line of at most `limit` characters."""
+    writer = ShortRepr()
+    writer.maxstring = writer.maxother = limit
+    return printable(writer.repr(value), limit)
+
+
+def printable(value, limit: int = 300) -> str:
+    """Return text, a path or an error on one line of at most `limit` characters.
+
+    Characters that do not print become escapes, and the middle of a long line is left out. Other
+    values are written by `short_repr`.
+    """
+    if not isinstance(value, (str, os.PathLike, Exception)):
+        return short_repr(value, limit)
+    line = str(value)
+    if len(line) > limit:
+        line = f"{line[: limit * 2 // 3 - 5]} ... {line[-limit // 3 :]}"
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= limit else f"{line[: limit - 4]} ..."
+
+
 # ---- prediction ---------------------------------------------------------------------------------
 
 
@@ -1414,6 +1414,9 @@ def regular_file(path):
         raise OSError("Is a directory" if os.path.isdir(path) else "expected a regular file")
     return path
 
+
+# about EXIF tags that are not used here
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 TURNS = {  # EXIF orientation: the operation that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
