@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -198,8 +199,89 @@ def test_one_step_reaches_every_parameter(name):
     optimizer.step()
 
 
-# ---- keywords, to the last element ---------------------------------------------------------------
-WRONG = {  # keyword: values that are refused, before anything is built
+# ---- keywords ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", fcos.MODELS)
+def test_keywords_of_a_model_build_the_same_model(name):
+    keywords = fcos.resolve(fcos.MODELS[name])
+    assert keywords.items() >= fcos.MODELS[name].items()
+    assert fcos.resolve(keywords) == keywords
+    with torch.device("meta"):
+        model = fcos.build(name, 5)
+        again = fcos.FCOS(5, **model.keywords)
+    assert model.keywords == keywords
+    assert again.keywords == keywords
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in again.state_dict().items()}
+
+
+def test_an_unknown_name_lists_the_models():
+    with pytest.raises(UserError, match="'resnet'.*fcos_R_50_FPN, .*shapes"):
+        fcos.build("resnet")
+
+
+def test_a_model_without_classes_is_refused():
+    with pytest.raises(UserError, match="num_classes.*expected"):
+        fcos.build("shapes", num_classes=0)
+
+
+@pytest.mark.parametrize(
+    "keywords, message",
+    [
+        (dict(depth=50), "keyword 'depth': expected one of backbone.*frozen_stages.*blocks.*norm"),
+        (dict(backbone="vgg"), "backbone 'vgg': expected one of resnet, mobilenet"),
+        (dict(backbone="mobilenet", groups=2), "'groups': expected one of.*blocks, stem, norm"),
+        (dict(radius="1.5"), "radius '1.5': expected a value like 1.5"),
+        (dict(radius=None), "radius None: expected a value like 1.5"),
+        (dict(channels=256.0), "channels 256.0: expected a value like 256"),
+        (dict(blocks=3), r"blocks 3: expected a value like \(3, 4, 6, 3\)"),
+        (dict(blocks=(1, 1, 1)), r"blocks \(1, 1, 1\): expected a value like"),
+        (dict(test_size=(64.5, 96)), r"test_size \(64.5, 96\): expected"),
+        (dict(test_size=(96, 64)), r"test_size \(96, 64\): expected the short side first"),
+        (dict(topk=0), "topk 0: expected a value like 1000 from 1 to 1000000"),
+        (dict(topk="100"), "topk '100': expected"),
+        (dict(topk=True), "topk True: expected"),
+        (dict(nms_threshold=2), "nms_threshold 2: expected a value like 0.6 from 0.0 to 1.0"),
+        (dict(nms_threshold=math.nan), "nms_threshold nan: expected"),
+        (dict(candidate_threshold=-0.1), "candidate_threshold -0.1: expected numbers from"),
+        (dict(scales=1), "scales 1: expected a value like True"),
+        (dict(imagenet=50), "imagenet 50: expected text"),
+        (dict(channels=48), "channels 48: expected a multiple of 32"),
+        (dict(scales="no"), "scales 'no': expected a value like True"),
+        (dict(levels=3), "levels 3: expected"),
+        (dict(levels=(2, 3, 4)), r"levels \(2, 3, 4\): expected ranges with them"),
+        (dict(levels=(3, 5), ranges=(64,)), r"levels \(3, 5\): expected consecutive levels"),
+        (dict(norm="batch"), "norm 'batch': expected one of frozen, gn, bn, syncbn"),
+        (dict(block="wide"), "block 'wide': expected one of bottleneck, basic"),
+        (
+            dict(activation="softplus"),
+            "activation 'softplus': expected one of exp, relu, exp_stride",
+        ),
+        (dict(ctr_on="both"), "ctr_on 'both': expected one of cls, box"),
+        (
+            dict(box_loss="diou"),
+            "box_loss 'diou': expected one of iou, linear_iou, giou, giou_exact",
+        ),
+        (dict(quality="area"), "quality 'area': expected one of centerness, iou"),
+        (dict(unit="metre"), "unit 'metre': expected one of pixel, stride"),
+        (dict(grid="center"), "grid 'center': expected one of centre, corner"),
+        (dict(levels=(3, 4, 5), ranges=(64,)), "ranges.*expected"),
+        (dict(ranges=(64, 128)), "ranges.*expected"),
+    ],
+    ids=str,
+)
+def test_messages_about_keywords_name_the_choices(keywords, message):
+    for call in (
+        lambda: fcos.resolve(keywords),
+        lambda: fcos.FCOS(2, **keywords),
+        lambda: fcos.build("fcos_imprv_R_50_FPN", 2, **keywords),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+REFUSED = {  # keyword: values that are refused, before anything is built
     "test_size": [(64, 32), ("a", "b"), (64.5, 99.5), (64,), (64, 65, 66), 64, (0, 64), None, "ab"],
     "blocks": [(0, 0, 0, 0), (1, 1, 1), (1, 1, 1, 1, 1), (1.0, 1, 1, 1), (10**6, 1, 1, 1), "1111"],
     "ranges": [(4, 3, 2, 1), (4, 4, 5, 6), (1, 2, 3), (NAN, 1, 2, 3), ("1", "2", "3", "4"), 5],
@@ -226,15 +308,20 @@ WRONG = {  # keyword: values that are refused, before anything is built
 }
 
 
-@pytest.mark.parametrize("keyword", WRONG, ids=lambda keyword: ascii(keyword)[:30])
+@pytest.mark.parametrize("keyword", REFUSED, ids=lambda keyword: ascii(keyword)[:30])
 def test_keywords_are_checked_to_the_last_element(keyword):
-    for value in WRONG[keyword]:
-        call = lambda value=value: fcos.build("shapes", 2, **{keyword: value})  # noqa: E731
+    for value in REFUSED[keyword]:
+        call = partial(fcos.build, "shapes", 2, **{keyword: value})
         assert_refused(call, "" if "\n" in keyword else keyword[:20], "expected")
+
+
+@pytest.mark.parametrize(
+    "keyword", ["topk", "nms_threshold", "max_detections", "candidate_threshold", "test_size"]
+)
+def test_decoding_keywords_are_checked_when_they_are_changed(keyword):
     model = fcos.build("shapes", 2)
-    if keyword in ("topk", "nms_threshold", "max_detections", "candidate_threshold", "test_size"):
-        before = getattr(model, keyword)
-        for value in WRONG[keyword]:
-            with pytest.raises(UserError):
-                setattr(model, keyword, value)
-        assert getattr(model, keyword) == before
+    before = getattr(model, keyword)
+    for value in REFUSED[keyword]:
+        with pytest.raises(UserError):
+            setattr(model, keyword, value)
+    assert getattr(model, keyword) == before
