@@ -1,5 +1,6 @@
-"""The names that other projects give to what is in a model here, by rules of their own: none of
-fcos.py's. And their files.
+"""Names that other projects give to our tensors, and their files.
+
+The rules are independent of those in fcos.py.
 """
 
 import struct
@@ -12,7 +13,7 @@ KIND = ["conv", "norm"]
 
 
 def resnet(name):
-    """Our name of a ResNet's tensor -> torchvision's, without the prefix "backbone."."""
+    """Return torchvision's name of a ResNet's tensor, without the prefix "backbone."."""
     part = name.split(".")[1:]
     if part[0] == "stem":
         return f"{'conv1' if part[1] == 'conv' else 'bn1'}.{part[2]}"
@@ -23,9 +24,9 @@ def resnet(name):
     return f"{stage}.{conv if kind == 'conv' else 'bn' + conv[4:]}.{'.'.join(tensor)}"
 
 
-def deformable(names):
-    """The prefixes of deformable convolutions, whose weight some families call differently."""
-    return {name.removesuffix(".offset.weight") for name in names if ".offset.weight" in name}
+def is_deformable(name, names):
+    """Return whether a tensor is of a deformable convolution, which some families rename."""
+    return f"{name.rsplit('.', 1)[0]}.offset.weight" in names
 
 
 OFFICIAL_HEAD = dict(cls="cls_logits", box="bbox_pred", ctr="centerness")
@@ -38,7 +39,7 @@ def official(name, names):
             return f"backbone.body.features.0.{KIND.index(part[3])}.{part[4]}"
         index = 3 * int(part[3]) + KIND.index(part[4])
         return f"backbone.body.features.{part[2]}.conv.{index}.{part[5]}"
-    dcn = name.rsplit(".", 1)[0] in deformable(names)
+    dcn = is_deformable(name, names)
     if part[0] == "backbone":
         theirs = resnet(name)
         if dcn:
@@ -64,7 +65,7 @@ def head(part, dcn, names):
 
 
 def detectron2(name):
-    """... of a ResNet's tensor -> Detectron2's, without the prefix."""
+    """Return Detectron2's name of a ResNet's tensor, without the prefix."""
     part = name.split(".")[1:]
     tensor = part[-1]
     if part[0] == "stem":
@@ -82,7 +83,7 @@ def adelaidet(name, names):
     if part[0] == "fpn":
         middle = f"top_block.{part[1]}" if part[1] in ("p6", "p7") else f"fpn_{part[1]}"
         return f"backbone.{middle}.{part[2]}"
-    dcn = name.rsplit(".", 1)[0] in deformable(names)
+    dcn = is_deformable(name, names)
     names = OFFICIAL_HEAD | dict(ctr="ctrness")
     return "proposal_generator.fcos_head." + head(part[1:], dcn, names)
 
@@ -132,7 +133,7 @@ INVERSE = dict(weight="s", bias="b", running_mean="rm", running_var="riv")
 
 
 def caffe2(name, norms):
-    """... of a ResNet's tensor -> Caffe2's or, by what it calls norms, Detectron2's."""
+    """Return the name of a ResNet's tensor in Caffe2, or in Detectron2 if `norms` are its names."""
     part = name.split(".")[1:]
     tensor = {"conv": "w", "norm": f"bn_{norms.get(part[-1])}"}[part[-2]]
     if part[0] == "stem":
@@ -142,7 +143,7 @@ def caffe2(name, norms):
 
 
 def renamed(model, rule):
-    """The model's state dict in the names of another family."""
+    """Return the state dict of a model in the names of another family."""
     state = model.state_dict()
     theirs = {rule(name, state): value for name, value in state.items()}
     assert len(theirs) == len(state)
@@ -150,7 +151,7 @@ def renamed(model, rule):
 
 
 def backbone_file(model, norms, **others):
-    """An ImageNet file of Caffe2 or Detectron2 as it is read: arrays, and what else is in it."""
+    """Return the content of an ImageNet file of Caffe2 or Detectron2: arrays and other entries."""
     return {
         caffe2(name, norms): value.numpy()
         for name, value in model.state_dict().items()
@@ -161,7 +162,7 @@ def backbone_file(model, norms, **others):
 
 
 def python2_pickle(arrays):
-    """A dict of float32 arrays as Python 2 and its NumPy pickled it: byte strings everywhere."""
+    """Pickle a dict of float32 arrays as Python 2 did: names and data are byte strings."""
     string = lambda x: b"T" + struct.pack("<i", len(x)) + x  # noqa: E731
     number = lambda x: b"J" + struct.pack("<i", x)  # noqa: E731
     dtype = (

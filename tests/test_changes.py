@@ -598,7 +598,7 @@ def test_onnx_gets_a_further_output_and_another_suppression(change):
 
 
 def exported_changes():
-    """What is given to torch.onnx.export; test_fcos.py exports for real."""
+    """What is given to torch.onnx.export; test_export.py exports for real."""
     import fcos
 
     model, _ = save_model()
