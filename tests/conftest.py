@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from coco_files import box, write_coco
 from golden.synth_image import image as synth_image
 from recorded import GOLDEN, read_golden
 
+import evaluate
 import fcos
 from fcos import UserError
 
@@ -22,6 +24,32 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("needs the full golden sets of ../shared")
     return SHARED
+
+
+@pytest.fixture
+def coco_tiny(shared):
+    """Return the data sets "train" and "val", a small part of COCO."""
+    root = shared / "data" / "coco2017_tiny"
+    return {
+        split: evaluate.CocoDataset(*evaluate.coco_paths(root, f"{split}2017"))
+        for split in ("train", "val")
+    }
+
+
+@pytest.fixture(scope="session")
+def mixed_coco(tmp_path_factory):
+    """Return the annotations and the folder of seven images of four sizes."""
+    sizes = [(64, 64), (90, 60), (60, 90), (64, 64), (90, 60), (33, 21), (90, 60)]
+    annotations = [box(k, k, [5, 5, 20, 10]) for k in range(7)]
+    return write_coco(tmp_path_factory.mktemp("mixed"), dict(enumerate(sizes)), annotations)
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory):
+    """Return the path of a model of the three classes of `coco_files`."""
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    fcos.save(coco_model(), path)
+    return path
 
 
 @pytest.fixture(params=["small", "full"])
@@ -79,6 +107,15 @@ def detector(num_classes=3, **overrides):
         model.head.box.weight.normal_(std=0.1)
         model.head.box.bias.fill_(2)
         model.head.ctr.weight.normal_(std=0.2)
+    return model
+
+
+def coco_model(classes=("three", "seven", "ninety"), ids=(3, 7, 90)):
+    """Build a model of the classes of `coco_files` that finds objects in every image."""
+    model = detector(len(classes))
+    model.classes = list(classes)
+    model.category_ids = list(ids)
+    model.test_size = (64, 96)
     return model
 
 

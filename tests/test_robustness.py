@@ -490,6 +490,7 @@ def test_process(here, how):
     err = process.communicate(timeout=60)[1]
     expected = (-signal.SIGINT, 0) if how == "Ctrl-C" else (2, 1)
     assert (process.returncode, err.count("\n")) == expected, err
+    assert how == "Ctrl-C" or err.startswith("evaluate.py: ")
 
 
 def test_a_closed_stderr(here):
