@@ -1,15 +1,16 @@
-"""What several test files need."""
+"""Fixtures, models and checks that several test files need.
+
+The tests of kernels and of a GPU run where msgspec may be missing: import evaluate.py late.
+"""
 
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from coco_files import box, write_coco
 from golden.synth_image import image as synth_image
 from recorded import GOLDEN, read_golden
 
-import evaluate
 import fcos
 from fcos import UserError
 
@@ -20,7 +21,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 @pytest.fixture
 def shared():
-    """The folder with the full golden sets and a few real images, which is no part of a clone."""
+    """Return the folder of the full golden sets and a few real images; a clone does not have it."""
     if not SHARED.is_dir():
         pytest.skip("needs the full golden sets of ../shared")
     return SHARED
@@ -29,6 +30,8 @@ def shared():
 @pytest.fixture
 def coco_tiny(shared):
     """Return the data sets "train" and "val", a small part of COCO."""
+    import evaluate
+
     root = shared / "data" / "coco2017_tiny"
     return {
         split: evaluate.CocoDataset(*evaluate.coco_paths(root, f"{split}2017"))
@@ -39,6 +42,8 @@ def coco_tiny(shared):
 @pytest.fixture(scope="session")
 def mixed_coco(tmp_path_factory):
     """Return the annotations and the folder of seven images of four sizes."""
+    from coco_files import box, write_coco
+
     sizes = [(64, 64), (90, 60), (60, 90), (64, 64), (90, 60), (33, 21), (90, 60)]
     annotations = [box(k, k, [5, 5, 20, 10]) for k in range(7)]
     return write_coco(tmp_path_factory.mktemp("mixed"), dict(enumerate(sizes)), annotations)
@@ -70,15 +75,20 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+NAN = math.nan
+HUGE = "x" * 10**6
+DEEP = b")" + b"\x85" * 400_000  # a pickled tuple in a tuple in a tuple ...
+DEEP_KEY = DEEP + b"K\x01s"  # as the key of an entry of a dict
+
+
+# ---- models and images -------------------------------------------------------------------------
+
 SMALL = dict(blocks=(1, 1, 1, 1), channels=32)
 THIN = dict(stem=8, channels=32)
-NAN, HUGE = math.nan, "x" * 10**6
-DEEP = b")" + b"\x85" * 400_000  # a tuple in a tuple in ..., as a pickle
-DEEP_KEY = DEEP + b"K\x01s"
 
 
 def randomise(model, seed=0):
-    """Values that differ everywhere, in buffers too, with variances over 0."""
+    """Fill weights and buffers with random values, so that all differ and variances are above 0."""
     generator = torch.Generator().manual_seed(seed)
     for value in model.state_dict().values():
         if value.is_floating_point():
@@ -135,6 +145,9 @@ def outputs_of(model, images, sizes=None):
     return model(images, sizes)
 
 
+# ---- checks ------------------------------------------------------------------------------------
+
+
 def assert_same_weights(model, expected):
     for name, value in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
@@ -146,18 +159,20 @@ def assert_same_backbone(model, expected):
             assert torch.equal(model.backbone.state_dict()[name], value), name
 
 
-def assert_refused(call, *said):
-    """One line without the words of a traceback, that says all of these."""
+def assert_refused(call, *parts):
+    """Check that a call raises a UserError of one short line that contains all parts."""
     with pytest.raises(UserError) as error:
         call()
     message = str(error.value)
-    assert "\n" not in message and "Traceback" not in message and len(message) < 600
-    for text in said:
-        assert str(text) in message, message
+    assert "\n" not in message
+    assert "Traceback" not in message
+    assert len(message) < 600
+    for part in parts:
+        assert str(part) in message, message
 
 
 def shared_lists():
-    """A list of 2**60 elements that takes a few kilobytes."""
+    """Return a list of 2**60 elements that takes a few kilobytes."""
     value = []
     for _ in range(60):
         value = [value, value]
