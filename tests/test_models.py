@@ -8,20 +8,10 @@ from functools import partial
 import pytest
 import torch
 import torchvision
-from conftest import HUGE, NAN, assert_refused
+from conftest import HUGE, NAN, assert_refused, objects, picture
 from foreign import (
-    AFFINE,
-    GAMMA,
-    INVERSE,
-    adelaidet,
-    caffe2,
-    detectron2,
-    mmdetection,
     official,
-    resnet,
-    vision,
 )
-from golden.synth_image import image as synth_image
 
 import fcos
 import train
@@ -45,7 +35,7 @@ ROWS = {  # model: parameters, trainable ones, keys of the official state dict
     "fcos_syncbn_MNV2_FPN": (9_798_234, 9_798_234, 365),
     "fcos_syncbn_c128_MNV2_FPN": (3_888_090, 3_888_090, 365),
 }
-FURTHER_ROWS = "fcos_torchvision_R_50_FPN", "shapes"
+ROWS_OF_OTHERS = "fcos_torchvision_R_50_FPN", "shapes"  # rows that the official code lacks
 RECIPES = """
     fcos_R_50_FPN_1x fcos_R_101_FPN_2x fcos_X_101_32x8d_FPN_2x fcos_X_101_64x4d_FPN_2x
     fcos_imprv_R_50_FPN_1x fcos_imprv_R_101_FPN_1x fcos_imprv_R_101_FPN_2x
@@ -57,116 +47,91 @@ RECIPES = """
 
 
 def official_recipe(name):
-    """Model, iterations, images a step and the choices of the short side, as the name tells."""
-    many = "_ms_" in name or name.endswith("_2x")
+    """Return model, iterations, batch size and short sides, which the name of a recipe states."""
+    model = re.sub(r"_bs\d+|_ms|_[12]x$", "", name)
+    iterations = 90_000 * int(name[-2])
     batch = re.search(r"_bs(\d+)", name)
-    return (
-        re.sub(r"_bs\d+|_ms|_[12]x$", "", name),
-        90_000 * int(name[-2]),
-        int(batch[1]) if batch else 16,
-        list(range(640, 801)) if many else [800],
-    )
+    batch_size = int(batch[1]) if batch else 16
+    many_sizes = "_ms_" in name or name.endswith("_2x")
+    short_sides = list(range(640, 801)) if many_sizes else [800]
+    return model, iterations, batch_size, short_sides
 
 
-# ---- the rows ----------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", ROWS)
-def test_row_has_the_official_parameters(name):
+def test_a_model_has_the_official_number_of_parameters(name):
     with torch.device("meta"):
         model = fcos.build(name)
-    parameters = list(model.parameters())
-    trainable = [p for p in parameters if p.requires_grad]
-    counts = (
-        sum(p.numel() for p in parameters),
-        sum(p.numel() for p in trainable),
-        len(model.state_dict()),
-    )
-    assert counts == ROWS[name]
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (parameters, trainable, len(model.state_dict())) == ROWS[name]
 
 
-@pytest.mark.parametrize("name", [*ROWS, *FURTHER_ROWS])
-def test_keys_of_every_family_become_ours(name):
-    with torch.device("meta"):
-        model = fcos.build(name)
-    state, pairs = model.state_dict(), []
-    for rule in (official, adelaidet, vision, mmdetection):
-        if rule is official or "MNV2" not in name:
-            pairs += [
-                (rule(key, state), key)
-                for key in state
-                if not (rule is vision and re.search("offset|scale", key))
-            ]
-    for key in [key for key in state if key.startswith("backbone.")]:
-        if "MNV2" in name:
-            pairs.append((official(key, state).removeprefix("backbone.body."), key))
-        else:
-            pairs += [(resnet(key), key), (detectron2(key), key)]
-            if ".offset." not in key:
-                pairs += [
-                    (caffe2(key, norms), key)
-                    for norms in (AFFINE, GAMMA, INVERSE)
-                    if norms != AFFINE or ".running_" not in key
-                ]
-    assert len(pairs) >= len(state)
-    for theirs, ours in pairs:
-        assert (
-            fcos.rename_key(theirs, fcos.BACKBONE_NAMES[type(model.backbone)] + fcos.NAMES) == ours
-        ), theirs
-
-
-def test_rows_have_the_official_keys(shared):
+def test_state_dicts_match_the_official_code(shared):
     golden = json.loads((shared / "golden/state_dicts.json").read_text())
     assert sorted(golden) == sorted(RECIPES)
     for recipe, rows in golden.items():
         with torch.device("meta"):
             model = fcos.build(official_recipe(recipe)[0])
         state = model.state_dict()
-        learns = {name: p.requires_grad for name, p in model.named_parameters()}
-        ours = {
-            official(name, state): [list(value.shape), learns.get(name)]
+        trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        found = {
+            official(name, state): [list(value.shape), trainable.get(name)]
             for name, value in state.items()
         }
-        assert ours == {key: [shape, learns] for key, shape, _, learns in rows}, recipe
+        assert found == {key: [shape, trains] for key, shape, _, trains in rows}, recipe
 
 
-def test_further_rows_have_the_parameters_of_their_backbones():
+def test_models_of_others_have_as_many_parameters_as_theirs():
     with torch.device("meta"):
-        counts = {
-            name: sum(p.numel() for p in fcos.build(name).parameters()) for name in FURTHER_ROWS[:3]
-        }
+        counts = [sum(p.numel() for p in fcos.build(n).parameters()) for n in ROWS_OF_OTHERS]
         theirs = torchvision.models.detection.fcos_resnet50_fpn(
             weights=None, weights_backbone=None, num_classes=80
         )
-    batch_norms = 2 * sum(m.num_features for m in theirs.modules() if hasattr(m, "running_mean"))
-    theirs = sum(p.numel() for p in theirs.parameters()) - batch_norms
-    assert list(counts.values()) == [theirs, 1_223_530]
+    norms = 2 * sum(m.num_features for m in theirs.modules() if hasattr(m, "running_mean"))
+    parameters = sum(p.numel() for p in theirs.parameters())
+    assert counts == [parameters - norms, 1_223_530]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_is_the_official_one(recipe):
+def test_a_recipe_matches_the_official_one(recipe):
     settings = train.RECIPES[recipe]
     found = (settings["model"], settings["iters"], settings["batch_size"], settings["min_size"])
     assert found == official_recipe(recipe)
-    assert settings["lr"] == 0.01 and settings["warmup"] == 500 and settings["max_size"] == 1333
-    part = re.search(r"R_\d+|X_101_\d+x\dd|MNV2", recipe)[0].replace("_", "-", 2)
-    assert settings["weights"].startswith(part.replace("MNV2", "mobilenet_v2"))
+    assert settings["lr"] == 0.01
+    assert settings["warmup"] == 500
+    assert settings["max_size"] == 1333
+    backbone = re.search(r"R_\d+|X_101_\d+x\dd|MNV2", recipe)[0].replace("_", "-", 2)
+    assert settings["weights"].startswith(backbone.replace("MNV2", "mobilenet_v2"))
 
 
-def test_initial_values_are_the_official_ones():
+def test_initial_weights_of_deformable_convolutions_match_the_official_code():
     torch.manual_seed(0)
     model = fcos.build("fcos_imprv_dcnv2_X_101_32x8d_FPN", blocks=(1, 1, 1, 1))
-    dcn = model.backbone.res5[0].conv2.conv
-    bound = 1 / math.sqrt(9 * 2048)  # of all channels, not of one of the 32 groups
-    assert dcn.weight.abs().max() <= bound and dcn.weight.std() > bound / 2
     assert not isinstance(model.backbone.res3[0].conv2.conv, fcos.DeformConv)
+    layer = model.backbone.res5[0].conv2.conv
+    bound = 1 / math.sqrt(9 * 2048)  # of all channels, not of one of the 32 groups
+    assert layer.weight.abs().max() <= bound
+    assert layer.weight.std() > bound / 2
     bound = math.sqrt(3 / (9 * 2048))  # kaiming_uniform(a=1), not zero
-    assert bound / 2 < dcn.offset.weight.std() and dcn.offset.weight.abs().max() <= bound
-    last = model.head.box_tower[3].conv
-    assert isinstance(last, fcos.DeformConv)
-    assert abs(last.offset.weight.std() - 0.01) < 1e-3 and last.weight.std() > 0.011
-    assert not dcn.offset.bias.any() and not last.bias.any()
-    mobile = fcos.build("fcos_bn_MNV2_FPN").backbone.features[13]
-    assert abs(mobile[0].conv.weight.std() / math.sqrt(2 / 576) - 1) < 0.05
-    assert abs(mobile[1].conv.weight.std() / math.sqrt(2 / (9 * 576)) - 1) < 0.05
+    assert layer.offset.weight.abs().max() <= bound
+    assert layer.offset.weight.std() > bound / 2
+    assert not layer.offset.bias.any()
+
+    layer = model.head.box_tower[3].conv
+    assert isinstance(layer, fcos.DeformConv)
+    assert abs(layer.offset.weight.std() - 0.01) < 1e-3
+    assert layer.weight.std() > 0.011
+    assert not layer.bias.any()
+
+
+def test_initial_weights_of_mobilenet_match_the_official_code():
+    torch.manual_seed(0)
+    depthwise, pointwise, *_ = fcos.build("fcos_bn_MNV2_FPN").backbone.features[13]
+    assert depthwise.conv.weight.std().item() == pytest.approx(math.sqrt(2 / 576), rel=0.05)
+    assert pointwise.conv.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 576)), rel=0.05)
 
 
 def shallow_models():
@@ -186,25 +151,24 @@ def shallow_models():
 def test_one_step_reaches_every_parameter(keywords):
     torch.manual_seed(0)
     model = fcos.FCOS(3, **keywords).train()
-    torch.nn.init.ones_(model.head.box.bias)  # relu passes gradients on where distances are over 0
-    images = torch.from_numpy(synth_image(3, 128, 128)).permute(2, 0, 1)[None]
-    boxes = torch.tensor([[4.0, 4, 34, 44], [20, 10, 125, 120], [60, 30, 122, 80]])
-    truth = {"boxes": boxes, "labels": torch.tensor([0, 1, 2])}
+    torch.nn.init.ones_(model.head.box.bias)  # relu has a gradient above 0
+    truth = objects((4, 4, 34, 44, 0), (20, 10, 125, 120, 1), (60, 30, 122, 80, 2))
     targets = model.targets((128, 128), [truth])
-    outputs = model(images, torch.tensor([[128, 128]]))
+    outputs = model(picture(128, 128, seed=3)[None])
     losses = fcos.fcos_loss(outputs, targets, fcos.loss_normalizers(targets), **model.loss)
     sum(losses.values()).backward()
-    assert torch.isfinite(sum(losses.values()))
-    idle = []
-    for parameter_name, parameter in model.named_parameters():
+    assert sum(losses.values()).isfinite()
+    without_gradient = []
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             assert parameter.grad is None
             continue
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
         if not parameter.grad.any():
-            idle.append(parameter_name)
-    # no box is matched on P6 and P7
-    assert all(name.startswith("head.scale.") for name in idle), idle
+            without_gradient.append(name)
+    # no box is assigned to P6 and P7
+    assert all(name.startswith("head.scale.") for name in without_gradient), without_gradient
     optimizer = torch.optim.SGD(train.parameter_groups(model, 1e-3), momentum=0.9)
     optimizer.step()
 

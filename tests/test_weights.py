@@ -52,45 +52,46 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- detectors of other families ---------------------------------------------------------------
-@pytest.mark.parametrize(
-    "rule, family",
-    [
-        (official, "official"),
-        (adelaidet, "adelaidet"),
-        (mmdetection, "mmdetection"),
-    ],
-)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "fcos_R_50_FPN",
-        "fcos_imprv_dcnv2_R_50_FPN",
-        "fcos_imprv_dcnv2_X_101_64x4d_FPN",
-    ],
-)
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_every_key_of_a_detector_is_used(rule, family, name, prefix, tmp_path):
-    model, other = randomise(small(name, **THIN)), small(name, **THIN)
-    state = {prefix + key: value for key, value in renamed(model, rule).items()}
-    wrapped = (
-        {"state_dict": state, "meta": {}}
-        if family == "mmdetection"
-        else {
-            "model": state,
-            "iteration": 9,
-            "scheduler": {},
-            "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": []},
-        }
-    )
-    path = tmp_path / "model_final.pth"
-    torch.save(wrapped, path)
-    for source in (state, wrapped, path, str(path)):
-        report = fcos.load_weights(other, source)
-        assert report["family"] == family
-        assert not report["ignored"] and not report["missing"]
+
+
+def small_row(name):
+    """Build the model of a row with few channels and two blocks a stage, or once eleven."""
+    if "MNV2" in name:
+        return fcos.build(name, blocks=(2,) * 7, stem=8, channels=32)
+    blocks = (2, 2, 11, 2) if "R_101" in name else (2, 2, 2, 2)
+    return fcos.build(name, blocks=blocks, width=2, stem=8, channels=32)
+
+
+@pytest.mark.parametrize("name", [name for name in fcos.MODELS if name not in ("small", "shapes")])
+def test_detectors_of_other_families_fill_every_row(name):
+    model = randomise(small_row(name))
+    for rule in (official,) if "MNV2" in name else (official, adelaidet, mmdetection):
+        other = small_row(name)
+        report = fcos.load_weights(other, renamed(model, rule))
+        assert report["family"] == rule.__name__
+        assert not report["ignored"] + report["missing"]
         assert sorted(report["loaded"]) == sorted(model.state_dict())
         assert_same_weights(other, model)
-        other = randomise(other, 1)
+
+
+@pytest.mark.parametrize("rule", [official, adelaidet, mmdetection])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_are_found_in_the_files_of_each_family(rule, prefix, tmp_path):
+    model = randomise(small("fcos_imprv_dcnv2_R_50_FPN", **THIN))
+    state = {prefix + key: value for key, value in renamed(model, rule).items()}
+    if rule is mmdetection:
+        content = {"state_dict": state, "meta": {}}
+    else:
+        momentum = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": []}
+        content = {"model": state, "iteration": 9, "scheduler": {}, "optimizer": momentum}
+    path = tmp_path / "model_final.pth"
+    torch.save(content, path)
+    for source in (state, content, path, str(path)):
+        other = small("fcos_imprv_dcnv2_R_50_FPN", **THIN)
+        report = fcos.load_weights(other, source)
+        assert report["family"] == rule.__name__
+        assert not report["ignored"] + report["missing"]
+        assert_same_weights(other, model)
 
 
 def test_official_weights_bring_their_convention_and_no_other_is_left():
