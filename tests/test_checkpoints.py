@@ -76,7 +76,8 @@ def test_saved_model_comes_back_whole_whatever_becomes_of_its_row(
     fcos.save(model.train(), path)
     assert fcos.load(path, name).name == name
     content = torch.load(path, weights_only=True)
-    assert "overrides" not in content and all(type(key) is str for key in content)
+    assert "overrides" not in content
+    assert all(type(key) is str for key in content)
     assert content["keywords"] == model.keywords == fcos.resolve(content["keywords"])
 
     other = dict(backbone="mobilenet", norm="gn", radius=9.0, box_loss="iou", channels=16)
@@ -117,7 +118,8 @@ def test_own_weights_fill_a_model_and_bring_their_convention(tmp_path):
     for source in (tmp_path / "model.pt", fcos.checkpoint(model), tmp_path / "last.pt"):
         other = fcos.build("shapes", 2)
         report = fcos.load_weights(other, source)
-        assert report["family"] == "fcos" and not report["missing"] + report["ignored"]
+        assert report["family"] == "fcos"
+        assert not report["missing"] + report["ignored"]
         assert other.convention == model.convention
         assert_same_weights(other, model)
     assert fcos.load(tmp_path / "last.pt").name == "shapes"
@@ -187,7 +189,8 @@ def test_a_file_appears_whole_in_any_folder_under_any_name(tmp_path):
         (tmp_path / link).symlink_to(target if link == "link" else tmp_path / "nowhere")
         with fcos.atomic_write(tmp_path / link, "w") as file:
             file.write("new")
-        assert not (tmp_path / link).is_symlink() and (tmp_path / link).read_text() == "new"
+        assert not (tmp_path / link).is_symlink()
+        assert (tmp_path / link).read_text() == "new"
     assert target.read_text() == "mine"
     with (
         pytest.raises(UserError, match="cannot be written"),
@@ -197,7 +200,8 @@ def test_a_file_appears_whole_in_any_folder_under_any_name(tmp_path):
     with fcos.atomic_write(target, "w") as first, fcos.atomic_write(target, "w") as second:
         first.write("first")
         second.write("second")
-    assert target.read_text() == "first" and not list(tmp_path.rglob("*.tmp"))
+    assert target.read_text() == "first"
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_leftovers_of_killed_processes_are_removed_and_no_other_file(tmp_path):

@@ -313,4 +313,5 @@ def test_the_python_of_the_readme_runs(name, tmp_path, monkeypatch):
 
         with av.open("drawn/clip.mp4") as clip:
             pictures = [frame.to_image() for frame in clip.decode(video=0)]
-        assert len(pictures) == 3 and min(pictures[0].size) >= 480
+        assert len(pictures) == 3
+        assert min(pictures[0].size) >= 480

@@ -90,7 +90,8 @@ def test_sound_pickles_are_read(protocol, package, tmp_path):
         pickled = pickled.replace(b"numpy._core", b"numpy.core")
     (tmp_path / "arrays.pkl").write_bytes(pickled)
     read = fcos.read_checkpoint(tmp_path / "arrays.pkl")
-    assert list(read) == list(content) and read["again"] is read["float32"]
+    assert list(read) == list(content)
+    assert read["again"] is read["float32"]
     for name, value in content.items():
         if name != "plain":
             assert type(read[name]) is type(value) and read[name].dtype == value.dtype, name
