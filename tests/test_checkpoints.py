@@ -319,7 +319,7 @@ CRAFTED = {  # entry of the checkpoint: values
     "all": [
         rezipped(lambda name, data: data, zipfile.ZIP_DEFLATED),
         rezipped(
-            lambda name, data: bytes(4 * 10**8) if name == "data/0" else data, zipfile.ZIP_DEFLATED
+            lambda name, data: bytes(10**8) if name == "data/0" else data, zipfile.ZIP_DEFLATED
         ),
         rezipped(lambda name, data: data[:-4] if name == "data/3" else data),
         pickled(b"\x80\x02}" + DEEP_KEY + b"."),
