@@ -75,7 +75,7 @@ def main():
     log = record.Record(args.folder and f"{args.folder}/tiles.json")
     with tempfile.TemporaryDirectory() as folder:
         mosaics = make_mosaics(single, pathlib.Path(folder), args.grid, args.count)
-        tile = int(single.hw.max())
+        tile = int(single.hw.max(0).min())  # then tiles are enlarged as much as single images
         for side, dataset, scale, how in (
             ("shrunk to the size of one", mosaics, 1, {}),
             ("at full size", mosaics, args.grid, {}),

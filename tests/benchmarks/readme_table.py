@@ -156,6 +156,20 @@ def quantized():
     return table(("engine", "AP", "CPU time of an image", "relative to PyTorch"), lines)
 
 
+def tiles():
+    """Return AP and CPU time of a model on large images, with and without tiles."""
+    lines = [
+        cells(
+            row["side"],
+            f"{100 * row['AP']:.1f}",
+            f"{100 * row['AP50']:.1f}",
+            f"{row['cpu_s_per_image']:.2f} s",
+        )
+        for row in read("tiles")["results"]
+    ]
+    return table(("images", "AP", "AP50", "CPU time of an image"), lines)
+
+
 def training():
     return table(HEAD, speed_rows("train"))
 
@@ -320,7 +334,7 @@ def road():
 def sources():
     """Return when and on what each file was measured."""
     names = ("model", "train", "kernels", "growth_cuda", "model_cpu", "loader", "data", "growth")
-    names += ("quantize",)
+    names += ("quantize", "tiles")
     lines = []
     for name in names:
         record = read(name)
@@ -340,6 +354,7 @@ BLOCKS = {
     for function in (
         inference,
         quantized,
+        tiles,
         training,
         kernels,
         data,
