@@ -20,6 +20,7 @@ from conftest import (
     THIN,
     assert_refused,
     assert_same_weights,
+    outputs_of,
     randomise,
     shared_lists,
     thin,
@@ -33,18 +34,30 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- our own checkpoints -----------------------------------------------------------------------
-def found_in(model):
+
+
+def results_of(model):
+    """Return the outputs and detections of a model on two generated images."""
     torch.manual_seed(2)
     images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
     sizes = torch.tensor([[64, 96], [50, 60]])
-    with torch.inference_mode():
-        outputs = model.eval()(images, sizes)
-        detections = model.decode(outputs, sizes)
+    outputs = outputs_of(model.eval(), images, sizes)
+    detections = model.decode(outputs, sizes)
     return [outputs[part] for part in ("cls", "ltrb", "ctr", "points")] + list(detections.values())
 
 
-def assert_finds_the_same(model, expected):
-    assert all(ours.equal(theirs) for ours, theirs in zip(found_in(model), expected))
+ATTRIBUTES = """
+    name num_classes keywords classes category_ids test_size convention radius loss strides ranges
+""".split()
+
+
+def assert_same_model(loaded, model, results):
+    """Check that attributes, frozen parameters and results are the same."""
+    for attribute in ATTRIBUTES:
+        assert getattr(loaded, attribute) == getattr(model, attribute), attribute
+    for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert ours.requires_grad == theirs.requires_grad
+    assert all(ours.equal(theirs) for ours, theirs in zip(results_of(loaded), results))
 
 
 @pytest.mark.parametrize(
@@ -57,9 +70,7 @@ def assert_finds_the_same(model, expected):
         ("fcos_imprv_R_50_FPN", {**THIN, "norm": "bn", "frozen_stages": 0, "radius": 2.5}),
     ],
 )
-def test_saved_model_comes_back_whole_whatever_becomes_of_its_row(
-    name, overrides, tmp_path, monkeypatch
-):
+def test_a_saved_model_is_restored_even_if_its_row_changes(name, overrides, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = fcos.build(name, 3, **overrides)
     for buffer in model.buffers():
@@ -68,45 +79,31 @@ def test_saved_model_comes_back_whole_whatever_becomes_of_its_row(
     model.set_convention(
         inclusive=True, bgr=False, mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0), bn_eps=1e-3
     )
-    model.classes, model.category_ids = ["cat", "dög", "tree"], [1, 7, 90]
+    model.classes = ["cat", "dög", "tree"]
+    model.category_ids = [1, 7, 90]
     model.test_size = (320, 533)
     model.candidate_threshold = 0.0
-    expected = found_in(model)
+    results = results_of(model)
     path = tmp_path / "model.pt"
     fcos.save(model.train(), path)
-    assert fcos.load(path, name).name == name
-    content = torch.load(path, weights_only=True)
-    assert "overrides" not in content
-    assert all(type(key) is str for key in content)
-    assert content["keywords"] == model.keywords == fcos.resolve(content["keywords"])
+    loaded = fcos.load(path, name)
+    assert not loaded.training
+    assert_same_model(loaded, model, results)
 
     other = dict(backbone="mobilenet", norm="gn", radius=9.0, box_loss="iou", channels=16)
-    for change in (
-        lambda: None,
-        lambda: monkeypatch.setitem(fcos.MODELS, name, other),
-        lambda: monkeypatch.delitem(fcos.MODELS, name),
-    ):
-        change()
-        loaded = fcos.load(path)
-        assert not loaded.training
-        for attribute in (
-            "name",
-            "num_classes",
-            "keywords",
-            "classes",
-            "category_ids",
-            "test_size",
-            "convention",
-            "radius",
-            "loss",
-            "strides",
-            "ranges",
-        ):
-            assert getattr(loaded, attribute) == getattr(model, attribute), attribute
-        assert_finds_the_same(loaded, expected)
-        assert [p.requires_grad for p in loaded.parameters()] == [
-            p.requires_grad for p in model.parameters()
-        ]
+    monkeypatch.setitem(fcos.MODELS, name, other)
+    assert_same_model(fcos.load(path), model, results)
+    monkeypatch.delitem(fcos.MODELS, name)
+    assert_same_model(fcos.load(path), model, results)
+
+
+def test_a_checkpoint_holds_resolved_keywords(tmp_path):
+    model = fcos.build("shapes", 3, quality="iou")
+    fcos.save(model, tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(type(key) is str for key in content)
+    assert content["keywords"] == model.keywords
+    assert content["keywords"] == fcos.resolve(content["keywords"])
 
 
 def test_own_weights_fill_a_model_and_bring_their_convention(tmp_path):
@@ -114,7 +111,7 @@ def test_own_weights_fill_a_model_and_bring_their_convention(tmp_path):
     model.set_convention(inclusive=True)
     fcos.save(model, tmp_path / "model.pt")
     content = {"settings": {}, "step": 7, "model": fcos.checkpoint(model), "optimizer": {}}
-    torch.save(content, tmp_path / "last.pt")  # the trainer's
+    torch.save(content, tmp_path / "last.pt")  # as the trainer does
     for source in (tmp_path / "model.pt", fcos.checkpoint(model), tmp_path / "last.pt"):
         other = fcos.build("shapes", 2)
         report = fcos.load_weights(other, source)
@@ -124,7 +121,7 @@ def test_own_weights_fill_a_model_and_bring_their_convention(tmp_path):
         assert_same_weights(other, model)
     assert fcos.load(tmp_path / "last.pt").name == "shapes"
     other = fcos.build("shapes", 2)
-    assert not fcos.load_weights(other, model.state_dict())["missing"]  # without what is around it
+    assert not fcos.load_weights(other, model.state_dict())["missing"]
     assert_refused(
         lambda: fcos.load(tmp_path / "model.pt", "fcos_R_50_FPN"),
         "model.pt",
@@ -142,14 +139,14 @@ def test_own_weights_fill_a_model_and_bring_their_convention(tmp_path):
         ("stride_in_1x1", False),
     ],
 )
-def test_own_weights_of_another_meaning_are_refused(keyword, value):
-    there = fcos.build("shapes", 2, **{keyword: value})
-    here = fcos.build("shapes", 2)
-    assert_refused(lambda: fcos.load_weights(here, fcos.checkpoint(there)), keyword, value)
+def test_weights_trained_with_other_keywords_are_refused(keyword, value):
+    content = fcos.checkpoint(fcos.build("shapes", 2, **{keyword: value}))
+    model = fcos.build("shapes", 2)
+    assert_refused(lambda: fcos.load_weights(model, content), keyword, value)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_save_leaves_the_old_file_when_it_fails(error, tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_old_file(error, tmp_path, monkeypatch):
     model = fcos.build("shapes", 2)
     fcos.save(model, tmp_path / "model.pt")
     before = (tmp_path / "model.pt").read_bytes()
@@ -165,7 +162,7 @@ def test_save_leaves_the_old_file_when_it_fails(error, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
-def test_wrapped_models_are_saved_as_they_are(tmp_path):
+def test_wrapped_models_are_saved_without_their_wrapper(tmp_path):
     model = randomise(fcos.build("shapes", 2))
     compiled = fcos.build("shapes", 2)
     compiled.load_state_dict(model.state_dict())
@@ -178,33 +175,45 @@ def test_wrapped_models_are_saved_as_they_are(tmp_path):
         assert_refused(lambda other=other: fcos.save(other, tmp_path / "model.pt"), "fcos.build")
 
 
-def test_a_file_appears_whole_in_any_folder_under_any_name(tmp_path):
-    for name in ("x" * 254, "x" * 250 + ".pt", "new/folder/model.pt", "dög \n.pt"):
-        with fcos.atomic_write(tmp_path / name, "w") as file:
-            file.write("whole")
-        assert (tmp_path / name).read_text() == "whole"
+@pytest.mark.parametrize("name", ["x" * 254, "x" * 250 + ".pt", "new/folder/model.pt", "dög \n.pt"])
+def test_a_file_of_any_name_is_written(name, tmp_path):
+    with fcos.atomic_write(tmp_path / name, "w") as file:
+        file.write("whole")
+    assert (tmp_path / name).read_text() == "whole"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_replaced_not_followed(exists, tmp_path):
     target = tmp_path / "target"
-    target.write_text("mine")
-    for link in ("link", "dangling"):
-        (tmp_path / link).symlink_to(target if link == "link" else tmp_path / "nowhere")
-        with fcos.atomic_write(tmp_path / link, "w") as file:
-            file.write("new")
-        assert not (tmp_path / link).is_symlink()
-        assert (tmp_path / link).read_text() == "new"
-    assert target.read_text() == "mine"
-    with (
-        pytest.raises(UserError, match="cannot be written"),
-        fcos.atomic_write(target / "x") as file,
-    ):
+    if exists:
+        target.write_text("mine")
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    with fcos.atomic_write(link, "w") as file:
+        file.write("new")
+    assert not link.is_symlink()
+    assert link.read_text() == "new"
+    assert target.exists() == exists
+    assert not exists or target.read_text() == "mine"
+
+
+def test_a_path_below_a_file_cannot_be_written(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match="cannot be written"), fcos.atomic_write(file / "x"):
         pass
-    with fcos.atomic_write(target, "w") as first, fcos.atomic_write(target, "w") as second:
+
+
+def test_the_last_of_two_writers_replaces_the_file(tmp_path):
+    path = tmp_path / "file"
+    with fcos.atomic_write(path, "w") as first, fcos.atomic_write(path, "w") as second:
         first.write("first")
         second.write("second")
-    assert target.read_text() == "first"
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_leftovers_of_killed_processes_are_removed_and_no_other_file(tmp_path):
+def test_only_leftovers_of_killed_processes_are_removed(tmp_path):
     child = os.fork()
     if not child:
         with fcos.atomic_write(tmp_path / "model.pt"):
@@ -218,49 +227,80 @@ def test_leftovers_of_killed_processes_are_removed_and_no_other_file(tmp_path):
     fcos.remove_leftovers(tmp_path / "nowhere")
 
 
-def test_safetensors_hold_whole_models_and_plain_weights(tmp_path, monkeypatch):
+def test_safetensors_hold_a_whole_model(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     model = randomise(fcos.build("shapes", 2, levels=(2, 3, 4, 5), ranges=(32, 64, 128)))
     model.set_convention(inclusive=True, mean=(1.0, 2.0, 3.0))
-    model.classes, model.category_ids, model.nms_threshold = ["a", "dög"], [1, 7], 0.5
+    model.classes = ["a", "dög"]
+    model.category_ids = [1, 7]
+    model.nms_threshold = 0.5
     path = tmp_path / "model.safetensors"
     fcos.save(model, path)
     loaded = fcos.load(path)
     assert_same_weights(loaded, model)
-    for attribute in ("name", "keywords", "classes", "category_ids", "convention", "loss"):
+    for attribute in ATTRIBUTES:
         assert getattr(loaded, attribute) == getattr(model, attribute), attribute
     with safetensors.safe_open(path, "pt") as file:
         assert list(file.metadata()) == ["fcos"]
 
-    for rule in (official, adelaidet, mmdetection):  # as they come from elsewhere
-        source, other = randomise(thin()), thin()
-        state = {key: value.contiguous() for key, value in renamed(source, rule).items()}
-        safetensors.save_file(state, path)
-        assert not fcos.load_weights(other, path)["ignored"]
-        assert_same_weights(other, source)
+
+def write_safetensors(path, state, metadata=None):
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = {name: value.contiguous() for name, value in state.items()}
+    safetensors.save_file(state, path, metadata)
+
+
+@pytest.mark.parametrize("rule", [official, adelaidet, mmdetection])
+def test_safetensors_of_other_projects_are_read(rule, tmp_path):
+    path = tmp_path / "model.safetensors"
+    source = randomise(thin())
+    write_safetensors(path, renamed(source, rule))
+    model = thin()
+    assert not fcos.load_weights(model, path)["ignored"]
+    assert_same_weights(model, source)
     assert_refused(lambda: fcos.load(path), path, "does not say which model")
-    content = path.read_bytes()
-    for damaged in (content[:-1], content[:100], b"", b"\xff" * 99):
-        path.write_bytes(damaged)
-        assert_refused(lambda: fcos.load(path), path, "damaged")
-    for stored in ("[", "[]", '{"keywords": 3}', "[" * 10**5, '{"keywords": {"blocks": [1]}}'):
-        safetensors.save_file(state | {"head.cls.weight": torch.ones(2, 1)}, path, {"fcos": stored})
-        assert_refused(lambda: fcos.load(path), path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda x: x[:-1], lambda x: x[:100], lambda x: b"", lambda x: b"\xff" * 99]
+)
+def test_damaged_safetensors_are_named(damage, tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "model.safetensors"
+    fcos.save(fcos.build("shapes", 2), path)
+    path.write_bytes(damage(path.read_bytes()))
+    assert_refused(lambda: fcos.load(path), path, "damaged")
+
+
+@pytest.mark.parametrize(
+    "stored", ["[", "[]", '{"keywords": 3}', "[" * 10**5, '{"keywords": {"blocks": [1]}}']
+)
+def test_safetensors_with_odd_metadata_are_refused(stored, tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, fcos.build("shapes", 2).state_dict(), {"fcos": stored})
+    assert_refused(lambda: fcos.load(path), path)
+
+
+def test_without_safetensors_the_message_names_it(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
     for module in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, module, None)
-    for call in (lambda: fcos.load(path), lambda: fcos.save(model, tmp_path / "m.safetensors")):
-        assert_refused(call, "pip install safetensors")
-    assert not (tmp_path / "m.safetensors").exists()
+    assert_refused(lambda: fcos.save(fcos.build("shapes", 2), path), "pip install safetensors")
+    assert not path.exists()
+    path.write_bytes(b"")
+    assert_refused(lambda: fcos.load(path), "pip install safetensors")
 
 
-# ---- checkpoints made by hand --------------------------------------------------------------------
+# ---- hostile checkpoints -----------------------------------------------------------------------
+
+
 def repeated(*sides):
-    """A tensor whose elements are all the same one in memory."""
+    """Return a tensor whose elements are all the same one in memory."""
     return torch.zeros(1).expand(sides)
 
 
 def rezipped(change, compression=zipfile.ZIP_STORED):
-    """The archive of a checkpoint with other bytes in its members."""
+    """Return a function that writes a checkpoint and then changes the members of its archive."""
 
     def write(path, content):
         torch.save(content, path)
@@ -274,7 +314,7 @@ def rezipped(change, compression=zipfile.ZIP_STORED):
 
 
 def legacy_with_deep_keys(path, content):
-    """As torch.save wrote before version 1.6, with a nested tuple among the keys of storages."""
+    """Write the format of torch before 1.6, with a nested tuple among the keys of storages."""
     numbers = torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION
     programs = [pickle.dumps(value, 2) for value in (*numbers, {}, {})]
     path.write_bytes(b"".join(programs) + b"\x80\x02](" + DEEP + b"e.")
@@ -285,7 +325,7 @@ def pickled(program):
 
 
 BLOCKS = [(10**6, 1, 1, 1), (200, 200, 200, 200), (1, 1, 1), (1.5, 1, 1, 1), shared_lists()]
-CRAFTED = {  # entry of the checkpoint: values
+CRAFTED = {  # the entry of the checkpoint that is replaced, and its new values
     "keywords blocks": BLOCKS,
     "keywords channels": [2**14, 10**9],
     "keywords stem": [2**14],
@@ -316,7 +356,7 @@ CRAFTED = {  # entry of the checkpoint: values
     ],
     "model head.cls.bias": [repeated(2 * 10**9), torch.zeros(()), torch.full((2,), NAN), None],
     f"model {HUGE}": [torch.zeros(1)],
-    "all": [
+    "all": [  # functions that write the whole file
         rezipped(lambda name, data: data, zipfile.ZIP_DEFLATED),
         rezipped(
             lambda name, data: bytes(10**8) if name == "data/0" else data, zipfile.ZIP_DEFLATED
@@ -370,9 +410,10 @@ def test_a_model_of_repeated_elements_does_not_fill_the_memory(tmp_path):
     assert_refused(lambda: fcos.load(tmp_path / "model.pt"), "far larger than its tensors")
 
 
-# ---- files that are something else -------------------------------------------------------------
+# ---- other files -------------------------------------------------------------------------------
+
 DAMAGED = "not a checkpoint or damaged"
-SOMETHING_ELSE = {  # bytes of a file, or what torch.save puts into it: words of the error
+OTHER_FILES = {  # the bytes of a file, or what torch.save writes, and a part of the message
     "empty": (b"", DAMAGED),
     "zeros": (b"\x00" * 100, DAMAGED),
     "text": (b"hello, this is no checkpoint\n" * 9, DAMAGED),
@@ -392,21 +433,20 @@ SOMETHING_ELSE = {  # bytes of a file, or what torch.save puts into it: words of
 }
 
 
-@pytest.mark.parametrize("what", SOMETHING_ELSE)
+@pytest.mark.parametrize("content, part", OTHER_FILES.values(), ids=OTHER_FILES)
 @pytest.mark.parametrize("suffix", ["pt", "pkl"])
-def test_a_file_of_something_else_is_named(what, suffix, tmp_path):
-    content, said = SOMETHING_ELSE[what]
+def test_a_file_without_a_model_is_named(content, part, suffix, tmp_path):
     path = tmp_path / f"other.{suffix}"
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    assert_refused(lambda: fcos.load_weights(fcos.build("shapes", 2), path), path, said)
-    assert_refused(lambda: fcos.load(path), path, said)
+    assert_refused(lambda: fcos.load_weights(fcos.build("shapes", 2), path), path, part)
+    assert_refused(lambda: fcos.load(path), path, part)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
-def test_torn_checkpoint_is_named(share, tmp_path):
+def test_a_torn_checkpoint_is_named(share, tmp_path):
     fcos.save(fcos.build("shapes", 2), tmp_path / "whole.pt")
     content = (tmp_path / "whole.pt").read_bytes()
     (tmp_path / "torn.pt").write_bytes(content[: int(share * len(content))])
@@ -416,14 +456,14 @@ def test_torn_checkpoint_is_named(share, tmp_path):
         assert_refused(lambda name=name: fcos.load(tmp_path / name), name, DAMAGED)
 
 
-def test_missing_file_and_folder_are_named(tmp_path):
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
     path = tmp_path / "nowhere.pth"
     assert_refused(lambda: fcos.load(path), path, "No such file")
     assert_refused(lambda: fcos.load(tmp_path), tmp_path, "Is a directory")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_checkpoint_may_hold_what_torch_reads(zipped, tmp_path):
+def test_a_checkpoint_may_hold_all_that_torch_reads(zipped, tmp_path):
     """As a zip archive, and as torch.save wrote before version 1.6."""
     model = fcos.build("shapes", 2)
     content = fcos.checkpoint(model) | {
