@@ -3,8 +3,13 @@
 The tests of kernels and of a GPU run where msgspec may be missing: import evaluate.py late.
 """
 
+import contextlib
+import io
 import math
+import multiprocessing
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,13 +71,65 @@ def golden(request):
     return lambda name: read_golden(folder / name)
 
 
+@contextlib.contextmanager
+def use_one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Use one thread: two are slower on such small networks, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with use_one_thread():
+        yield
+
+
+@pytest.fixture
+def no_process_left():
+    """Kill the processes that a failed test leaves behind, since they could hold up later tests."""
     yield
-    torch.set_num_threads(before)
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """Return the folder of a shapes data set: 24 pictures to train on and 4 to validate."""
+    import train
+
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    train.make_shapes(root, train=24, val=4)
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(shapes, tmp_path_factory):
+    """Return a finished run of six steps, evaluated after three and six: its .out and .stdout."""
+    import small_runs
+
+    out = tmp_path_factory.mktemp("finished") / "run"
+    stdout = io.StringIO()
+    with use_one_thread(), contextlib.redirect_stdout(stdout):
+        small_runs.run(small_runs.command_line(shapes, out, *small_runs.EVERY_3))
+    return SimpleNamespace(out=out, stdout=stdout.getvalue().splitlines())
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """Return a copy of the folder of a finished run, which a test may change."""
+    return shutil.copytree(finished.out, tmp_path / "run")
+
+
+@pytest.fixture
+def half_finished(finished_copy):
+    """Return the folder of a run that was killed after its checkpoint of step three of six."""
+    (finished_copy / "last.pt").unlink()
+    return finished_copy
 
 
 NAN = math.nan

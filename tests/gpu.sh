@@ -110,7 +110,7 @@ for name in $parts; do
     case $name in
     tests)
         beside tests test_kernels_gpu.py 150
-        beside tests test_train.py 150
+        beside tests test_step.py 150
         beside tests test_gpu.py 150 -k compiled_step
         beside tests test_gpu.py 150 -k "compile and not compiled_step"
         beside tests test_gpu.py 150 -k "(nccl or synchronised) and not compile"
