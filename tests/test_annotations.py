@@ -129,20 +129,20 @@ def test_missing_sizes_are_read_from_the_files(tmp_path, missing):
 BAD_ROWS = {  # the list that is changed, the change, and a pattern of the message
     "no category": ("annotations", first_row(category_id=5), r"category_id 5 .*\[3, 7, 90\]"),
     "short bbox": ("annotations", first_row(bbox=[1, 2, 3]), r"\[0\].bbox.* 4, .*\[1, 2, 3\]"),
-    "bbox of words": ("annotations", first_row(bbox=["a", 2, 3, 4]), r"\[0\].bbox\[0\]: .*'a'"),
+    "bbox with a word": ("annotations", first_row(bbox=["a", 2, 3, 4]), r"\[0\].bbox\[0\]: .*'a'"),
     "no bbox": ("annotations", first_row(bbox=None), r"\[0\].bbox: .*None"),
-    "area of a word": ("annotations", first_row(area="large"), r"\[0\].area: .*'large'"),
+    "area as a word": ("annotations", first_row(area="large"), r"\[0\].area: .*'large'"),
     "empty area": ("annotations", first_row(area=""), r"\[0\].area: .*`float"),
-    "a crowd of a word": ("annotations", first_row(iscrowd="many"), r"\[0\].iscrowd: .*'many'"),
-    "an annotation of a number": ("annotations", lambda rows: [5], r"annotations\[0\]: .*, in 5"),
+    "iscrowd as a word": ("annotations", first_row(iscrowd="many"), r"\[0\].iscrowd: .*'many'"),
+    "a number as annotation": ("annotations", lambda rows: [5], r"annotations\[0\]: .*, in 5"),
     "no image_id": ("annotations", lambda rows: [{"bbox": [1, 2, 3, 4]}], "image_id.*'bbox'"),
     "image_id a list": ("annotations", first_row(image_id=[1]), r"image_id.*\[1\]"),
     "an image twice": ("images", lambda rows: rows + rows[:1], "images: .* id 1 2 times"),
     "a category twice": ("categories", lambda rows: rows * 2, "categories: .* id 7 2 times"),
     "a category without a name": ("categories", lambda rows: [dict(id=3)], r"\[0\]: .*`name`"),
-    "a category without a text": ("categories", first_row(name=None), r"\[0\].name: .*null"),
-    "too long a file name": ("images", first_row(file_name="a" * 300), "instances|lacks"),
-    "a file name of nothing": ("images", first_row(file_name=None), r"\[0\].file_name: .*null"),
+    "a category named null": ("categories", first_row(name=None), r"\[0\].name: .*null"),
+    "a file name of 300 letters": ("images", first_row(file_name="a" * 300), "instances|lacks"),
+    "no file name": ("images", first_row(file_name=None), r"\[0\].file_name: .*null"),
     "escape codes": ("images", first_row(file_name="\x1b[2J\n.png"), r"first being \\x1b\[2J\\n"),
     # scoring could not tell these ids apart
     "huge id": ("images", first_row(id=2**70), "images: .*whole numbers"),
@@ -150,12 +150,12 @@ BAD_ROWS = {  # the list that is changed, the change, and a pattern of the messa
     "fractional id": ("images", first_row(id=1.5), r"images\[0\].id: .*float"),
     "id of NaN": ("images", first_row(id=math.nan), r"images\[0\].id: .*float"),
     "no id": ("images", first_row(id=None), r"images\[0\].id: .*null"),
-    "id of a truth": ("images", first_row(id=True), r"images\[0\].id: .*bool"),
-    "category id of nothing": ("categories", first_row(id=None), r"categories\[0\].id: .*null"),
+    "boolean id": ("images", first_row(id=True), r"images\[0\].id: .*bool"),
+    "no category id": ("categories", first_row(id=None), r"categories\[0\].id: .*null"),
     "height 0": ("images", first_row(height=0), r"1\.png: .*pixels, found 0 "),
     "height -5": ("images", first_row(height=-5), r"1\.png: .*pixels, found -5 "),
     "height 20.5": ("images", first_row(height=20.5), r"1\.png: .*pixels, found 20.5 "),
-    "height tall": ("images", first_row(height="tall"), r"images\[0\].height: .*1\.png"),
+    "height as a word": ("images", first_row(height="tall"), r"images\[0\].height: .*1\.png"),
 }
 
 
@@ -170,7 +170,7 @@ def test_a_bad_row_is_named(tmp_path, part, change, message):
 
 
 ODD_FIELDS = {  # the list whose first row is changed, and a change that does not alter its meaning
-    "width 64.0": ("images", dict(width=20.0)),
+    "width 20.0": ("images", dict(width=20.0)),
     "width as text": ("images", dict(width="20")),
     "width of null": ("images", dict(width=None)),
     "height of NaN": ("images", dict(height=math.nan)),
