@@ -126,7 +126,7 @@ def find_images(folder, names, path):
         missing = [name for name, file in zip(names, files) if file is None]
         raise UserError(
             f"{folder}: lacks {len(missing)} of {len(names)} images of {path}, the first being "
-            f"{printable(missing[0])}; {list_nearest(folder / missing[0])}"
+            f"{printable(missing[0])}; {list_nearest(folder / missing[0].lstrip('/'))}"
         )
     return files
 
@@ -206,9 +206,9 @@ class CategoryEntry(msgspec.Struct, gc=False):
 class BoxEntry(msgspec.Struct, gc=False, kw_only=True):
     """An entry of "annotations" in a COCO JSON. bbox: x, y, width and height in pixels.
 
-    Add fields after `iscrowd`: each becomes a column of the samples, under its name, with one or
-    more numbers per box, such as `angle: float = 0.0` or `point: tuple[float, float]`. A field
-    without a default is required.
+    Every field that you add becomes a column of the samples, under its name, with one or more
+    numbers per box, such as `angle: float = 0.0` or `point: tuple[float, float]`. A field without
+    a default is required.
     """
 
     image_id: int | str
@@ -238,7 +238,7 @@ class Instances(msgspec.Struct):
 class YoloClasses(msgspec.Struct):
     """The part of YOLO's data.yaml that names the classes."""
 
-    names: list | dict
+    names: list[str | int | float] | dict[str | int, str | int | float]
 
 
 def read_json(path, kind=Any):
@@ -355,14 +355,7 @@ def read_yolo(path, image_dir):
     if image_dir is None:
         raise ValueError("expected the image folder, too")
     sideways = [fcos.TURNS[orientation] for orientation in (5, 6, 7, 8)]
-    places = [folder / "data.yaml" for folder in (path, *path.absolute().parents[:3])]
-    yaml = next(filter(Path.is_file, places), places[0])
-    names = msgspec.yaml.decode(yaml.read_bytes(), type=YoloClasses).names
-    if isinstance(names, dict):
-        name_of = {int(str(label)): name for label, name in names.items()}
-        if sorted(name_of) != list(range(len(names))):
-            raise ValueError(f"{yaml}: names: expected 0 to {len(names) - 1}, found {list(names)}")
-        names = [name_of[label] for label in range(len(names))]
+    names = read_class_names(path)
     categories = [CategoryEntry(label, str(name)) for label, name in enumerate(names)]
     content = Instances([], [], categories)
     files = {unicodedata.normalize("NFC", file.stem): file for file in path.glob("*.txt")}
@@ -393,6 +386,9 @@ def read_yolo(path, image_dir):
                 raise ValueError(f"{file}: {expected}, found {line!r:.99}")
             box = ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height)
             content.annotations.append(BoxEntry(image_id=id, category_id=int(label), bbox=box))
+    below = sum(1 for _ in path.glob("*/**/*.txt"))
+    if below:
+        warnings.warn(f"{below} label files in folders below are left out", stacklevel=2)
     unused = sorted(files.keys() - images.keys() - {"classes"})
     if unused:
         warnings.warn(
@@ -402,6 +398,24 @@ def read_yolo(path, image_dir):
     if not content.annotations:
         raise ValueError(f"no box belongs to an image in {image_dir}")
     return content
+
+
+def read_class_names(path):
+    """Return the names of the classes in YOLO's data.yaml, in or above the folder `path`."""
+    places = [folder / "data.yaml" for folder in (path, *path.absolute().parents[:3])]
+    yaml = next(filter(Path.is_file, places), None)
+    if yaml is None:
+        raise ValueError("expected data.yaml with the names of the classes, here or above")
+    try:
+        names = msgspec.yaml.decode(yaml.read_bytes(), type=YoloClasses).names
+    except ValueError as error:
+        raise ValueError(f"{yaml}: {error}") from None
+    if isinstance(names, dict):
+        name_of = {int(str(label)): name for label, name in names.items()}
+        if sorted(name_of) != list(range(len(names))):
+            raise ValueError(f"{yaml}: names: expected 0 to {len(names) - 1}, found {list(names)}")
+        return [name_of[label] for label in range(len(names))]
+    return names
 
 
 def sort_by_id(entries, where):
@@ -445,6 +459,12 @@ def stack_boxes(entries):
     return np.fromiter(sides, np.float64, 4 * len(entries)).reshape(-1, 4)
 
 
+COCO_FIELDS = ("image_id", "category_id", "bbox", "area", "iscrowd")  # others are extra columns
+# Names in samples, batches, targets and flat arrays, which no extra column may have
+TAKEN_NAMES = {"image", "images", "sizes", "counts", "boxes", "labels", "index", "ltrb"}
+TAKEN_NAMES |= {"rows", "categories", "xywh", "areas", "crowds"}
+
+
 def take_columns(boxes, images, categories, path, size=20_000):
     """Convert annotations to a dict of arrays, and empty their list.
 
@@ -452,8 +472,10 @@ def take_columns(boxes, images, categories, path, size=20_000):
     categories: all ids. "rows" and "categories" of the result are positions among them; a row is -1
     if the image is unknown.
     """
-    fields = BoxEntry.__struct_fields__
-    extra = fields[fields.index("iscrowd") + 1 :]
+    extra = [name for name in BoxEntry.__struct_fields__ if name not in COCO_FIELDS]
+    taken = TAKEN_NAMES.intersection(extra)
+    if taken:
+        raise UserError(f"field {min(taken)} of BoxEntry: expected another name; samples use it")
     blocks = []
     while boxes or not blocks:
         block = boxes[-size:]
@@ -472,11 +494,17 @@ def take_columns(boxes, images, categories, path, size=20_000):
                 f"{block[first].category_id!r:.100} is not in {categories.tolist()!r:.200}"
             )
         for name in extra:
-            values = np.array([getattr(box, name) for box in block])
-            columns[name] = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+            values = [getattr(box, name) for box in block]
+            try:
+                values = np.array(values)
+                kind = np.float32 if values.dtype.kind == "f" else np.int64
+                columns[name] = values.astype(kind)
+            except (TypeError, ValueError):
+                problem = "expected numbers, as many for every box"
+                raise UserError(f"{path}: column {name}: {problem}, found {values!r:.99}") from None
         blocks.append(columns)
     columns = {name: np.concatenate([block[name] for block in blocks[::-1]]) for name in columns}
-    missing = ~(columns["areas"] >= 0)
+    missing = ~(np.isfinite(columns["areas"]) & (columns["areas"] >= 0))
     with np.errstate(over="ignore", invalid="ignore"):
         columns["areas"][missing] = columns["xywh"][missing, 2:].prod(axis=1)
     return columns
@@ -503,6 +531,7 @@ class Annotations:
     crowds: np.ndarray  # (M,) bool
     columns: dict  # {name: float32 or int64 (M, ...)}, the extra fields of BoxEntry
     in_id_order: bool  # whether the file lists its categories in order of their ids
+    upright: bool  # whether boxes refer to images turned by their EXIF orientation, as in YOLO
     notes: list  # warnings for the user, one line each
 
     def __str__(self):
@@ -556,6 +585,7 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
         crowds=columns.pop("crowds"),
         columns=columns,
         in_id_order=categories == content.categories,
+        upright="read as YOLO labels" in notes,
         notes=notes,
     )
 
@@ -568,7 +598,10 @@ def name_categories(categories, notes):
         return names
     notes.append(f"categories share the name {shared[0]!r:.100}; their ids are added to it")
     numbered = [f"{name} ({c.id})" for name, c in zip(names, categories)]
-    return [new if name in shared else name for name, new in zip(names, numbered)]
+    unique = [new if name in shared else name for name, new in zip(names, numbered)]
+    if len(set(unique)) < len(unique):
+        raise UserError(f"categories {names!r:.200}: expected unique names")
+    return unique
 
 
 def choose_classes(names, categories, used, path, classes, notes):
@@ -671,6 +704,8 @@ class CocoDataset:
                     f"{rows.sum()} of {len(rows)} boxes {problem}, such as annotations[{first}], "
                     f"{truth.xywh[first].tolist()}"
                 )
+        if 2 * (clipped & known).sum() > len(known):
+            self.notes.append("are the boxes [x1, y1, x2, y2]? expected [x, y, width, height]")
         visible = (sides[2:] > 1).all(0) & known
         self.trainable = np.bincount(truth.rows[visible], minlength=len(self)) > 0
         kept = np.flatnonzero(full & known & ~truth.crowds)
@@ -690,7 +725,8 @@ class CocoDataset:
     def image(self, i) -> torch.Tensor:
         """Read image i as uint8 RGB (3, H, W), in the orientation of its annotations."""
         self.files_read.append(self.path(i))
-        return fcos.read_image(self.path(i), tuple(self.hw[i].tolist()))
+        hw = tuple(self.hw[i].tolist())
+        return fcos.read_image(self.path(i), hw, self.annotations.upright)
 
     def target(self, i):
         """Return the boxes of image i, float32 (G, 4) xyxy pixels, and their labels, int64 (G,)."""
@@ -1409,10 +1445,11 @@ def read_launcher() -> tuple[int, int] | None:
     """
     env = os.environ
     if not {"RANK", "WORLD_SIZE"} & env.keys():
-        tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
-        if tasks != "1":
-            fix = "start one torchrun per node: srun --ntasks-per-node=1 torchrun ..."
-            raise UserError(f"srun started {tasks} independent tasks; {fix}")
+        for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):  # srun, mpirun
+            tasks = env.get(name, "1")
+            if tasks != "1":
+                fix = "start one torchrun per node, as with srun --ntasks-per-node=1 torchrun ..."
+                raise UserError(f"{name}: {tasks} independent tasks were started; {fix}")
         return None
     rank = env_number("RANK")
     world_size = env_number("WORLD_SIZE")
@@ -1424,7 +1461,9 @@ def read_launcher() -> tuple[int, int] | None:
         return None
     if not env.get("MASTER_ADDR"):
         raise UserError("MASTER_ADDR: expected an address, found nothing; use torchrun")
-    env_number("MASTER_PORT")
+    port = env_number("MASTER_PORT")
+    if port >= 2**16:
+        raise UserError(f"MASTER_PORT: expected less than 65536, found {port}; use torchrun")
     return rank, world_size
 
 
@@ -1448,6 +1487,9 @@ def start_process(device, make_store=None) -> tuple[int, int, torch.device]:
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         timeout = datetime.timedelta(hours=2)  # long enough for rank 0 to score
+        if not dist.is_torchelastic_launched():
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            print(f"rank {rank} waits for {world_size} processes at {address}", file=sys.stderr)
         store = None
         if make_store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = make_store(rank, world_size, timeout)
@@ -1481,7 +1523,8 @@ def run(main, args):
         for name, value in vars(args).items():
             if value == "":  # a variable that is not set in a shell
                 raise UserError(f"{name}: expected a value, found an empty argument")
-        main(args)
+        with kill_workers_on_error():
+            main(args)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -1503,7 +1546,8 @@ def parse_args(argv=None):
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
     add("--min-size", type=positive_int, help="short side in pixels (as stored with the model)")
     add("--max-size", type=positive_int, help="limit of the long side (as stored with the model)")
-    add("--workers", type=not_negative, default=2, help="dataloader workers (%(default)s)")
+    workers = number(int, 0, 256)
+    add("--workers", type=workers, default=2, help="dataloader workers (%(default)s)")
     add("--export", metavar="F.onnx", help="write the model as ONNX, for images of any size")
     keyword = dict(type=keyword_value, nargs="+", action="extend", default=[])
     add("--set", metavar="KEYWORD=VALUE", help=f"change {', '.join(DECODING)}", **keyword)
@@ -1516,7 +1560,8 @@ def parse_args(argv=None):
     add("--split", default="val2017", help="part of --data (%(default)s)")
     add("--annotations", help="COCO JSON or other labels, instead of --data")
     add("--image-dir", help="the folder of its images")
-    add("--batch-size", type=positive_int, help="images at a time (8 on a GPU, 1 elsewhere)")
+    batch_size = number(int, 1, 2**16)
+    add("--batch-size", type=batch_size, help="images at a time (8 on a GPU, 1 elsewhere)")
     add("--save-json", metavar="F", help="write the detections in COCO's results format")
     add("--tta", action="store_true", help="test-time augmentation: 18 views, two at a time")
     add("--per-class", action="store_true", help="add AP, best F1 and its threshold per class")

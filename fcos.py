@@ -207,7 +207,8 @@ class ConvNorm(nn.Module):
         return self.conv.weight * scale[:, None, None, None], self.norm.bias - mean * scale
 
     def forward(self, x):
-        if self.folded is not None:
+        # another thread may train this model, and needs gradients, while `inference` is active
+        if self.folded is not None and not torch.is_grad_enabled():
             return self.conv._conv_forward(x, *self.folded)
         # In training a frozen norm is folded in every call: this multiplies the weights once
         # instead of every activation, and no activation is kept for the backward pass.
@@ -414,6 +415,8 @@ class Timm(nn.Module):
 
     def __init__(self, arch="resnet18"):
         super().__init__()
+        if not re.fullmatch(r"\w+(\.\w+)?", arch):  # "hf-hub:..." would be fetched from the network
+            raise UserError(f"arch {short_repr(arch)}: expected the name of a timm model")
         self.arch = arch
         self.body, maps = self.create(pretrained=False)
         for name, module in self.body.named_modules():
@@ -1093,7 +1096,14 @@ class FCOS(nn.Module):
         """
         min_size = self.test_size[0] if min_size is None else min_size
         max_size = self.test_size[1] if max_size is None else max_size
-        how = dict(test_size=(min_size, max_size), tile=tile, overlap=overlap, tta=tta)
+        check("score_threshold", score_threshold, 0.0)
+        check("batch_size", batch_size, 1)
+        how = dict(
+            test_size=(check("min_size", min_size, 1), check("max_size", max_size, 1)),
+            tile=check("tile", tile, None),
+            overlap=check("overlap", overlap, 0.2),
+            tta=tta,
+        )
         return predict_images(self, list_images(images), score_threshold, batch_size, graph, how)
 
 
@@ -1225,6 +1235,12 @@ CHECKS: dict[str, Any] = {
     "nms_threshold": Numbers(0.0, 1.0),
     "max_detections": Numbers(1, 10**6),
     "num_classes": Numbers(1, 10**6),
+    "min_size": Numbers(1, 10**6),  # from here on: arguments of FCOS.predict
+    "max_size": Numbers(1, 10**6),
+    "score_threshold": Numbers(-math.inf, math.inf),
+    "batch_size": Numbers(1, 10**6),
+    "tile": Numbers(32, 10**6),
+    "overlap": Numbers(0.0, 0.9),
     "mean": Numbers(0.0, 1e6),  # from here on: entries of CONVENTION
     "std": Numbers(1e-6, 1e6),
     "bn_eps": Numbers(0.0, 1e6),
@@ -1246,6 +1262,8 @@ def check(keyword: str, value, default):
     """Return the value of a keyword, a list as a tuple. Raises UserError if it is not allowed."""
     if isinstance(value, list):
         value = tuple(value)
+    if isinstance(value, np.number):
+        value = value.item()
     if value is None and default is None:
         return value
     allowed = CHECKS.get(keyword)
@@ -1254,8 +1272,9 @@ def check(keyword: str, value, default):
     if not is_allowed(value, default, allowed):
         expected = "text" if default is None else f"a value like {default!r}"
         if isinstance(allowed, Numbers):
-            example = "numbers" if default is None else expected
-            expected = f"{example} from {allowed.least} to {allowed.most}"
+            if default is None:
+                expected = "a tuple of numbers" if allowed.any_length else "a number"
+            expected = f"{expected} from {allowed.least} to {allowed.most}"
         elif allowed is not None:
             expected = f"one of {', '.join(allowed)}"
         raise UserError(f"{keyword} {short_repr(value)}: expected {expected}")
@@ -1287,10 +1306,10 @@ def check_features(features, hw, backbone):
 def check_convention(convention) -> dict:
     """Return a convention with lists as tuples; raises UserError if an entry is not allowed."""
     if not isinstance(convention, dict) or not convention.keys() <= CONVENTION.keys():
-        known = ", ".join(CONVENTION)
-        raise UserError(
-            f"convention {short_repr(convention)}: expected a dict with keys of {known}"
-        )
+        found = short_repr(convention)
+        if isinstance(convention, dict):
+            found = ", ".join(short_repr(key) for key in convention if key not in CONVENTION)
+        raise UserError(f"convention {found:.200}: expected entries of {', '.join(CONVENTION)}")
     return {name: check(name, value, CONVENTION[name]) for name, value in convention.items()}
 
 
@@ -1379,7 +1398,7 @@ class ShortRepr(reprlib.Repr):
     def repr_instance(self, value, level):
         try:
             return f"{type(value).__name__} {value.dtype} {tuple(value.shape)}"
-        except (AttributeError, RuntimeError):  # no array, or a nested tensor, which has no shape
+        except (AttributeError, RuntimeError, TypeError):  # no array, or a nested tensor
             return super().repr_instance(value, level)
 
 
@@ -1438,14 +1457,15 @@ def exif_turn(image):
         return None
 
 
-def read_image(source, hw=None) -> Tensor:
+def read_image(source, hw=None, upright=False) -> Tensor:
     """Read an image as 8-bit RGB and return it as a uint8 tensor (3, H, W).
 
     source: a path, a PIL image, a file object, or the bytes of an image file. Grey, palette, CMYK
     and transparent images are converted; 16-bit images keep the highest 8 bits in use.
 
     hw: the (height, width) of its annotations. The EXIF orientation is applied unless the stored
-    image already has this size, because COCO's boxes refer to the stored pixels.
+    image already has this size, because COCO's boxes refer to the stored pixels. upright: apply it
+    in any case.
 
     Raises UserError if the file cannot be read, or if its size is not `hw`.
     """
@@ -1459,7 +1479,7 @@ def read_image(source, hw=None) -> Tensor:
         stored = image.size[::-1]
         image.load()  # before the orientation is read: Pillow turns TIFF files while it loads them
         turn = exif_turn(image)
-        if stored != hw and turn is not None:
+        if turn is not None and (upright or stored != hw):
             image = image.transpose(turn)
         if image.mode == "F":
             raise ValueError("expected 8 or 16 bits, found floating-point pixels; convert it first")
@@ -1499,7 +1519,8 @@ def as_image(source) -> Tensor:
         image = torch.from_numpy(writable).permute(2, 0, 1)
     elif isinstance(source, SOURCES) or hasattr(source, "read"):
         image = read_image(source)
-    fits = isinstance(image, Tensor) and image.ndim == 3 and image.dtype == torch.uint8
+    fits = isinstance(image, Tensor) and image.layout == torch.strided and not image.is_meta
+    fits = fits and image.ndim == 3 and image.dtype == torch.uint8
     if not fits or len(image) != 3 or image.numel() == 0:
         raise UserError(
             f"image {short_repr(source, 60)}: expected a path, a PIL image, an RGB uint8 array "
@@ -1592,13 +1613,11 @@ def make_views(hw, test_size, tile=None, overlap=0.2, tta=False) -> list[View]:
     tta: return the whole image at nine sizes, plain and mirrored, as in the official test-time
     augmentation.
 
-    Raises UserError for a tile below 1 pixel, overlap outside [0, 1), or tile together with tta.
+    Raises UserError for tile together with tta.
     """
     whole = (0, 0, hw[1], hw[0])
     if tta and tile is not None:
         raise UserError("tile and tta: expected one of them, found both")
-    if tile is not None and (tile < 1 or not 0 <= overlap < 1):
-        raise UserError(f"tile {tile}, overlap {overlap}: expected pixels and a share in [0, 1)")
     if tta:
         short, long = test_size
         others = [(max(short * n // 8, 1), round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
@@ -1628,7 +1647,7 @@ def run_views(model, detect, views, batch_size):
     """
     device = model.pixel_mean.device
     for _, of_one_size in groupby(views, key=lambda triple: padded_hw([triple[2].size])):
-        while chunk := list(islice(of_one_size, max(batch_size, 1))):
+        while chunk := list(islice(of_one_size, batch_size)):
             batch, sizes = pad_batch([crop_view(image, view) for _, image, view in chunk])
             detections = detect(batch.to(device), sizes.to(device))
             detections = {name: values.cpu() for name, values in detections.items()}
@@ -2040,6 +2059,7 @@ def checkpoint(model: "FCOS") -> dict:
         raise UserError(f"model of type {type(model).__name__}: expected one of fcos.build or load")
     names = ("name", "num_classes", "keywords", "classes", "category_ids", "convention")
     content = {name: getattr(inner, name) for name in names}
+    check_classes(content, inner.num_classes)
     state = {key.replace("_orig_mod.", ""): x for key, x in inner.state_dict().items()}
     return content | {"model": state}
 
@@ -2054,7 +2074,7 @@ def atomic_write(path, mode="wb", keep=None):
     Raises UserError if the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".fcos-{secrets.token_hex(8)}.tmp")
+    temporary = path.parent / f".fcos-{secrets.token_hex(8)}.tmp"
     try:
         regular_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2154,13 +2174,22 @@ def find_description(weights, name):
         raise UserError(f"expected model {name or 'name'}, found {short_repr(stored_name)}")
     if type(number) is not int or number != rows:
         raise UserError(f"num_classes {short_repr(number)}: expected {rows} as in its weights")
-    checks = {"classes": lambda value: type(value) is str, "category_ids": is_int64}
-    for entry, check in checks.items():
-        values = content.get(entry)
-        fits = isinstance(values, (list, tuple)) and len(values) == rows
-        if values is not None and not (fits and all(map(check, values))):
-            raise UserError(f"{entry} {short_repr(values)}: expected {rows} names or numbers")
+    check_classes(content, rows)
     return stored_name, rows, stored_keywords(content)
+
+
+def check_classes(content, rows):
+    """Raise UserError unless the classes and the category ids of a checkpoint are None or lists of
+    `rows` values, names as text and ids as text or whole numbers."""
+    for entry in ("classes", "category_ids"):
+        values = content.get(entry)
+        if values is None:
+            continue
+        fits = isinstance(values, (list, tuple)) and len(values) == rows
+        fits = fits and all(type(x) is str or (entry != "classes" and is_int64(x)) for x in values)
+        if not fits:
+            kind = "names" if entry == "classes" else "whole numbers"
+            raise UserError(f"{entry} {short_repr(values)}: expected a list of {rows} {kind}")
 
 
 def check_size(classes, keywords, size):

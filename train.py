@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -147,7 +148,8 @@ def make_parser():
     )
     add("--negatives", action="store_true", help="also train on images without objects")
     add("--augment", action="store_true", help="vary colours and crop, for small data sets")
-    add("--batch-size", type=positive_int, help="images per step, over all GPUs and micro-batches")
+    batch_size = evaluate.number(int, 1, 2**16)
+    add("--batch-size", type=batch_size, help="images per step, over all GPUs and micro-batches")
     add("--iters", type=positive_int, help="steps; the schedule keeps its proportions")
     add(
         "--lr",
@@ -166,7 +168,11 @@ def make_parser():
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
     add = parser.add_argument_group(HOW_IT_RUNS).add_argument
     add("--out", help="folder of the run (runs/RECIPE)")
-    add("--workers", type=not_negative, help="dataloader workers per rank (4 on a GPU, else 1)")
+    add(
+        "--workers",
+        type=evaluate.number(int, 0, 256),
+        help="dataloader workers per rank (4 on a GPU, else 1)",
+    )
     add(
         "--accumulate", type=positive_int, default=1, metavar="N", help="micro-batches per step (1)"
     )
@@ -399,10 +405,11 @@ class TrainBatches:
         """Return the augmented sample of a slot of a step: the index of an image in its plan."""
         self.dataset.files_read.clear()
         try:
-            sample = self.read(plan.indices[slot], plan.sizes[slot], step, slot)
-            if self.settings["augment"]:
-                sample = augment_more(sample, self.rng("augment_more", step, slot))
-            sample = augment(sample, self.rng("augment", step, slot))
+            with seeded(self.rng("libraries", step, slot)):
+                sample = self.read(plan.indices[slot], plan.sizes[slot], step, slot)
+                if self.settings["augment"]:
+                    sample = augment_more(sample, self.rng("augment_more", step, slot))
+                sample = augment(sample, self.rng("augment", step, slot))
             check_sample(sample, len(self.dataset.classes))
         except Exception as error:
             files = list(map(str, self.dataset.files_read))
@@ -439,6 +446,26 @@ def aspect_groups(dataset, settings):
     return indices[~upright], indices[upright]
 
 
+@contextlib.contextmanager
+def seeded(rng):
+    """Seed the global generators of PyTorch, NumPy and Python, and restore them at the end.
+
+    Libraries of augmentations draw from these. A sample must not depend on what was drawn before.
+    """
+    seed = int(rng.integers(2**32))
+    numpy_state = np.random.get_state()
+    python_state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
 def check_sample(sample, num_classes):
     """Raise UserError unless an augmented sample is one that can be trained on."""
     image = sample["image"]
@@ -446,9 +473,11 @@ def check_sample(sample, num_classes):
     labels = sample["labels"]
     is_image = image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3
     have_area = (boxes[:, 2:] > boxes[:, :2]).all()
+    wh = torch.tensor(image.shape[:0:-1])
+    inside = ((boxes[:, 2:] > 0) & (boxes[:, :2] < wh)).all()
     known = ((labels >= 0) & (labels < num_classes)).all()
     complete = all(len(sample[name]) == len(boxes) for name in sample if name != "image")
-    if not (is_image and have_area and known and complete):
+    if not (is_image and have_area and inside and known and complete):
         made = f"{tuple(image.shape)} {image.dtype} pixels, boxes {boxes.tolist()}"
         raise UserError(f"augment made {made:.250}, labels {labels.tolist()}")
 
@@ -566,11 +595,26 @@ def load_data(args: Namespace, settings: dict):
     path = val_set.annotations
     if not len(val_set.boxes):
         say(f"{path}: has no boxes, so every AP will be -1")
-    if train_set.image_dir == val_set.image_dir:
-        shared = np.intersect1d(train_set._names, val_set._names)
-        if len(shared):
-            say(f"{path}: {len(shared)} of its images are in the training set: AP will be too high")
+    if evaluate.rank_and_world_size()[0] == 0:
+        shared = count_shared_images(train_set, val_set)
+        if shared:
+            say(f"{path}: {shared} of its images are in the training set: AP will be too high")
+    counts = np.bincount(train_set.labels, minlength=len(train_set.classes))
+    without = [name for name, count in zip(train_set.classes, counts) if count == 0]
+    if without:
+        say(f"{train_set.annotations}: has no box of {printable(', '.join(without), 200)}")
     return train_set, val_set
+
+
+def count_shared_images(train_set, val_set):
+    """Return how many validation images are training images, too, by path or content."""
+    paths = []
+    for dataset in (train_set, val_set):
+        folder = dataset.image_dir.resolve()  # two links may lead to one folder
+        paths += [os.path.join(folder, name) for name in dataset._names.tolist()]
+    first = len(train_set)  # position of the first validation image
+    shared = [group for group in evaluate.same_content(paths) if group[0] < first]
+    return sum(position >= first for group in shared for position in group)
 
 
 def load_split(paths, classes=None):
@@ -642,8 +686,11 @@ def report_sizes(model, batches):
 
 
 def largest_loss(found):
-    """Return the largest share of boxes without a location, of classes with 10 boxes or more."""
-    return max((lost for lost, _, count, _ in found if count >= 10), default=0)
+    """Return the largest share of boxes without a location: of all boxes, or of a class with 10
+    boxes or more."""
+    total = sum(count for _, _, count, _ in found)
+    overall = sum(lost * count for lost, _, count, _ in found) / total
+    return max([overall, *(lost for lost, _, count, _ in found if count >= 10)])
 
 
 def measure_boxes(model, batches, sizes):
@@ -804,11 +851,26 @@ def rehearse(network, model, batches, settings):
     """
     batch = to_device(batches.smallest(), next(model.parameters()).device)
     network.eval()  # running statistics stay as they are
+    with torch.no_grad():
+        outputs = model(batch["images"], batch["sizes"])
+    taken = outputs.keys() & {
+        "boxes",
+        "scores",
+        "labels",
+        "bbox",
+        "score",
+        "category_id",
+        "image_id",
+    }
+    if taken:
+        raise UserError(
+            f"output {min(taken)!r} of the head: expected another name; detections use it"
+        )
     losses = compute_gradients(model, network, [batch], settings)
     if batches.batch_size > batches.world_size * batches.micro_batches:
         check_sums(model, network, batch, settings)
     with torch.no_grad():
-        model.decode(model(batch["images"], batch["sizes"]), batch["sizes"])
+        model.decode(outputs, batch["sizes"])
     network.train()
     named = model.named_parameters()
     unused = [name for name, p in named if p.requires_grad and p.grad is None]
@@ -875,6 +937,9 @@ def describe(optimizer, model, settings):
         digest = zlib.crc32(" ".join(parameters).encode())
         used = [(name, value) for name, value in group.items() if value not in (None, False)]
         values = [f"{name} {value}" for name, value in used if name not in ("params", "lr")]
+        some_steps = range(0, settings["iters"], math.ceil(settings["iters"] / 100))
+        some_rates = repr([group_lr(k, group, settings) for k in some_steps])
+        digest = zlib.crc32(some_rates.encode(), digest)
         found[f"group {number}"] = f"{', '.join(values)}, {len(parameters)} tensors ({digest:x})"
     rates = [group_lr(k, optimizer.param_groups[0], settings) for k in range(settings["iters"])]
     changes = [k for k in range(len(rates)) if k == 0 or rates[k] != rates[k - 1]]
@@ -1053,7 +1118,7 @@ def validate(step, model, companions, val_set, best, files, workers):
         if device.type in ("cuda", "xpu"):
             message += f", peak {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB"
         warn(message)
-        if not files.has_model() or metrics["AP"] < 0:  # the latter: there is nothing to find
+        if not files.has_model() or not len(val_set.boxes):  # the latter: there is nothing to find
             best = None
         metrics["step"] = step
         better = best is None or metrics["AP"] > best["AP"]
@@ -1093,6 +1158,7 @@ def main(args: Namespace):
     settings |= {"keywords": model.keywords} | describe(optimizer, model, settings)
     print_settings(settings)
     batches = TrainBatches(train_set, settings, rank, world_size, args.accumulate)
+    settings["sampling"] = f"{zlib.crc32(np.concatenate(batches.groups).tobytes()):x}"
     report_sizes(model, batches)
     network = make_network(model, settings, batches)
     graphs = compile_model(model, batches) if args.compile else None
@@ -1103,8 +1169,8 @@ def main(args: Namespace):
     iters = settings["iters"]
     out = Path(args.out or f"runs/{args.recipe}")
     inputs = settings["weights"], train_set.annotations.path, val_set.annotations.path
-    saved = {"optimizer": optimizer} | companions
-    with evaluate.lock_folder(out), evaluate.kill_workers_on_error(), stop_signals() as signals:
+    saved = check_saved({"optimizer": optimizer}, companions)
+    with evaluate.lock_folder(out), stop_signals() as signals:
         files, start, best = open_run(out, args, settings, model, saved, inputs)
         loader = start_loader(batches, start, workers, device)
         meter = Meter(start, batches, device, graphs)
@@ -1268,9 +1334,6 @@ class RunFiles:
             "layout": tensor_shapes(states),
             "model": fcos.checkpoint(model),
         }
-        if states.keys() & content.keys():
-            reserved = ", ".join(content)
-            raise UserError(f"saved states {', '.join(states)}: expected no name of {reserved}")
         keep = None if self.replaces else self.out / "previous.pt"
         with self.warn_if_full("the older checkpoint stays"):
             with fcos.atomic_write(self.out / "last.pt", keep=keep) as file:
@@ -1304,6 +1367,29 @@ class RunFiles:
         if self.active and not (self.saved_step and exists):
             raise UserError(f"{self.out}: no checkpoint could be written, so this run is lost")
         return f"the same command resumes after step {self.saved_step}"
+
+
+PLAIN = (str, int, float, bool, bytes, type(None))  # what a checkpoint may hold beside tensors
+
+
+def check_saved(saved, companions):
+    """Return both dicts as one: all that a checkpoint stores beside the model, see RunFiles.
+
+    Raises UserError for a name that is taken, or a state that could not be read back.
+    """
+    reserved = {"settings", "step", "best", "log", "launch", "layout", "model", *saved}
+    taken = companions.keys() & reserved
+    if taken:
+        raise UserError(f"companion {min(taken)!r}: expected no name of {sorted(reserved)}")
+    for name, companion in companions.items():
+        methods = ("update", "state_dict", "load_state_dict")
+        if not all(hasattr(companion, method) for method in methods):
+            raise UserError(f"companion {name!r}: expected methods {', '.join(methods)}")
+        for value in torch.utils._pytree.tree_leaves(companion.state_dict()):
+            if not isinstance(value, torch.Tensor) and type(value) not in PLAIN:
+                found = type(value).__name__
+                raise UserError(f"companion {name!r}: its state holds a {found}; use tensors")
+    return saved | companions
 
 
 def open_run(out, args, settings, model, saved, inputs):
@@ -1355,8 +1441,9 @@ def resume(out, settings, model, saved, launch=None):
             return 0, None, []
         keywords = fcos.stored_keywords(content["model"])
         stored = content["settings"] | {"model": settings["model"], "keywords": keywords}
-        stored["classes"] = content["model"]["classes"]
-        changed = differences(stored, settings | {"classes": model.classes})
+        own = {name: getattr(model, name) for name in ("classes", "convention")}
+        stored |= {name: content["model"][name] for name in own}
+        changed = differences(stored, settings | own)
         if not changed:
             step, best = restore(path, content, settings, model, saved)
             lines = content["log"].splitlines(keepends=True)
@@ -1406,13 +1493,13 @@ def restore(path, content, settings, model, saved):
         if not -1 <= best["AP"] <= 1 or best["step"] > step:
             raise ValueError(f"best AP {best['AP']} of step {best['step']}")
     states = {name: content[name] for name in saved}
+    differing = tensor_shapes(states).items() ^ content["layout"].items()
+    if differing:  # shapes before values, because a tensor of the wrong shape may be huge
+        raise ValueError(f"{min(place for place, _ in differing)} does not fit")
     for name, state in states.items():
         for value in torch.utils._pytree.tree_leaves(state):
             if isinstance(value, torch.Tensor) and not value.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity")
-    differing = tensor_shapes(states).items() ^ content["layout"].items()
-    if differing:
-        raise ValueError(f"{min(place for place, _ in differing)} does not fit")
     fcos.load_weights(model, fcos.Weights(path, model_content, model_content["model"], "fcos"))
     for name, stateful in saved.items():
         if "param_groups" in states[name]:  # those of the code, which the settings describe

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -273,6 +274,45 @@ def test_a_broken_image_without_a_size_in_the_json_is_named(tmp_path):
     assert_refused(lambda: evaluate.CocoDataset(path, folder), "bad.png")
 
 
+def test_an_infinite_area_counts_as_none(tmp_path):
+    path, _ = write_coco(tmp_path, {1: (20, 20)}, [box(1, 1, [1, 1, 5, 4], area=0)])
+    path.write_text(path.read_text().replace('"area": 0', '"area": 1e400'))
+    assert evaluate.read_annotations(path).areas.tolist() == [20]
+
+
+def test_a_hint_is_given_if_most_boxes_may_be_corners(tmp_path):
+    corners = [box(k, 1, [10 + k, 10 + k, 35, 35]) for k in range(1, 5)]
+    dataset = read_coco(tmp_path, {1: (40, 40)}, corners)
+    assert any("are the boxes [x1, y1, x2, y2]?" in note for note in dataset.notes)
+    sound = [box(k, 1, [5 * k, 5 * k, 9, 9]) for k in range(1, 5)]
+    assert read_coco(tmp_path, {1: (40, 40)}, sound).notes == []
+
+
+class Ragged(evaluate.BoxEntry):
+    point: list[float] = []
+
+
+class Taken(evaluate.BoxEntry):
+    sizes: float = 0
+
+
+def test_fields_that_cannot_be_a_column_are_named(tmp_path, monkeypatch):
+    rows = [box(1, 1, [1, 1, 5, 4], point=[1, 2]), box(2, 1, [1, 1, 5, 4], point=[1])]
+    path, _ = write_coco(tmp_path, {1: (20, 20)}, rows)
+    for entry, message in ((Ragged, "column point: expected numbers"), (Taken, "field sizes")):
+        monkeypatch.setattr(evaluate, "BoxEntry", entry)
+        instances = msgspec.defstruct(
+            "Instances",
+            [
+                ("images", list[evaluate.ImageEntry]),
+                ("annotations", list[entry]),
+                ("categories", list[evaluate.CategoryEntry]),
+            ],
+        )
+        monkeypatch.setattr(evaluate, "Instances", instances)
+        assert_refused(lambda: evaluate.read_annotations(path), message)
+
+
 # ---- classes -------------------------------------------------------------------------------------
 
 
@@ -286,6 +326,12 @@ def test_categories_of_the_same_name_get_their_id_as_a_suffix(tmp_path):
     metrics = evaluate.score(perfect_results(rows), path, per_class=True)
     assert metrics["AP/a (1)"] == -1
     assert metrics["AP/a (5)"] == pytest.approx(1)
+
+
+def test_names_that_are_the_same_even_with_their_ids_are_refused(tmp_path):
+    categories = [dict(id=1, name="a"), dict(id=2, name="a"), dict(id=3, name="a (1)")]
+    path, folder = write_coco(tmp_path, {1: (20, 20)}, [], categories)
+    assert_refused(lambda: evaluate.CocoDataset(path, folder), "unique names")
 
 
 CELLS = [

@@ -246,6 +246,7 @@ def test_frozen_stages_of_a_timm_model_do_not_change():
     "arch, message",
     [
         ("no_such_model", "timm cannot create it"),
+        ("hf-hub:someone/something", "expected the name of a timm model"),
         ("vit_tiny_patch16_224", "128x128"),
         ("xcit_nano_12_p8_224", "expected maps at strides 8, 16, 32"),
         ("focalnet_tiny_srf", "drops at random"),

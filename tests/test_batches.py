@@ -1,6 +1,7 @@
 """Batches and augmentation of train.py: what a step trains on, however it is divided."""
 
 import json
+import random
 import re
 import shutil
 import zlib
@@ -373,6 +374,27 @@ def test_images_of_one_pixel_and_of_ten_thousand_are_ordinary(shapes, tmp_path):
     assert all(value.isfinite().all() for value in saved_weights(tmp_path / "run").values())
 
 
+def test_global_random_numbers_of_a_sample_depend_on_its_place_alone(monkeypatch):
+    """Libraries of augmentations use the global generators of PyTorch, NumPy and Python."""
+    drawn = []
+
+    def augment(sample, rng):
+        drawn.append((torch.rand(()).item(), np.random.random(), random.random()))
+        return sample
+
+    monkeypatch.setattr(train, "augment", augment)
+    batches = make_batches(MIXED, iters=3)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    for item in (2, 0, 2):
+        batches[item]
+    size = len(drawn) // 3
+    assert drawn[:size] == drawn[2 * size :]
+    assert len(set(drawn)) == 2 * size
+    assert torch.equal(torch.rand(3), expected), "a sample must leave the generators alone"
+
+
 # ---- errors ------------------------------------------------------------------------------------
 
 
@@ -381,11 +403,12 @@ def test_images_of_one_pixel_and_of_ten_thousand_are_ordinary(shapes, tmp_path):
     [
         lambda sample: {"image": sample["image"].float() / 255},
         lambda sample: {"boxes": sample["boxes"].flip(1)},
+        lambda sample: {"boxes": sample["boxes"] + 1000},
         lambda sample: {"boxes": sample["boxes"] * torch.nan},
         lambda sample: {"labels": sample["labels"] + 6},
         lambda sample: {"boxes": sample["boxes"][1:]},
     ],
-    ids=["floats", "inverted", "NaN", "labels", "fewer boxes"],
+    ids=["floats", "inverted", "outside", "NaN", "labels", "fewer boxes"],
 )
 def test_an_augmentation_that_spoils_a_sample_is_named(
     shapes, tmp_path, monkeypatch, capsys, change

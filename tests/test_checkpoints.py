@@ -335,7 +335,7 @@ CRAFTED = {  # the entry of the checkpoint that is replaced, and its new values
     "name": [None, shared_lists(), 3],
     "num_classes": [None, "two", 10**9, 3, True, "2", shared_lists()],
     "classes": [shared_lists(), [1, 2], ["a"], {0: "a", 1: "b"}, "ab", ["a", shared_lists()]],
-    "category_ids": [shared_lists(), ["1", "2"], [1], 7, [True, False], [1, 10**5000]],
+    "category_ids": [shared_lists(), [1.0, 2.0], [1], 7, [True, False], [1, 10**5000]],
     "convention": [None, shared_lists(), {1: 2}, {HUGE: 1}, []],
     **{
         f"convention {k}": [shared_lists(), HUGE, None]
@@ -378,6 +378,31 @@ CRAFTED = {  # the entry of the checkpoint that is replaced, and its new values
         legacy_with_deep_keys,
     ],
 }
+
+
+@pytest.mark.parametrize(
+    "entry, value",
+    [
+        ("classes", np.array(["a", "b"])),
+        ("classes", ["a"]),
+        ("classes", {0: "a", 1: "b"}),
+        ("category_ids", list(np.arange(2))),
+        ("category_ids", torch.arange(2)),
+    ],
+)
+@pytest.mark.parametrize("file", ["model.pt", "model.safetensors"])
+def test_classes_that_could_not_be_loaded_are_not_saved(tmp_path, entry, value, file):
+    model = thin(2)
+    setattr(model, entry, value)
+    assert_refused(lambda: fcos.save(model, tmp_path / file), entry)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_category_ids_may_be_text(tmp_path):
+    model = thin(2)
+    model.category_ids = ["x1", "x2"]
+    fcos.save(model, tmp_path / "model.pt")
+    assert fcos.load(tmp_path / "model.pt").category_ids == ["x1", "x2"]
 
 
 @pytest.mark.parametrize("entry", CRAFTED, ids=lambda entry: entry[:30])

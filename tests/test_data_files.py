@@ -34,7 +34,7 @@ NAMES = {  # the name in the JSON, the files of the folder, and the one that is 
     "CVAT's folder, no suffix": ("images/1", ["1.png"], "../images/1.png"),
     "a mask beside it": ("1", ["1.jpg", "1.png"], UserError("'1' may be 1.jpg or 1.png; write")),
     "escaped": ("a%20b.png", ["a b.png"], UserError("being a%20b.png; .* holds a b.png")),
-    "a prefix": ("/data/upload/1.png", ["1.png"], UserError("first being /data/upload/1.png")),
+    "a prefix": ("/data/upload/1.png", ["1.png"], UserError("/data/upload/1.png; .* holds 1.png")),
     "a note": ("1", ["1.txt"], UserError("lacks 1 of 1 images .* holds 1.txt")),
 }
 
@@ -236,21 +236,47 @@ def test_class_names_of_yolo_are_read_in_every_form(tmp_path, yaml):
     assert dataset.boxes.tolist() == [[8, 3, 12, 7]]
 
 
-def test_labels_of_yolo_refer_to_the_image_as_exif_turns_it(tmp_path):
-    pytest.importorskip("hotcoco")
+@pytest.mark.parametrize(
+    "w, h, orientation, white",
+    [
+        (30, 20, 6, (19, 0)),
+        (20, 20, 6, (19, 0)),
+        (30, 20, 3, (29, 19)),
+        (30, 20, 2, (29, 0)),
+    ],
+)
+def test_labels_of_yolo_refer_to_the_image_as_exif_turns_it(tmp_path, w, h, orientation, white):
+    """Also where the turned image has the size of the stored one. white: x, y after turning."""
     folder = tmp_path / "images"
     folder.mkdir()
-    rotated_png(folder / "1.png", 30, 20, 6)
-    (tmp_path / "1.txt").write_text("0 0.5 0.25 0.5 0.1\n")
+    rotated_png(folder / "1.png", w, h, orientation)
+    turned_w, turned_h = (h, w) if orientation == 6 else (w, h)
+    x, y = white
+    center = f"{(x + 0.5) / turned_w} {(y + 0.5) / turned_h}"
+    (tmp_path / "1.txt").write_text(f"0 {center} {1 / turned_w} {1 / turned_h}")
     (tmp_path / "data.yaml").write_text("names: [a]")
     dataset = evaluate.CocoDataset(tmp_path, folder)
-    assert dataset.image(0).shape == (3, 30, 20)
-    np.testing.assert_allclose(dataset.boxes, [[5, 6, 15, 9]])
+    image = dataset.image(0)
+    assert image.shape == (3, turned_h, turned_w)
+    np.testing.assert_allclose(dataset.boxes, [[x, y, x + 1, y + 1]], atol=1e-5)
+    assert image[:, y, x].tolist() == [255, 255, 255]
+
+
+def test_labels_of_yolo_in_folders_below_are_counted(tmp_path):
+    _, folder = write_coco(tmp_path, {1: (20, 10)}, [])
+    below = tmp_path / "labels" / "below"
+    below.mkdir(parents=True)
+    (below.parent / "1.txt").write_text("0 0.5 0.5 0.2 0.4\n")
+    (below / "2.txt").write_text("0 0.5 0.5 0.2 0.4\n")
+    (tmp_path / "data.yaml").write_text("names: [a]")
+    notes = evaluate.CocoDataset(below.parent, folder).notes
+    assert "1 label files in folders below are left out" in notes
 
 
 BAD_LABELS = {  # the file that is replaced, its new content, and a pattern of the message
-    "no data.yaml": ("data.yaml", None, "No such file .*data.yaml"),
-    "no names": ("data.yaml", "nc: 1", "names"),
+    "no data.yaml": ("data.yaml", None, "expected data.yaml"),
+    "no names": ("data.yaml", "nc: 1", "data.yaml: .*names"),
+    "nested names": ("data.yaml", "names: [[a], [b]]", "data.yaml: .*names"),
     "a class too many": ("labels/1.txt", "7 .5 .5 .1 .1", "1.txt: expected a class below 1"),
     "an infinite class": ("labels/1.txt", "inf .5 .5 .1 .1", "expected a class"),
     "a polygon": ("labels/1.txt", "0 .1 .1 .5 .1 .5 .5 .1 .5", "below 1 and 4 numbers"),

@@ -218,7 +218,7 @@ def test_a_model_without_classes_is_refused():
         (dict(topk=True), "topk True: expected"),
         (dict(nms_threshold=2), "nms_threshold 2: expected a value like 0.6 from 0.0 to 1.0"),
         (dict(nms_threshold=math.nan), "nms_threshold nan: expected"),
-        (dict(candidate_threshold=-0.1), "candidate_threshold -0.1: expected numbers from"),
+        (dict(candidate_threshold=-0.1), "candidate_threshold -0.1: expected a number from"),
         (dict(scales=1), "scales 1: expected a value like True"),
         (dict(imagenet=50), "imagenet 50: expected text"),
         (dict(channels=48), "channels 48: expected a multiple of 32"),

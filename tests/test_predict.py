@@ -384,11 +384,23 @@ def test_views_are_the_whole_image_and_its_tiles():
 
 
 @pytest.mark.parametrize(
-    "options", [dict(tile=0), dict(tile=9, overlap=1), dict(tile=9, tta=True)], ids=str
+    "options",
+    [
+        dict(tile=0),
+        dict(tile=64.0),
+        dict(tile=64, overlap=1),
+        dict(tile=64, tta=True),
+        dict(min_size=64.5),
+        dict(max_size="96"),
+        dict(batch_size=0),
+        dict(score_threshold="0.5"),
+    ],
+    ids=str,
 )
-def test_impossible_views_are_refused(options):
+def test_impossible_arguments_are_refused(options):
+    image = torch.zeros(3, 64, 96, dtype=torch.uint8)
     with pytest.raises(fcos.UserError, match="expected"):
-        fcos.make_views((64, 96), (80, 133), **options)
+        detector(3).predict(image, **options)
 
 
 class BarModel:
@@ -507,3 +519,12 @@ def test_predict_and_evaluate_find_the_same_boxes(inclusive, tmp_path):
         assert len(of_image) > 10
         assert [row["bbox"] for row in of_image] == found["boxes"].tolist()
         assert [row["score"] for row in of_image] == found["scores"].tolist()
+
+
+def test_a_model_that_is_trained_while_another_thread_predicts_gets_all_gradients():
+    model = detector(3, norm="frozen")
+    with fcos.inference(model):
+        outputs = model(picture(64, 64)[None])
+        sum(value.sum() for value in (outputs["cls"], outputs["ltrb"], outputs["ctr"])).backward()
+    missing = [name for name, value in model.named_parameters() if value.grad is None]
+    assert missing == []

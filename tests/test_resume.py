@@ -284,6 +284,45 @@ def test_a_checkpoint_of_another_optimizer_is_refused(
     assert read_files(finished.out) == before
 
 
+def slow_biases(monkeypatch):
+    """Halve the rate of the biases from step 2 on."""
+    group_lr = train.group_lr
+
+    def slower(step, group, settings):
+        slow = step >= 2 and group["weight_decay"] == 0
+        return group_lr(step, group, settings) / (2 if slow else 1)
+
+    monkeypatch.setattr(train, "group_lr", slower)
+
+
+def repeat_an_image(monkeypatch):
+    aspect_groups = train.aspect_groups
+
+    def repeated(*args):
+        return [np.append(group, group[:1]) for group in aspect_groups(*args)]
+
+    monkeypatch.setattr(train, "aspect_groups", repeated)
+
+
+def change_pixels(monkeypatch):
+    monkeypatch.setattr(fcos.ResNet, "convention", fcos.TORCH)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (slow_biases, "optimizer group 2"),
+        (repeat_an_image, "sampling"),
+        (change_pixels, "convention mean"),
+    ],
+)
+def test_a_checkpoint_of_other_code_is_refused(finished, shapes, monkeypatch, capsys, change, text):
+    change(monkeypatch)
+    line = error_line(capsys, command_line(shapes, finished.out, *EVERY_3))
+    assert text in line
+    assert "there, " in line
+
+
 @pytest.mark.parametrize("change", [use_adamw, use_cosine])
 def test_another_optimizer_or_schedule_is_printed_and_resumes_bit_for_bit(
     shapes, tmp_path, monkeypatch, capsys, change

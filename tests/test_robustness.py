@@ -312,6 +312,7 @@ TABLE = {  # by number of the point of the list that this test began with
             "RANK=2 WORLD_SIZE=2": "RANK: expected less than WORLD_SIZE 2, found 2|torchrun",
             "WORLD_SIZE=2": "RANK: expected|found None|torchrun",
             "SLURM_STEP_NUM_TASKS=2": "2 independent tasks|torchrun",
+            "OMPI_COMM_WORLD_SIZE=2": "2 independent tasks|torchrun",
             "TORCHELASTIC_RUN_ID=a RANK=0 WORLD_SIZE=1": "MASTER_ADDR: expected",
         }.items()
     },

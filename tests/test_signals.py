@@ -291,6 +291,16 @@ def test_a_bug_in_augment_keeps_its_traceback_and_leaves_no_process(shapes, tmp_
     assert re.search(r"in a sample made from .*train2017/\d+.jpg", output)
 
 
+def test_a_bug_after_training_ends_the_run_although_workers_are_alive(shapes, tmp_path):
+    def prepare():
+        train.print_result = lambda best, files: best["a bug of mine"]
+
+    argv = command_line(shapes, tmp_path / "run", "--iters", 2, "--workers", 2)
+    code, output = run_apart(argv, prepare)
+    assert code == 1
+    assert "KeyError: 'a bug of mine'" in output
+
+
 # ---- disks and folders -------------------------------------------------------------------------
 
 

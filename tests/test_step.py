@@ -2,10 +2,12 @@
 
 import contextlib
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_runs import (
     COCO,
     Killed,
@@ -13,6 +15,7 @@ from small_runs import (
     assert_same_run,
     command_line,
     copy_data,
+    edit_annotations,
     error_line,
     fork,
     kill,
@@ -64,13 +67,19 @@ def test_without_a_box_to_train_on_the_run_ends_with_the_reason(
     assert not (tmp_path / "run").exists()
 
 
-def test_without_validation_boxes_the_last_model_is_kept(shapes, tmp_path, capsys):
-    data = copy_data(shapes, tmp_path / "data", "val", lambda found: found.update(annotations=[]))
+@pytest.mark.parametrize("outside", [False, True])
+def test_without_validation_boxes_the_last_model_is_kept(shapes, tmp_path, capsys, outside):
+    def remove(content):
+        content["annotations"] = [
+            box | {"bbox": [999, 999, 5, 5]} for box in content["annotations"] if outside
+        ]
+
+    data = copy_data(shapes, tmp_path / "data", "val", remove)
     run(command_line(data, tmp_path / "run", "--eval-every", 3))
     before_training, *_ = capsys.readouterr().out.split("optimizer")
     assert "has no boxes" in before_training
     assert read_metrics(tmp_path / "run")["step"] == 6
-    assert read_metrics(tmp_path / "run")["AP"] == -1
+    assert read_metrics(tmp_path / "run")["AP"] == (0 if outside else -1)
 
 
 def test_boxes_without_a_location_are_reported_with_a_remedy(shapes, tmp_path, capsys):
@@ -114,6 +123,83 @@ def test_outputs_without_a_loss_and_reserved_names_of_losses_are_refused(
 
     monkeypatch.setattr(fcos, "fcos_loss", loss_named_lr)
     assert "expected no name of" in error_line(capsys, argv)
+
+
+def test_outputs_of_the_head_with_a_name_of_detections_are_refused(
+    shapes, tmp_path, monkeypatch, capsys
+):
+    forward = fcos.Head.forward
+
+    def with_score(self, features):
+        outputs = forward(self, features)
+        return outputs | {"score": outputs["ctr"]}
+
+    monkeypatch.setattr(fcos.Head, "forward", with_score)
+    line = error_line(capsys, command_line(shapes, tmp_path / "run"))
+    assert "output 'score' of the head: expected another name" in line
+
+
+class Teacher:
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+
+@pytest.mark.parametrize(
+    "companions, text",
+    [
+        ({"teacher": Teacher({"rate": np.float64(1)})}, "companion 'teacher': its state holds a"),
+        ({"optimizer": Teacher({})}, "companion 'optimizer': expected no name of"),
+        ({"teacher": object()}, "companion 'teacher': expected methods update, state"),
+    ],
+)
+def test_companions_that_could_not_be_resumed_are_refused_before_training(
+    shapes, tmp_path, monkeypatch, capsys, companions, text
+):
+    monkeypatch.setattr(Teacher, "update", lambda step: None, raising=False)
+    monkeypatch.setattr(Teacher, "load_state_dict", lambda state: None, raising=False)
+    monkeypatch.setattr(train, "make_companions", lambda *_: companions)
+    assert text in error_line(capsys, command_line(shapes, tmp_path / "run"))
+
+
+def test_oddities_of_the_data_are_reported(shapes, tmp_path, monkeypatch, capsys):
+    """A class without a box; validation images that are copies of training images."""
+
+    def drop_stars(content):
+        boxes = content["annotations"]
+        content["annotations"] = [box for box in boxes if box["category_id"] != 7]
+
+    monkeypatch.setattr(train, "make_network", lambda *_: kill())
+    data = copy_data(shapes, tmp_path / "data", "train", drop_stars)
+    train_image = sorted((data / "train2017").iterdir())[0]
+    val_image = sorted((data / "val2017").iterdir())[0]
+
+    def copy_size(content):
+        rows = {row["file_name"]: row for row in content["images"]}
+        with Image.open(train_image) as image:
+            rows[val_image.name] |= dict(width=image.width, height=image.height)
+
+    shutil.copy(train_image, val_image)
+    edit_annotations(data, "val", copy_size)
+    with pytest.raises(Killed):
+        run(command_line(data, tmp_path / "run"))
+    output = capsys.readouterr().out
+    assert "has no box of star" in output
+    assert "1 of its images are in the training set" in output
+
+
+def test_a_warning_is_given_if_few_boxes_are_all_too_small(shapes, tmp_path, monkeypatch, capsys):
+    def keep_one_box(content):
+        content["annotations"] = content["annotations"][:1]
+        content["annotations"][0]["bbox"][2:] = 2, 2
+
+    monkeypatch.setattr(train, "make_network", lambda *_: kill())
+    data = copy_data(shapes, tmp_path / "data", "train", keep_one_box)
+    with pytest.raises(Killed):
+        run(command_line(data, tmp_path / "run"))
+    assert "warning: many boxes are too small" in capsys.readouterr().out
 
 
 # ---- torch.compile -----------------------------------------------------------------------------
