@@ -82,6 +82,7 @@ def spoilt_average():
         name: x * torch.nan if x.is_floating_point() else x
         for name, x in content["model"]["model"].items()
     }
+    content["layout"] |= train.tensor_shapes({"ema": content["ema"]})
     torch.save(content, LAST)
 
 
@@ -146,7 +147,7 @@ TABLE = {  # by number of the point of the list that this test began with
     "1 rate": row(FRESH + " --lr 1e30", "not finite"),
     "1 huge rate": row(FRESH + " --lr 1e300", "--lr|1e300"),
     "1 memory": row(FRESH + " --min-size 20000 --max-size 30000", "memory", fuzz.little_memory),
-    "1 batch": row(FRESH + " --batch-size 1000000000000", "llocate"),
+    "1 batch": row(FRESH + " --batch-size 1000000000000", "--batch-size|65536"),
     "1 heights": row(
         FRESH,
         "as in its annotations",
@@ -386,7 +387,9 @@ TABLE = {  # by number of the point of the list that this test began with
         partial(os.environ.update, LOCAL_WORLD_SIZE="x"),
     ),
     "14 no classes": row(PLAIN, MODEL + "|classes", model("classes", [])),
-    "14 convention": row(EVAL, MODEL + "|convention {1: 2}", model("convention", {1: 2})),
+    "14 convention": row(
+        EVAL, MODEL + "|convention 1: expected entries", model("convention", {1: 2})
+    ),
     "14 list as convention": row(FROM, MODEL + "|convention [[]]", model("convention", [[]])),
     **{
         f"14 nothing found {view}": fine(f"{line} {view}", says)
