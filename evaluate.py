@@ -97,7 +97,7 @@ def coco_paths(data, split: str) -> tuple[Path, Path]:
 
 
 def list_nearest(path):
-    """List the nearest existing folder of a path that does not exist, for error messages."""
+    """Describe the nearest existing folder of a missing path, for error messages."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
     names = sorted(name for name in os.listdir(folder) if name[0] != ".")[:5]
     return f"{folder} holds {', '.join(map(printable, names)) or 'nothing'}"
@@ -111,7 +111,7 @@ def is_image(name):
 
 
 def find_images(folder, names, path):
-    """Return the paths of the images that the annotations at `path` name, relative to the folder.
+    """Return the paths of images, relative to the folder. names: from the annotations at `path`.
 
     A name matches the file of the same name, in any Unicode form and with either slash, in the
     folder or beside it; if there is none, the only image with that stem (names may lack a suffix).
@@ -125,7 +125,7 @@ def find_images(folder, names, path):
     if None in files:
         missing = [name for name, file in zip(names, files) if file is None]
         raise UserError(
-            f"{folder}: lacks {len(missing)} of {len(names)} images of {path}, the first being "
+            f"{folder}: lacks {len(missing)} of {len(names)} images of {path}, such as "
             f"{printable(missing[0])}; {list_nearest(folder / missing[0].lstrip('/'))}"
         )
     return files
@@ -206,9 +206,9 @@ class CategoryEntry(msgspec.Struct, gc=False):
 class BoxEntry(msgspec.Struct, gc=False, kw_only=True):
     """An entry of "annotations" in a COCO JSON. bbox: x, y, width and height in pixels.
 
-    Every field that you add becomes a column of the samples, under its name, with one or more
-    numbers per box, such as `angle: float = 0.0` or `point: tuple[float, float]`. A field without
-    a default is required.
+    Add fields such as `angle: float = 0.0` or `point: tuple[float, float]`: each becomes a column
+    of the samples under its name, with one or more numbers per box. A field without a default is
+    required.
     """
 
     image_id: int | str
@@ -292,14 +292,17 @@ def without_polygons(entry):
     return entry
 
 
+YOLO = "YOLO labels"
+
+
 def read_labels(path, image_dir):
-    """Read labels of CVAT, Pascal VOC or YOLO; return Instances and a list of notes.
+    """Read labels of CVAT, Pascal VOC or YOLO; return Instances, the kind and a list of notes.
 
     CVAT: an XML file. Pascal VOC: a folder of XML files, or a list of their names in
     ImageSets/Main. YOLO: a folder of text files, with data.yaml in it or above it.
     Raises UserError if they cannot be read.
     """
-    kind = "YOLO labels"
+    kind = YOLO
     if path.suffix == ".xml":
         kind = "CVAT's XML"
     elif path.suffix == ".txt" or any(path.glob("*.xml")):
@@ -307,12 +310,13 @@ def read_labels(path, image_dir):
     with warnings.catch_warnings(record=True) as skipped:
         warnings.simplefilter("always")
         try:
-            content = read_yolo(path, image_dir) if kind == "YOLO labels" else read_xml(path)
+            content = read_yolo(path, image_dir) if kind == YOLO else read_xml(path)
         except ImportError as error:
             raise UserError(f"{path}: {kind}: install requirements.txt ({error})") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as {kind} ({printable(error)})") from None
-    return content, [f"read as {kind}", *(printable(warning.message) for warning in skipped)]
+    notes = [f"read as {kind}", *(printable(warning.message) for warning in skipped)]
+    return content, kind, notes
 
 
 def read_xml(path):
@@ -386,9 +390,9 @@ def read_yolo(path, image_dir):
                 raise ValueError(f"{file}: {expected}, found {line!r:.99}")
             box = ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height)
             content.annotations.append(BoxEntry(image_id=id, category_id=int(label), bbox=box))
-    below = sum(1 for _ in path.glob("*/**/*.txt"))
-    if below:
-        warnings.warn(f"{below} label files in folders below are left out", stacklevel=2)
+    nested = len(list(path.glob("*/**/*.txt")))
+    if nested:
+        warnings.warn(f"{nested} label files in subfolders are left out", stacklevel=2)
     unused = sorted(files.keys() - images.keys() - {"classes"})
     if unused:
         warnings.warn(
@@ -460,20 +464,20 @@ def stack_boxes(entries):
 
 
 COCO_FIELDS = ("image_id", "category_id", "bbox", "area", "iscrowd")  # others are extra columns
-# Names in samples, batches, targets and flat arrays, which no extra column may have
-TAKEN_NAMES = {"image", "images", "sizes", "counts", "boxes", "labels", "index", "ltrb"}
-TAKEN_NAMES |= {"rows", "categories", "xywh", "areas", "crowds"}
+# Names that an extra column must not have: those of samples, batches, targets and flat arrays
+RESERVED_NAMES = {"image", "images", "sizes", "counts", "boxes", "labels", "index", "ltrb"}
+RESERVED_NAMES |= {"rows", "categories", "xywh", "areas", "crowds"}
 
 
 def take_columns(boxes, images, categories, path, size=20_000):
     """Convert annotations to a dict of arrays, and empty their list.
 
-    Blocks of `size` boxes fit the processor's cache, and each is freed before the next. images,
-    categories: all ids. "rows" and "categories" of the result are positions among them; a row is -1
-    if the image is unknown.
+    It works in blocks of `size` boxes, which fit the processor's cache, and frees each before the
+    next. images, categories: all ids. "rows" and "categories" of the result are positions among
+    them; a row is -1 if the image is unknown.
     """
     extra = [name for name in BoxEntry.__struct_fields__ if name not in COCO_FIELDS]
-    taken = TAKEN_NAMES.intersection(extra)
+    taken = RESERVED_NAMES.intersection(extra)
     if taken:
         raise UserError(f"field {min(taken)} of BoxEntry: expected another name; samples use it")
     blocks = []
@@ -497,10 +501,10 @@ def take_columns(boxes, images, categories, path, size=20_000):
             values = [getattr(box, name) for box in block]
             try:
                 values = np.array(values)
-                kind = np.float32 if values.dtype.kind == "f" else np.int64
-                columns[name] = values.astype(kind)
+                dtype = np.float32 if values.dtype.kind == "f" else np.int64
+                columns[name] = values.astype(dtype)
             except (TypeError, ValueError):
-                problem = "expected numbers, as many for every box"
+                problem = "expected numbers, equally many for every box"
                 raise UserError(f"{path}: column {name}: {problem}, found {values!r:.99}") from None
         blocks.append(columns)
     columns = {name: np.concatenate([block[name] for block in blocks[::-1]]) for name in columns}
@@ -546,8 +550,9 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
     """
     path = Path(path)
     notes: list[str] = []
+    kind = None
     if path.is_dir() or path.suffix in (".xml", ".txt"):
-        content, notes = read_labels(path, image_dir)
+        content, kind, notes = read_labels(path, image_dir)
     else:
         content = read_json(path, Instances)
     images = sort_by_id(content.images, f"{path}: images")
@@ -585,7 +590,7 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
         crowds=columns.pop("crowds"),
         columns=columns,
         in_id_order=categories == content.categories,
-        upright="read as YOLO labels" in notes,
+        upright=kind == YOLO,
         notes=notes,
     )
 
@@ -639,8 +644,8 @@ class CocoDataset:
     image_ids (N,), hw (N, 2) pixels, classes: K names, category_ids: K ids, in ascending order.
     boxes (M, 4) float32 xyxy pixels, labels (M,) and extra columns {name: (M, ...)}; image i has
     rows offsets[i]:offsets[i + 1].
-    trainable (N,): whether the official code trains on the image, that is, whether an annotation,
-    crowds included, is more than 1 pixel wide and high.
+    trainable (N,): whether the official code trains on the image: one of its annotations, which may
+    be a crowd, is more than 1 pixel wide and high.
     """
 
     def __init__(self, annotations, image_dir, classes=None):
@@ -705,7 +710,8 @@ class CocoDataset:
                     f"{truth.xywh[first].tolist()}"
                 )
         if 2 * (clipped & known).sum() > len(known):
-            self.notes.append("are the boxes [x1, y1, x2, y2]? expected [x, y, width, height]")
+            problem = "expected boxes [x, y, width, height], found perhaps [x1, y1, x2, y2]"
+            self.notes.append(f"most boxes reach beyond their image: {problem}")
         visible = (sides[2:] > 1).all(0) & known
         self.trainable = np.bincount(truth.rows[visible], minlength=len(self)) > 0
         kept = np.flatnonzero(full & known & ~truth.crowds)
@@ -1358,6 +1364,8 @@ def set_decoding(model, settings):
 
 positive_int = number(int, 1, 2**63 - 1)
 not_negative = number(int, 0, 2**63 - 1)
+image_count = number(int, 1, 2**16)
+worker_count = number(int, 0, 256)
 
 
 def check_target(path, inputs):
@@ -1546,22 +1554,19 @@ def parse_args(argv=None):
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
     add("--min-size", type=positive_int, help="short side in pixels (as stored with the model)")
     add("--max-size", type=positive_int, help="limit of the long side (as stored with the model)")
-    workers = number(int, 0, 256)
-    add("--workers", type=workers, default=2, help="dataloader workers (%(default)s)")
+    add("--workers", type=worker_count, default=2, help="dataloader workers (%(default)s)")
     add("--export", metavar="F.onnx", help="write the model as ONNX, for images of any size")
     keyword = dict(type=keyword_value, nargs="+", action="extend", default=[])
     add("--set", metavar="KEYWORD=VALUE", help=f"change {', '.join(DECODING)}", **keyword)
-    add(
-        "--tile", type=positive_int, metavar="PIXELS", help="also predict square crops of this side"
-    )
+    tile_help = "also predict square crops of this side"
+    add("--tile", type=positive_int, metavar="PIXELS", help=tile_help)
     add("--overlap", type=number(float, 0, 0.9), default=0.2, help="share of a tile (%(default)s)")
     add = parser.add_argument_group("score it on a data set").add_argument
     add("--data", help="folder in the layout of COCO, Roboflow, CVAT, YOLO or Pascal VOC")
     add("--split", default="val2017", help="part of --data (%(default)s)")
     add("--annotations", help="COCO JSON or other labels, instead of --data")
     add("--image-dir", help="the folder of its images")
-    batch_size = number(int, 1, 2**16)
-    add("--batch-size", type=batch_size, help="images at a time (8 on a GPU, 1 elsewhere)")
+    add("--batch-size", type=image_count, help="images at a time (8 on a GPU, 1 elsewhere)")
     add("--save-json", metavar="F", help="write the detections in COCO's results format")
     add("--tta", action="store_true", help="test-time augmentation: 18 views, two at a time")
     add("--per-class", action="store_true", help="add AP, best F1 and its threshold per class")

@@ -1,4 +1,4 @@
-"""The annotations of a data set: what is read, what is refused, and which classes there are."""
+"""Annotations: reading a COCO JSON, errors in one, and the choice of classes."""
 
 import importlib
 import json
@@ -144,7 +144,7 @@ BAD_ROWS = {  # the list that is changed, the change, and a pattern of the messa
     "a category named null": ("categories", first_row(name=None), r"\[0\].name: .*null"),
     "a file name of 300 letters": ("images", first_row(file_name="a" * 300), "instances|lacks"),
     "no file name": ("images", first_row(file_name=None), r"\[0\].file_name: .*null"),
-    "escape codes": ("images", first_row(file_name="\x1b[2J\n.png"), r"first being \\x1b\[2J\\n"),
+    "escape codes": ("images", first_row(file_name="\x1b[2J\n.png"), r"such as \\x1b\[2J\\n"),
     # scoring could not tell these ids apart
     "huge id": ("images", first_row(id=2**70), "images: .*whole numbers"),
     "ids of two kinds": ("images", first_row(id="1"), "images: .*whole numbers"),
@@ -283,7 +283,7 @@ def test_an_infinite_area_counts_as_none(tmp_path):
 def test_a_hint_is_given_if_most_boxes_may_be_corners(tmp_path):
     corners = [box(k, 1, [10 + k, 10 + k, 35, 35]) for k in range(1, 5)]
     dataset = read_coco(tmp_path, {1: (40, 40)}, corners)
-    assert any("are the boxes [x1, y1, x2, y2]?" in note for note in dataset.notes)
+    assert any("found perhaps [x1, y1, x2, y2]" in note for note in dataset.notes)
     sound = [box(k, 1, [5 * k, 5 * k, 9, 9]) for k in range(1, 5)]
     assert read_coco(tmp_path, {1: (40, 40)}, sound).notes == []
 
@@ -357,7 +357,7 @@ def test_a_supercategory_without_boxes_is_no_class(tmp_path):
 
 @pytest.fixture
 def validation(tmp_path):
-    """The paths of a validation set, and the classes of its training set, which has "cells"."""
+    """Return the paths of a validation set, and the classes of a training set with "cells"."""
     rows = [box(k + 1, 1, [1, 1, 5, 5], k) for k in (0, 1, 2)]
     train = read_coco(tmp_path / "train", {1: (20, 20)}, rows, CELLS)
     assert train.classes == ["cells", "red", "rare"]

@@ -33,7 +33,7 @@ NAMES = {  # the name in the JSON, the files of the folder, and the one that is 
     "CVAT's folder": ("images/1.png", ["1.png"], "../images/1.png"),
     "CVAT's folder, no suffix": ("images/1", ["1.png"], "../images/1.png"),
     "a mask beside it": ("1", ["1.jpg", "1.png"], UserError("'1' may be 1.jpg or 1.png; write")),
-    "escaped": ("a%20b.png", ["a b.png"], UserError("being a%20b.png; .* holds a b.png")),
+    "escaped": ("a%20b.png", ["a b.png"], UserError("such as a%20b.png; .* holds a b.png")),
     "a prefix": ("/data/upload/1.png", ["1.png"], UserError("/data/upload/1.png; .* holds 1.png")),
     "a note": ("1", ["1.txt"], UserError("lacks 1 of 1 images .* holds 1.txt")),
 }
@@ -246,7 +246,7 @@ def test_class_names_of_yolo_are_read_in_every_form(tmp_path, yaml):
     ],
 )
 def test_labels_of_yolo_refer_to_the_image_as_exif_turns_it(tmp_path, w, h, orientation, white):
-    """Also where the turned image has the size of the stored one. white: x, y after turning."""
+    """So it is even if both have the same size. white: x, y of the white pixel after turning."""
     folder = tmp_path / "images"
     folder.mkdir()
     rotated_png(folder / "1.png", w, h, orientation)
@@ -262,7 +262,7 @@ def test_labels_of_yolo_refer_to_the_image_as_exif_turns_it(tmp_path, w, h, orie
     assert image[:, y, x].tolist() == [255, 255, 255]
 
 
-def test_labels_of_yolo_in_folders_below_are_counted(tmp_path):
+def test_labels_of_yolo_in_subfolders_are_counted(tmp_path):
     _, folder = write_coco(tmp_path, {1: (20, 10)}, [])
     below = tmp_path / "labels" / "below"
     below.mkdir(parents=True)
@@ -270,7 +270,7 @@ def test_labels_of_yolo_in_folders_below_are_counted(tmp_path):
     (below / "2.txt").write_text("0 0.5 0.5 0.2 0.4\n")
     (tmp_path / "data.yaml").write_text("names: [a]")
     notes = evaluate.CocoDataset(below.parent, folder).notes
-    assert "1 label files in folders below are left out" in notes
+    assert "1 label files in subfolders are left out" in notes
 
 
 BAD_LABELS = {  # the file that is replaced, its new content, and a pattern of the message
