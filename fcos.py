@@ -12,7 +12,8 @@ How FCOS works, and where each step stands:
   2. At each location the head predicts a score for every class, the distances to the four sides
      of a box, and how central the location lies in that box (Head).
   3. For training, a location is assigned to the smallest box that contains it near its center
-     and whose size suits its pyramid level (kernels/assign.py), and learns that box (encode).
+     and whose size suits its pyramid level (kernels/assign.py). Its targets follow from that box
+     (encode).
   4. Three losses train the three predictions: focal loss for the classes, IoU loss for the
      boxes, cross entropy for centerness (fcos_loss; kernels/focal_loss.py, kernels/iou_loss.py).
   5. For detection, the best (location, class) pairs become boxes, and non-maximum suppression
@@ -81,9 +82,9 @@ class UserError(ValueError):
 def resized_hw(h: int, w: int, min_size: int, max_size: int) -> tuple[int, int]:
     """Return the (height, width) to which an image of h x w pixels is resized.
 
-    The short side becomes `min_size` pixels, or less where the long side would exceed `max_size`.
-    Rounding follows the official code, which exceeds max_size by up to 2 % in very wide images;
-    beyond that the long side is limited to max_size.
+    The short side becomes `min_size` pixels, or less if the long side would exceed `max_size`.
+    As in the official code, rounding lets the long side of a narrow image exceed max_size by up to
+    2 %; a longer one becomes max_size.
 
     Raises UserError unless 1 <= min_size <= max_size.
     """
@@ -102,8 +103,8 @@ def resized_hw(h: int, w: int, min_size: int, max_size: int) -> tuple[int, int]:
 def resize(image: Tensor, hw) -> Tensor:
     """Resize a uint8 image (3, H, W) to (3, *hw) with antialiased bilinear interpolation.
 
-    The result is within one grey level of Pillow's, which the official code uses, in a sixth of
-    the time.
+    The result is within one grey level of Pillow's, which the official code uses, and takes a
+    sixth of the time.
     """
     if image.shape[-2:] == tuple(hw):
         return image
@@ -136,8 +137,8 @@ def pad_batch(images, hw=None) -> tuple[Tensor, Tensor]:
     return batch, torch.tensor(sizes)
 
 
-# The pixels that backbones were pretrained on, and the epsilon of their norms. Caffe's take BGR in
-# 0..255 minus a mean.
+# The pixels that backbones were pretrained on, and the epsilon of their norms. Caffe's backbones
+# expect BGR in 0..255 minus a mean.
 CAFFE = dict(bgr=True, mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), bn_eps=0.0)
 MSRA = CAFFE | dict(mean=(103.53, 116.28, 123.675), bn_eps=1e-5)
 TORCH = dict(bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bn_eps=1e-5)
@@ -147,7 +148,7 @@ TORCH = dict(bgr=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.3
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalization in up to 32 groups, also of a map with one value in each group."""
+    """Group normalization in up to 32 groups; a group may hold a single value."""
 
     def __init__(self, channels):
         super().__init__(math.gcd(32, channels), channels)
@@ -207,7 +208,7 @@ class ConvNorm(nn.Module):
         return self.conv.weight * scale[:, None, None, None], self.norm.bias - mean * scale
 
     def forward(self, x):
-        # another thread may train this model, and needs gradients, while `inference` is active
+        # Another thread may train this model while `inference` is active: it needs gradients.
         if self.folded is not None and not torch.is_grad_enabled():
             return self.conv._conv_forward(x, *self.folded)
         # In training a frozen norm is folded in every call: this multiplies the weights once
@@ -259,7 +260,7 @@ BLOCKS = {"bottleneck": Bottleneck, "basic": BasicBlock}
 
 
 def initialize(module, weight_init):
-    """Fill all convolutions by `weight_init`, those of DCN by its uniform rule; biases become 0."""
+    """Initialize convolutions by `weight_init`, deformable ones uniformly as in DCN; biases: 0."""
     for conv in module.modules():
         if not isinstance(conv, nn.Conv2d):
             continue
@@ -273,7 +274,7 @@ def initialize(module, weight_init):
 
 
 def freeze(stages, number):
-    """Freeze the first `number` of some modules, the statistics of their BatchNorms included."""
+    """Freeze the first `number` of the modules `stages`, with the statistics of BatchNorms."""
     if number > len(stages):
         raise UserError(f"frozen_stages {number}: expected 0 to {len(stages)}")
     for stage in stages[:number]:
@@ -488,8 +489,8 @@ class FPN(nn.Module):
 
     Levels that the backbone has (its feature of stride 2**n is level n) get a lateral 1x1
     convolution, the upsampled coarser level added to it, and a 3x3 output convolution. Each further
-    level is a strided convolution of the level before. Coarser levels of the backbone than the last
-    of `levels` are added to it, too, but have no output.
+    level is a strided convolution of the level before. Levels of the backbone that are coarser than
+    the last of `levels` are also added to it, but have no output.
     """
 
     def __init__(self, strides_in, channels_in, channels, levels):
@@ -601,8 +602,8 @@ class Head(nn.Module):
     def predict_level(self, feature, scale, stride):
         """Return the maps of one level by name; a further output needs one more entry here.
 
-        Boxes alone are scaled from the resized image to the original: let a further output be in
-        units that do not change with the size, such as shares of the sides of the box.
+        Only boxes are scaled back to the original image. A further output should have a unit that
+        does not depend on the image size, such as fractions of the width of the box.
         """
         cls_features = self.cls_tower(feature)
         box_features = self.box_tower(feature)
@@ -677,9 +678,9 @@ def encode(points: Tensor, truths: list[dict], index: Tensor) -> dict:
     columns = {}
     for name in truths[0]:
         rows = pad_sequence([truth[name] for truth in truths], batch_first=True)  # (B, G, ...)
-        one_more = rows.new_zeros(len(rows), 1, *rows.shape[2:])  # G may be 0 for all images
+        empty_row = rows.new_zeros(len(rows), 1, *rows.shape[2:])  # because G may be 0
         background = -1 if name == "labels" else 0
-        columns[name] = take(torch.cat([rows, one_more], 1), index, background)
+        columns[name] = take(torch.cat([rows, empty_row], 1), index, background)
     x1, y1, x2, y2 = columns.pop("boxes").unbind(2)
     x, y = points[:, 0], points[:, 1]
     ltrb = torch.stack([x - x1, y - y1, x2 - x, y2 - y], 2)
@@ -735,9 +736,9 @@ def fcos_loss(
 
     outputs: from FCOS.forward. targets: from FCOS.targets. normalizers: (2,), see loss_normalizers.
     box_loss, unit: keywords of FCOS. quality: the target of "ctr", the "centerness" or the "iou" of
-    the predicted box (AdelaiDet's BOX_QUALITY). box_weight: positive locations weigh the same in
-    the box loss ("uniform"), or by their "centerness", which takes weight from small objects; None
-    is as published, "centerness" if that is the quality, else "uniform".
+    the predicted box (AdelaiDet's BOX_QUALITY). box_weight: the weight of a positive location in
+    the box loss, its "centerness" or the same for all ("uniform"). Centerness gives small objects
+    less weight. None is as published: "centerness" if that is the quality, else "uniform".
 
     Background locations are masked, not removed: shapes never depend on values, nothing waits for
     the GPU, and a batch without a box is an ordinary input.
@@ -1094,17 +1095,15 @@ class FCOS(nn.Module):
         Returns [{"boxes": (D, 4) xyxy pixels of the image, "scores": (D,), "labels": (D,), and
         every further output of the head, (D, ...)}], always a list.
         """
-        min_size = self.test_size[0] if min_size is None else min_size
-        max_size = self.test_size[1] if max_size is None else max_size
-        check("score_threshold", score_threshold, 0.0)
-        check("batch_size", batch_size, 1)
-        how = dict(
-            test_size=(check("min_size", min_size, 1), check("max_size", max_size, 1)),
-            tile=check("tile", tile, None),
-            overlap=check("overlap", overlap, 0.2),
-            tta=tta,
-        )
-        return predict_images(self, list_images(images), score_threshold, batch_size, graph, how)
+        short, long = self.test_size
+        short = check("min_size", short if min_size is None else min_size, 1)
+        long = check("max_size", long if max_size is None else max_size, 1)
+        score_threshold = check("score_threshold", score_threshold, 0.0)
+        batch_size = check("batch_size", batch_size, 1)
+        tile = check("tile", tile, None)
+        overlap = check("overlap", overlap, 0.2)
+        views = dict(test_size=(short, long), tile=tile, overlap=overlap, tta=tta)
+        return predict_images(self, list_images(images), score_threshold, batch_size, graph, views)
 
 
 def best_pairs(cls, ctr, rule, topk):
@@ -1115,14 +1114,14 @@ def best_pairs(cls, ctr, rule, topk):
     of its classes. Ranking locations first avoids sorting all P * K pairs.
 
     Returns location (B, N), label (B, N) and the product of probability and centerness (B, N),
-    which is -inf for pairs that do not exceed the threshold. torch.sym_min is a min that keeps N
-    dynamic in an exported graph.
+    which is -inf for pairs that do not exceed the threshold.
     """
     K = cls.shape[2]
     centerness = ctr.float().sigmoid()
     # One NaN hides the best class; 1 lets the other classes of that location take part.
     best_prob = cls.amax(2).float().sigmoid().nan_to_num(nan=1.0)
     locations = rule.rank(best_prob, best_prob * centerness)
+    # min would make N a constant in an exported graph; sym_min keeps it dynamic
     location = locations.topk(torch.sym_min(topk, locations.shape[1])).indices
 
     prob = take(cls, location).float().sigmoid()  # (B, at most topk, K)
@@ -1259,7 +1258,10 @@ def is_allowed(value, default, allowed) -> bool:
 
 
 def check(keyword: str, value, default):
-    """Return the value of a keyword, a list as a tuple. Raises UserError if it is not allowed."""
+    """Return the value of a keyword, with a list as a tuple and a NumPy number as Python's.
+
+    Raises UserError if the value is not allowed.
+    """
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, np.number):
@@ -1282,7 +1284,7 @@ def check(keyword: str, value, default):
 
 
 def check_sizes(sizes, images):
-    """Raise UserError if `sizes` are something else, such as the targets of a torchvision model."""
+    """Raise UserError if `sizes` are something else, such as targets for a torchvision model."""
     if sizes is None or isinstance(sizes, Tensor) or np.shape(sizes) == (len(images), 2):
         return
     found = short_repr(sizes, 60)
@@ -1290,26 +1292,25 @@ def check_sizes(sizes, images):
 
 
 def check_features(features, hw, backbone):
-    """Raise UserError unless a backbone's features of a (height, width) image have the strides and
-    channels that it declares; other strides would silently move every location."""
+    """Raise UserError unless the features of a (height, width) image have the strides and channels
+    that the backbone declares. Other strides would silently move every location."""
     if torch.compiler.is_compiling():  # sizes may be symbols here
         return
     expected = list(zip(backbone.channels, *zip(*level_sizes(hw, backbone.strides))))
     found = [tuple(feature.shape[1:]) for feature in features]
     if found != expected:
-        raise UserError(
-            f"backbone {type(backbone).__name__}: its strides and channels promise features "
-            f"(channels, height, width) of {expected}, found {found}"
-        )
+        name = type(backbone).__name__
+        values = f"expected {expected} by its strides and channels, found {found}"
+        raise UserError(f"backbone {name}: features of (channels, height, width): {values}")
 
 
 def check_convention(convention) -> dict:
     """Return a convention with lists as tuples; raises UserError if an entry is not allowed."""
-    if not isinstance(convention, dict) or not convention.keys() <= CONVENTION.keys():
-        found = short_repr(convention)
-        if isinstance(convention, dict):
-            found = ", ".join(short_repr(key) for key in convention if key not in CONVENTION)
-        raise UserError(f"convention {found:.200}: expected entries of {', '.join(CONVENTION)}")
+    if not isinstance(convention, dict):
+        raise UserError(f"convention {short_repr(convention)}: expected a dict")
+    unknown = ", ".join(short_repr(key) for key in convention if key not in CONVENTION)
+    if unknown:
+        raise UserError(f"convention {unknown:.200}: expected entries of {', '.join(CONVENTION)}")
     return {name: check(name, value, CONVENTION[name]) for name, value in convention.items()}
 
 
@@ -1434,7 +1435,7 @@ def regular_file(path):
     return path
 
 
-# about EXIF tags that are not used here
+# Pillow warns about EXIF tags that are not used here.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 TURNS = {  # EXIF orientation: the operation that turns the image upright
@@ -1465,7 +1466,7 @@ def read_image(source, hw=None, upright=False) -> Tensor:
 
     hw: the (height, width) of its annotations. The EXIF orientation is applied unless the stored
     image already has this size, because COCO's boxes refer to the stored pixels. upright: apply it
-    in any case.
+    even then, because YOLO's boxes refer to the upright image.
 
     Raises UserError if the file cannot be read, or if its size is not `hw`.
     """
@@ -1540,7 +1541,7 @@ INFERENCE_LOCK = threading.RLock()  # for all models, because a model with a loc
 
 @contextlib.contextmanager
 def inference(model: FCOS):
-    """Switch to eval mode and fold frozen norms into the convolutions, at autocast's precision.
+    """Switch to eval mode and fold frozen norms into the convolutions, in autocast's precision.
 
     Do not change weights inside this context. Only one thread can be inside at a time.
     """
@@ -2059,7 +2060,7 @@ def checkpoint(model: "FCOS") -> dict:
         raise UserError(f"model of type {type(model).__name__}: expected one of fcos.build or load")
     names = ("name", "num_classes", "keywords", "classes", "category_ids", "convention")
     content = {name: getattr(inner, name) for name in names}
-    check_classes(content, inner.num_classes)
+    check_class_lists(content, inner.num_classes)
     state = {key.replace("_orig_mod.", ""): x for key, x in inner.state_dict().items()}
     return content | {"model": state}
 
@@ -2141,7 +2142,7 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
             if backbone is None:
                 raise UserError("has a custom backbone: pass the module as `backbone=`")
             keywords["backbone"] = backbone
-        check_size(classes, keywords, weights.size)
+        check_parameter_count(classes, keywords, weights.size)
         model = FCOS(classes, **keywords)
     except UserError as error:
         raise UserError(f"{printable(weights.path)}: {error}") from None
@@ -2174,25 +2175,25 @@ def find_description(weights, name):
         raise UserError(f"expected model {name or 'name'}, found {short_repr(stored_name)}")
     if type(number) is not int or number != rows:
         raise UserError(f"num_classes {short_repr(number)}: expected {rows} as in its weights")
-    check_classes(content, rows)
+    check_class_lists(content, rows)
     return stored_name, rows, stored_keywords(content)
 
 
-def check_classes(content, rows):
-    """Raise UserError unless the classes and the category ids of a checkpoint are None or lists of
-    `rows` values, names as text and ids as text or whole numbers."""
-    for entry in ("classes", "category_ids"):
+def check_class_lists(content, rows):
+    """Raise UserError unless "classes" of a checkpoint is None or `rows` names, and "category_ids"
+    None or `rows` numbers or names."""
+    for entry, kind in (("classes", "names"), ("category_ids", "whole numbers or names")):
         values = content.get(entry)
         if values is None:
             continue
         fits = isinstance(values, (list, tuple)) and len(values) == rows
-        fits = fits and all(type(x) is str or (entry != "classes" and is_int64(x)) for x in values)
+        numbers = entry == "category_ids"
+        fits = fits and all(type(x) is str or (numbers and is_int64(x)) for x in values)
         if not fits:
-            kind = "names" if entry == "classes" else "whole numbers"
             raise UserError(f"{entry} {short_repr(values)}: expected a list of {rows} {kind}")
 
 
-def check_size(classes, keywords, size):
+def check_parameter_count(classes, keywords, size):
     """Raise UserError if keywords describe no model, or one much larger than the file of `size`
     bytes, which could fill the memory."""
     backbone = keywords["backbone"]
