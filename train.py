@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=8 train.py fcos_imprv_R_50_FPN_1x         # eight: the same training
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py
 
-What a step trains on depends on (seed, step) alone, and its loss on all of its images alone, so the
-number of GPUs, of micro-batches (--accumulate) and of loader workers changes nothing but speed. The
-same command again resumes from the last checkpoint in --out.
+The images of a step depend only on (seed, step), and its loss is normalized over all of them. The
+number of GPUs, micro-batches (--accumulate) and dataloader workers therefore changes only the
+speed. The same command again resumes from the last checkpoint in --out.
 """
 
 import signal
@@ -59,9 +59,9 @@ def recipe(
 
     model: a row of fcos.MODELS. weights: a file in ~/.torch/models, or a choice of --weights.
     batch_size: images a step, over all GPUs and micro-batches.
-    lr: the learning rate, of which the first `warmup` steps get a third; it falls to a tenth at
+    lr: the learning rate. The first `warmup` steps use a third of it, and it falls to a tenth at
     each of `decays`, in eighteenths of `iters`.
-    min_size: choices for the short side in pixels, one of which is drawn for each image.
+    min_size: choices for the short side in pixels; one of them is drawn for each image.
     data: a folder, by default data/coco.
     """
     return locals()
@@ -126,10 +126,8 @@ def make_parser():
         "recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="row of RECIPES (%(default)s)"
     )
     add = parser.add_argument_group(DATA).add_argument
-    add(
-        "--data",
-        help="folder in the layout of COCO, Roboflow, CVAT, YOLO or Pascal VOC (data/coco)",
-    )
+    layouts = "COCO, Roboflow, CVAT, YOLO or Pascal VOC"
+    add("--data", help=f"folder in the layout of {layouts} (data/coco)")
     add("--train-images", metavar="DIR", help="for any other layout: pass all four, not --data")
     add("--train-annotations", metavar="JSON")
     add("--val-images", metavar="DIR")
@@ -137,45 +135,29 @@ def make_parser():
     add = parser.add_argument_group("what is trained, instead of the recipe's").add_argument
     weights_help = "start from a detector or ImageNet classifier, torchvision's, or nothing"
     add("--weights", metavar="PATH|coco|imagenet|none", help=weights_help)
-    add(
-        "--set",
-        type=evaluate.keyword_value,
-        nargs="+",
-        action="extend",
-        metavar="KEYWORD=VALUE",
-        default=[],
-        help="keywords of the model, such as radius=0 quality=iou: see fcos.FCOS",
-    )
+    keyword = dict(type=evaluate.keyword_value, nargs="+", action="extend", default=[])
+    keywords_help = "keywords of the model, such as radius=0 quality=iou: see fcos.FCOS"
+    add("--set", metavar="KEYWORD=VALUE", help=keywords_help, **keyword)
     add("--negatives", action="store_true", help="also train on images without objects")
     add("--augment", action="store_true", help="vary colours and crop, for small data sets")
-    batch_size = evaluate.number(int, 1, 2**16)
-    add("--batch-size", type=batch_size, help="images per step, over all GPUs and micro-batches")
+    image_count = evaluate.image_count
+    add("--batch-size", type=image_count, help="images per step, over all GPUs and micro-batches")
     add("--iters", type=positive_int, help="steps; the schedule keeps its proportions")
-    add(
-        "--lr",
-        type=evaluate.number(float, 1e-12, 1e38),
-        help="learning rate (scaled with --batch-size)",
-    )
+    rate = evaluate.number(float, 1e-12, 1e38)
+    add("--lr", type=rate, help="learning rate (scaled with --batch-size)")
     add("--min-size", type=positive_int, nargs="+", help="choices for the short side, in pixels")
     add("--max-size", type=positive_int, help="limit of the long side, in pixels")
     add("--multiple", type=positive_int, help="pad to multiples of this (32; 128 with --compile)")
     decay = evaluate.number(float, 1e-9, 1 - 1e-9)
-    add(
-        "--ema", type=decay, metavar="DECAY", help="moving average of weights, such as 0.999 (none)"
-    )
+    add("--ema", type=decay, metavar="DECAY", help="average the weights, such as 0.999 (none)")
     add("--patience", type=positive_int, metavar="N", help="stop after N evaluations without gain")
     add("--seed", type=not_negative, default=0, help="(%(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
     add = parser.add_argument_group(HOW_IT_RUNS).add_argument
     add("--out", help="folder of the run (runs/RECIPE)")
-    add(
-        "--workers",
-        type=evaluate.number(int, 0, 256),
-        help="dataloader workers per rank (4 on a GPU, else 1)",
-    )
-    add(
-        "--accumulate", type=positive_int, default=1, metavar="N", help="micro-batches per step (1)"
-    )
+    workers_help = "dataloader workers per rank (4 on a GPU, else 1)"
+    add("--workers", type=evaluate.worker_count, help=workers_help)
+    add("--accumulate", type=positive_int, default=1, help="micro-batches per step (%(default)s)")
     add("--eval-every", type=positive_int, help="steps between evaluations (only at the end)")
     add("--checkpoint-every", type=positive_int, default=2500, help="steps (%(default)s)")
     add("--device", help="cpu, cuda, mps or xpu (cuda if there is one)")
@@ -197,7 +179,7 @@ def stored_flags():
 def resolve(args: Namespace) -> dict:
     """Return the settings that decide the result: the recipe's, or the flags' where given.
 
-    "keywords" are those of the model, complete. Raises UserError for what cannot be trained.
+    "keywords" are all keywords of the model. Raises UserError for settings that do not go together.
     """
     if args.recipe not in RECIPES:
         raise UserError(f"recipe {args.recipe!r}: expected one of {', '.join(RECIPES)}")
@@ -295,8 +277,8 @@ class Plan(NamedTuple):
 
 
 class TrainBatches:
-    """The micro-batches of all steps. Item `step * micro_batches + m` is what this rank trains on
-    in micro-batch m of a step.
+    """The micro-batches of all steps. Item `step * micro_batches + m` is this rank's part of
+    micro-batch m of a step.
 
     All images of a step belong to one aspect group (height < width, or not), which keeps the
     padding small. A step draws its group in proportion to the groups' lengths. A group is an
@@ -316,7 +298,7 @@ class TrainBatches:
         self.micro_batches = micro_batches
         self.batch_size = settings["batch_size"]
         self.iters = settings["iters"]
-        self.drawn = set()
+        self.drawn = set()  # random streams that the current item has taken
         self.groups = aspect_groups(dataset, settings)
         self.largest_hw = [self.largest_padded_hw(group) for group in self.groups]
         lengths = np.array([len(group) for group in self.groups])
@@ -331,8 +313,8 @@ class TrainBatches:
     def rng(self, purpose, *position):
         """Return the random stream of a purpose at a position, a NumPy generator.
 
-        Every purpose has its own stream, so that no draw shifts the numbers of another. Raises
-        ValueError if one item takes a stream twice, since it would get the same numbers again.
+        Every purpose has its own stream, so that a draw for one does not shift the numbers of
+        another. Raises ValueError if an item takes a stream twice and would get equal numbers.
         """
         stream = purpose, len(position)  # NumPy fills short seeds with zeros: (2, 5) is (2, 5, 0)
         known = stream in STREAMS
@@ -349,7 +331,7 @@ class TrainBatches:
 
     def plan(self, step: int) -> Plan:
         """Return the plan of a step, computed by every rank before it decodes an image."""
-        self.drawn.clear()  # an item begins with its plan
+        self.drawn.clear()  # a new item: each computes its plan first
         group = self.group_of_step[step]
         start = self.turn_of_step[step] * self.batch_size
         positions = start + np.arange(self.batch_size)  # in the group's endless stream
@@ -383,6 +365,10 @@ class TrainBatches:
         multiple = self.settings["multiple"]
         return sum(math.ceil(h / multiple) * math.ceil(w / multiple) for h, w in self.largest_hw)
 
+    def checksum(self):
+        """Return a checksum of the groups: a run that samples other images must not be resumed."""
+        return f"{zlib.crc32(np.concatenate(self.groups).tobytes()):x}"
+
     def __len__(self):
         return self.iters * self.micro_batches
 
@@ -402,10 +388,10 @@ class TrainBatches:
         return collate([self.sample(plan, step, slot) for slot in slots], plan.padded_hw)
 
     def sample(self, plan, step, slot):
-        """Return the augmented sample of a slot of a step: the index of an image in its plan."""
+        """Return the augmented sample of one image of a step. slot: its position in the plan."""
         self.dataset.files_read.clear()
         try:
-            with seeded(self.rng("libraries", step, slot)):
+            with seeded_globals(self.rng("libraries", step, slot)):
                 sample = self.read(plan.indices[slot], plan.sizes[slot], step, slot)
                 if self.settings["augment"]:
                     sample = augment_more(sample, self.rng("augment_more", step, slot))
@@ -447,10 +433,11 @@ def aspect_groups(dataset, settings):
 
 
 @contextlib.contextmanager
-def seeded(rng):
+def seeded_globals(rng):
     """Seed the global generators of PyTorch, NumPy and Python, and restore them at the end.
 
-    Libraries of augmentations draw from these. A sample must not depend on what was drawn before.
+    Augmentation libraries draw from them. Without this, a sample would depend on the samples that
+    its worker made before.
     """
     seed = int(rng.integers(2**32))
     numpy_state = np.random.get_state()
@@ -467,19 +454,20 @@ def seeded(rng):
 
 
 def check_sample(sample, num_classes):
-    """Raise UserError unless an augmented sample is one that can be trained on."""
+    """Raise UserError if an augmented sample cannot be trained on."""
     image = sample["image"]
     boxes = sample["boxes"]
     labels = sample["labels"]
     is_image = image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3
     have_area = (boxes[:, 2:] > boxes[:, :2]).all()
-    wh = torch.tensor(image.shape[:0:-1])
-    inside = ((boxes[:, 2:] > 0) & (boxes[:, :2] < wh)).all()
+    height, width = image.shape[-2:]
+    inside = ((boxes[:, 2:] > 0) & (boxes[:, :2] < torch.tensor([width, height]))).all()
     known = ((labels >= 0) & (labels < num_classes)).all()
     complete = all(len(sample[name]) == len(boxes) for name in sample if name != "image")
     if not (is_image and have_area and inside and known and complete):
         made = f"{tuple(image.shape)} {image.dtype} pixels, boxes {boxes.tolist()}"
-        raise UserError(f"augment made {made:.250}, labels {labels.tolist()}")
+        expected = f"uint8 (3, H, W), boxes that overlap it, a label below {num_classes} for each"
+        raise UserError(f"augment made {made:.250}, labels {labels.tolist()}; expected {expected}")
 
 
 def collate(samples, padded_hw):
@@ -499,9 +487,9 @@ def mirror_boxes(boxes, width):
     return torch.stack([width - x2, y1, width - x1, y2], 1)
 
 
-# How each column of the boxes changes when the image is mirrored at a width, and when it is cropped
-# at an offset and scaled, both (x, y, x, y), or only resized, at the offset 0. A column without a
-# rule is an error: it would silently keep the values of another image.
+# How each column of the boxes changes with the image: mirror(values, width) when it is mirrored,
+# crop(values, offset, scale) when it is cropped and resized, with offset and scale as (x, y, x, y).
+# A column without a rule raises an error, because its values would no longer fit the image.
 COLUMNS = {
     "boxes": dict(mirror=mirror_boxes, crop=lambda boxes, offset, scale: (boxes - offset) * scale),
     "labels": dict(mirror=lambda labels, *_: labels, crop=lambda labels, *_: labels),
@@ -518,8 +506,8 @@ def transform(sample, how, *values):
 
 
 def read_resized(dataset, i, hw):
-    """Return the sample of image i at (height, width). Extra columns follow by their "crop" rule,
-    since resizing is a crop of everything: one in pixels is scaled as the boxes are."""
+    """Return the sample of image i, resized to (height, width). Extra columns change by their
+    "crop" rule with an offset of 0, because a column in pixels must be scaled like the boxes."""
     sample = dataset.sample(i, hw)
     height, width = dataset.hw[i].tolist()
     scale = torch.tensor([hw[1] / width, hw[0] / height] * 2)
@@ -528,10 +516,10 @@ def read_resized(dataset, i, hw):
 
 
 def augment(sample, rng):
-    """Return a training sample changed at random: half of them are mirrored.
+    """Return a sample, mirrored with a probability of one half.
 
-    The image must not become larger: the padding of a step is decided before its pixels are read.
-    Boxes may be removed, with their row in every column. rng: a NumPy generator of this sample.
+    The image must not become larger, because the padding of a step is decided before its pixels are
+    read. Boxes may be removed, with their rows of every column. rng: this sample's NumPy generator.
     """
     if rng.random() < 0.5:
         width = sample["image"].shape[2]
@@ -540,7 +528,7 @@ def augment(sample, rng):
 
 
 def augment_more(sample, rng):
-    """Return a sample changed more strongly (--augment); `augment` follows.
+    """Return a sample with other colours and perhaps a crop (--augment); `augment` follows.
 
     Brightness, contrast and saturation vary by up to 30 %. Half of the images are enlarged up to
     twice and cut to their size; boxes whose centre lies outside the crop are dropped.
@@ -575,52 +563,54 @@ def crop(sample, rng):
 
 
 def load_data(args: Namespace, settings: dict):
-    """Return the training and the validation set, and report what is odd about them.
+    """Return the training and the validation set, and print warnings about them.
 
-    Raises UserError if a file cannot be used, or if there is no box to learn.
+    Raises UserError if a file cannot be used, or if there is no box to train on.
     """
     paths = find_data(args)
     if str(paths["train"][1]) == "data/shapes/train2017":
         draw_shapes("data/shapes")
     train_set = load_split(paths["train"])
     val_set = load_split(paths["val"], train_set.classes)
-    path = train_set.annotations
-    bare = int((~train_set.trainable).sum())
-    if bare == len(train_set) or not len(train_set.boxes):
-        why = "; ".join(train_set.notes) or f"it lists {len(path.rows)} boxes"
-        raise UserError(f"{path}: expected an image with a box to train on, found none; {why}")
-    if bare:
+    train_path = train_set.annotations
+    val_path = val_set.annotations
+    empty = int((~train_set.trainable).sum())
+    if empty == len(train_set) or not len(train_set.boxes):
+        why = "; ".join(train_set.notes) or f"it lists {len(train_path.rows)} boxes"
+        problem = "expected an image with a box to train on, found none"
+        raise UserError(f"{train_path}: {problem}; {why}")
+    if empty:
         use = "negatives" if settings["negatives"] else "left out; --negatives trains on them"
-        say(f"{path}: {bare} of {len(train_set)} images have no boxes to train on and are {use}")
-    path = val_set.annotations
-    if not len(val_set.boxes):
-        say(f"{path}: has no boxes, so every AP will be -1")
-    if evaluate.rank_and_world_size()[0] == 0:
-        shared = count_shared_images(train_set, val_set)
-        if shared:
-            say(f"{path}: {shared} of its images are in the training set: AP will be too high")
+        images = f"{empty} of {len(train_set)} images"
+        say(f"{train_path}: {images} have no boxes to train on and are {use}")
     counts = np.bincount(train_set.labels, minlength=len(train_set.classes))
     without = [name for name, count in zip(train_set.classes, counts) if count == 0]
     if without:
-        say(f"{train_set.annotations}: has no box of {printable(', '.join(without), 200)}")
+        say(f"{train_path}: has no box of {printable(', '.join(without), 200)}")
+    if not len(val_set.boxes):
+        say(f"{val_path}: has no boxes, so every AP will be -1")
+    if evaluate.rank_and_world_size()[0] == 0:
+        shared = count_shared_images(train_set, val_set)
+        if shared:
+            say(f"{val_path}: {shared} of its images are in the training set: AP will be too high")
     return train_set, val_set
 
 
 def count_shared_images(train_set, val_set):
-    """Return how many validation images are training images, too, by path or content."""
+    """Return how many validation images have the path or the content of a training image."""
     paths = []
     for dataset in (train_set, val_set):
         folder = dataset.image_dir.resolve()  # two links may lead to one folder
         paths += [os.path.join(folder, name) for name in dataset._names.tolist()]
-    first = len(train_set)  # position of the first validation image
-    shared = [group for group in evaluate.same_content(paths) if group[0] < first]
-    return sum(position >= first for group in shared for position in group)
+    first_val = len(train_set)
+    shared = [group for group in evaluate.same_content(paths) if group[0] < first_val]
+    return sum(position >= first_val for group in shared for position in group)
 
 
 def load_split(paths, classes=None):
-    """Read a data set and report its size and what is odd about it.
+    """Read a data set; print its size and its warnings.
 
-    classes: the names that are trained on; by default the annotations decide.
+    classes: the names of the classes; by default the annotations decide.
     """
     annotations, image_dir = paths
     if not Path(annotations).exists():
@@ -637,7 +627,7 @@ def load_split(paths, classes=None):
 
 
 def fingerprint(dataset):
-    """Return what identifies the content of a data set's annotations, wherever they lie."""
+    """Return a text that identifies the content of a data set's annotations, not their path."""
     digest = hashlib.sha256(repr((dataset.classes, dataset.category_ids)).encode())
     values = vars(dataset) | vars(dataset.annotations) | dataset.annotations.columns
     for name, value in sorted(values.items()):
@@ -662,8 +652,8 @@ def draw_shapes(folder):
 
 
 def report_sizes(model, batches):
-    """Print for each class how large its boxes are after resizing, and how many have no location
-    and are not learned. If these are more than a tenth, print a --min-size that would help."""
+    """Print for each class the size of its boxes after resizing, and the share without a location,
+    which is not trained on. If that exceeds a tenth, print a --min-size that would help."""
     if evaluate.rank_and_world_size()[0] > 0:
         return
     min_sizes = sorted(batches.settings["min_size"])
@@ -675,27 +665,31 @@ def report_sizes(model, batches):
         say(f"{name}: boxes of {size}, {lost:.0%} of {count} without a location")
     if len(found) > 10:
         say(f"... of the other {len(found) - 10} classes no more than {found[10][0]:.0%}")
-    if largest_loss(found) > 0.1:
+    if largest_share_lost(found) > 0.1:
         remedy = "a finer level (--set levels=[2,3,4,5,6] with ranges) or tiles of the images"
         for factor in (4, 3, 2, 1.5, 1.25):
             larger = [round(factor * size / 32) * 32 for size in sizes]
-            if largest_loss(measure_boxes(model, batches, larger)) > 0.1:
+            if largest_share_lost(measure_boxes(model, batches, larger)) > 0.1:
                 break
             remedy = f"--min-size {larger[0]} --max-size {larger[1]}"
         say(f"warning: many boxes are too small for any location; try {remedy}")
 
 
-def largest_loss(found):
-    """Return the largest share of boxes without a location: of all boxes, or of a class with 10
-    boxes or more."""
+def largest_share_lost(found):
+    """Return the largest share of boxes without a location: among all boxes, or among those of a
+    class with 10 boxes or more. found: from measure_boxes."""
     total = sum(count for _, _, count, _ in found)
     overall = sum(lost * count for lost, _, count, _ in found) / total
-    return max([overall, *(lost for lost, _, count, _ in found if count >= 10)])
+    of_classes = [lost for lost, _, count, _ in found if count >= 10]
+    return max([overall, *of_classes])
 
 
 def measure_boxes(model, batches, sizes):
-    """Return (share of boxes without a location, label, number of boxes, median side in pixels) of
-    each class, the largest share first, on as many images as a CPU measures in a second or two."""
+    """Return (share of boxes without a location, label, number of boxes, median side in pixels) for
+    each class, the largest share first.
+
+    Up to 300 random images are measured; fewer if a CPU would take more than a second or two.
+    """
     dataset = batches.dataset
     device = next(model.parameters()).device
     measured = []
@@ -721,7 +715,7 @@ def measure_boxes(model, batches, sizes):
 
 
 def find_weights(name, keywords):
-    """Return the path that --weights means for a model of these keywords; None for "none"."""
+    """Return the path of the weights that --weights names, or None for "none"."""
     if name == "none":
         return None
     if name in ("imagenet", "coco"):
@@ -762,11 +756,11 @@ def make_model(settings: dict, dataset) -> fcos.FCOS:
 def keywords_for(weights, keywords):
     """Return the keywords that the initial weights decide.
 
-    One of our own checkpoints says which norms it has. Without weights nothing can be frozen.
+    Our own checkpoints store the kind of norm. Without weights nothing can be frozen.
     """
     if weights:
-        own = "num_classes" in weights.content
-        stored = fcos.stored_keywords(weights.content) if own else {}
+        is_ours = "num_classes" in weights.content
+        stored = fcos.stored_keywords(weights.content) if is_ours else {}
         return {name: stored[name] for name in ("norm", "frozen_stages") if name in stored}
     changes = {}
     if keywords.get("norm") == "frozen":
@@ -778,7 +772,7 @@ def keywords_for(weights, keywords):
 
 
 def report_weights(path, report):
-    """Print what fcos.load_weights has loaded, and which parts keep their random start."""
+    """Print what fcos.load_weights has loaded, and which parts keep random weights."""
     parts = {".".join(name.split(".")[:2]) for name in report["missing"]}
     random = {part for part in parts if not part.startswith("backbone.")}
     random |= {f"class {name}" for name in report["new_classes"]}
@@ -788,7 +782,7 @@ def report_weights(path, report):
 
 
 def make_network(model, settings, batches):
-    """Return the model, or DDP around it, after a rehearsal."""
+    """Return the model, or DDP around it, after `rehearse`."""
     network = model
     if evaluate.rank_and_world_size()[1] > 1:
         if settings["keywords"].get("norm") == "syncbn":
@@ -808,7 +802,7 @@ def make_network(model, settings, batches):
 class Graphs:
     """A backend of torch.compile that counts the graphs it makes and the calls that use one.
 
-    Beyond its recompile limit torch.compile runs a new size eager, for good and with one warning.
+    Beyond its recompile limit, torch.compile runs new sizes eagerly, and warns only once.
     """
 
     backend = "inductor"
@@ -826,7 +820,7 @@ class Graphs:
         return run_and_count
 
     def counts(self, passes):
-        """Return the graphs and, of so many forward passes, those that ran eager, for the log."""
+        """Return the number of graphs, and of eager passes among `passes` forward passes."""
         return {"graphs": self.made, "eager_passes": max(passes - self.calls, 0)}
 
 
@@ -841,63 +835,62 @@ def compile_model(model, batches) -> Graphs:
     return graphs
 
 
-def rehearse(network, model, batches, settings):
-    """Run a step that trains nothing, on the smallest image of the run, and decode its outputs.
+# Names that an output of the head and a loss must not have
+DETECTION_NAMES = {"boxes", "scores", "labels", "bbox", "score", "category_id", "image_id"}
+LOG_NAMES = {"step", "loss", "lr", "AP"}
 
-    What does not fit together fails here, before anything is written. DDP sums gradients in
-    another order after its first backward pass; with this pass behind it, a resumed run sums in
-    the same order as one that never stopped. Raises UserError if no loss depends on a parameter,
-    or if a loss has a name that the log uses.
+
+def rehearse(network, model, batches, settings):
+    """Run a step without an update on the smallest image of the run, and decode its outputs.
+
+    A mistake in the model or the loss raises an error here, before anything is written. DDP sums
+    gradients in another order after its first backward pass, which is this one; so a resumed run
+    sums in the same order as one that never stopped.
+
+    Raises UserError if no loss depends on a parameter, or for a reserved name of an output or loss.
     """
     batch = to_device(batches.smallest(), next(model.parameters()).device)
     network.eval()  # running statistics stay as they are
     with torch.no_grad():
         outputs = model(batch["images"], batch["sizes"])
-    taken = outputs.keys() & {
-        "boxes",
-        "scores",
-        "labels",
-        "bbox",
-        "score",
-        "category_id",
-        "image_id",
-    }
-    if taken:
-        raise UserError(
-            f"output {min(taken)!r} of the head: expected another name; detections use it"
-        )
+        taken = outputs.keys() & DETECTION_NAMES
+        if taken:
+            problem = "expected another name; detections use it"
+            raise UserError(f"output {min(taken)!r} of the head: {problem}")
+        model.decode(outputs, batch["sizes"])
     losses = compute_gradients(model, network, [batch], settings)
     if batches.batch_size > batches.world_size * batches.micro_batches:
-        check_sums(model, network, batch, settings)
-    with torch.no_grad():
-        model.decode(outputs, batch["sizes"])
+        check_normalization(model, network, batch, settings)
     network.train()
     named = model.named_parameters()
     unused = [name for name, p in named if p.requires_grad and p.grad is None]
     if unused:
         raise UserError(f"no loss depends on {', '.join(unused)}")
-    reserved = {"step", "loss", "lr", "AP"}
-    if losses.keys() & reserved:
-        raise UserError(f"losses {', '.join(losses)}: expected no name of {sorted(reserved)}")
+    if losses.keys() & LOG_NAMES:
+        raise UserError(f"losses {', '.join(losses)}: expected no name of {sorted(LOG_NAMES)}")
     model.zero_grad()
 
 
-def check_sums(model, network, batch, settings):
-    """Warn of a loss that depends on how a step is split into micro-batches, such as a mean."""
-    pair = {name: torch.cat([x, x]) if torch.is_tensor(x) else x + x for name, x in batch.items()}
-    together = compute_gradients(model, network, [pair], settings)
+def check_normalization(model, network, batch, settings):
+    """Warn if a loss depends on how a step is split into micro-batches, as a mean does.
+
+    Computes the losses of the batch twice over: in one micro-batch, and in two.
+    """
+    twice = {name: torch.cat([x, x]) if torch.is_tensor(x) else x + x for name, x in batch.items()}
+    together = compute_gradients(model, network, [twice], settings)
     apart = compute_gradients(model, network, [batch, batch], settings)
     for name in together:
         if not torch.isclose(together[name], apart[name], rtol=0.03, atol=1e-3, equal_nan=True):
-            say(f"warning: loss {name} depends on how a step is split; see fcos.fcos_loss")
+            fix = "divide its sum by one of the normalizers, see fcos.fcos_loss"
+            say(f"warning: loss {name} depends on how a step is split; {fix}")
 
 
 # ---- optimization ------------------------------------------------------------------------------
 
 
 def parameter_groups(model: torch.nn.Module, lr: float) -> list[dict]:
-    """Return the optimizer's groups. Biases, those of the norms included, have no weight decay
-    and twice the learning rate."""
+    """Return the optimizer's groups. Biases, including those of norms, have no weight decay and
+    twice the learning rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     weights = [p for name, p in named if "bias" not in name]
     biases = [p for name, p in named if "bias" in name]
@@ -908,14 +901,15 @@ def parameter_groups(model: torch.nn.Module, lr: float) -> list[dict]:
 
 
 def make_optimizer(model: torch.nn.Module, settings: dict) -> torch.optim.Optimizer:
-    """Return the optimizer. The "lr" of each of its groups is what `lr_at` starts from."""
+    """Return the optimizer. `lr_at` scales the "lr" of each of its groups."""
     return torch.optim.SGD(parameter_groups(model, settings["lr"]), momentum=0.9)
 
 
 def lr_at(step: int, lr: float, iters: int, warmup: int, decays=DECAYS) -> float:
     """Return the learning rate of a step, counted from 0: constant warm-up, then decays.
 
-    The arguments are those of `recipe`."""
+    The other arguments are those of `recipe`.
+    """
     passed = sum(step >= iters * eighteenths // 18 for eighteenths in decays)
     return lr * (1 / 3 if step < warmup else 1) * 0.1**passed
 
@@ -933,14 +927,7 @@ def describe(optimizer, model, settings):
     found = {"class": type(optimizer).__name__}
     for number, group in enumerate(optimizer.param_groups, 1):
         group.setdefault("initial_lr", group["lr"])
-        parameters = [names.get(p, f"{tuple(p.shape)}") for p in group["params"]]
-        digest = zlib.crc32(" ".join(parameters).encode())
-        used = [(name, value) for name, value in group.items() if value not in (None, False)]
-        values = [f"{name} {value}" for name, value in used if name not in ("params", "lr")]
-        some_steps = range(0, settings["iters"], math.ceil(settings["iters"] / 100))
-        some_rates = repr([group_lr(k, group, settings) for k in some_steps])
-        digest = zlib.crc32(some_rates.encode(), digest)
-        found[f"group {number}"] = f"{', '.join(values)}, {len(parameters)} tensors ({digest:x})"
+        found[f"group {number}"] = describe_group(group, names, settings)
     rates = [group_lr(k, optimizer.param_groups[0], settings) for k in range(settings["iters"])]
     changes = [k for k in range(len(rates)) if k == 0 or rates[k] != rates[k - 1]]
     shown = changes[:: math.ceil(len(changes) / 20)]  # some of them, if the rate always changes
@@ -948,10 +935,23 @@ def describe(optimizer, model, settings):
     return {"optimizer": found, "learning rate": schedule, "last_rate_change": changes[-1]}
 
 
+def describe_group(group, names, settings):
+    """Return the values of a group as text, with a checksum of its parameters' names and of its
+    learning rate at 100 steps."""
+    parameters = [names.get(p, f"{tuple(p.shape)}") for p in group["params"]]
+    steps = range(0, settings["iters"], math.ceil(settings["iters"] / 100))
+    rates = [group_lr(step, group, settings) for step in steps]
+    checksum = zlib.crc32(repr(rates).encode(), zlib.crc32(" ".join(parameters).encode()))
+    used = [(name, value) for name, value in group.items() if value not in (None, False)]
+    values = [f"{name} {value}" for name, value in used if name not in ("params", "lr")]
+    return f"{', '.join(values)}, {len(parameters)} tensors ({checksum:x})"
+
+
 class MovingAverage:
     """The moving average of a model's weights, evaluated and saved in place of the model (--ema).
 
-    Step k, counted from 0, weighs at least 9 / (9 + k), so that the random start is forgotten.
+    The weights of step k, counted from 0, count at least 9 / (9 + k), so that the random initial
+    weights are soon forgotten.
     """
 
     def __init__(self, model, decay):
@@ -977,7 +977,7 @@ class MovingAverage:
 
 
 def make_companions(model: torch.nn.Module, settings: dict) -> dict:
-    """Return what changes with the weights after every step, by name: a moving average, a teacher.
+    """Return {name: object to update after every step}, such as a moving average or a teacher.
 
     Each has `update(step)`, `state_dict` and `load_state_dict`, and is saved and resumed. The one
     called "ema" is evaluated in place of the model.
@@ -989,7 +989,7 @@ def make_companions(model: torch.nn.Module, settings: dict) -> dict:
 
 
 def to_device(batch, device):
-    """Move a batch of TrainBatches to the device, without waiting for it.
+    """Move a batch of TrainBatches to the device, without waiting for the copy.
 
     Returns {"images": (b, 3, H, W), "sizes": (b, 2), "truths": for each image a dict of its boxes,
     labels and further columns}.
@@ -1011,11 +1011,11 @@ def to_device(batch, device):
 def compute_gradients(model, network, batches, settings):
     """Compute the gradients of one step from its micro-batches on this rank.
 
-    Targets do not depend on predictions. So the normalizers of the whole step, over all its
+    Targets do not depend on predictions, so the normalizers of the whole step, over all
     micro-batches and ranks, are known before the first forward pass.
 
-    network: the model, or DDP around it. Returns {name: this rank's part of the loss}, tensors that
-    are not read from the device.
+    network: the model, or DDP around it. Returns {name: this rank's part of the loss} as scalar
+    tensors on the device.
     """
     targets = [model.targets(batch["images"].shape[2:], batch["truths"]) for batch in batches]
     normalizers = sum(map(fcos.loss_normalizers, targets))
@@ -1057,7 +1057,7 @@ class Meter:
         self.batches = batches
         self.graphs = graphs
         self.first_step = step
-        self.first_bad = torch.tensor(batches.iters, device=device)  # none so far
+        self.first_bad = torch.tensor(batches.iters, device=device)  # the step; iters: none yet
         self.restart(step)
 
     def restart(self, step):
@@ -1109,7 +1109,7 @@ def validate(step, model, companions, val_set, best, files, workers):
         for buffer in evaluated.buffers():  # running statistics differ: take those of rank 0
             dist.broadcast(buffer, 0)
     batch_size = 1 if device.type == "cpu" else 8
-    with torch.compiler.set_stance("force_eager"):  # its sizes are not worth a graph each
+    with torch.compiler.set_stance("force_eager"):  # a graph for each size would take too long
         results = evaluate.predict(evaluated, val_set, batch_size, workers)
     if files.active:
         metrics = evaluate.score(results, val_set.annotations)
@@ -1118,7 +1118,7 @@ def validate(step, model, companions, val_set, best, files, workers):
         if device.type in ("cuda", "xpu"):
             message += f", peak {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB"
         warn(message)
-        if not files.has_model() or not len(val_set.boxes):  # the latter: there is nothing to find
+        if not files.has_model() or not len(val_set.boxes):  # without boxes the last model is kept
             best = None
         metrics["step"] = step
         better = best is None or metrics["AP"] > best["AP"]
@@ -1133,8 +1133,8 @@ def validate(step, model, companions, val_set, best, files, workers):
 
 def out_of_patience(step, best, settings):
     """Return whether --patience evaluations since the last change of the learning rate have found
-    nothing better. This follows from the steps alone, so that a resumed run stops where one would
-    that was never interrupted."""
+    no better model. This depends on steps only, so a resumed run stops where an uninterrupted one
+    does."""
     if not settings["patience"] or best is None:
         return False
     every = settings["eval_every"]
@@ -1158,7 +1158,7 @@ def main(args: Namespace):
     settings |= {"keywords": model.keywords} | describe(optimizer, model, settings)
     print_settings(settings)
     batches = TrainBatches(train_set, settings, rank, world_size, args.accumulate)
-    settings["sampling"] = f"{zlib.crc32(np.concatenate(batches.groups).tobytes()):x}"
+    settings["sampling"] = batches.checksum()
     report_sizes(model, batches)
     network = make_network(model, settings, batches)
     graphs = compile_model(model, batches) if args.compile else None
@@ -1169,7 +1169,8 @@ def main(args: Namespace):
     iters = settings["iters"]
     out = Path(args.out or f"runs/{args.recipe}")
     inputs = settings["weights"], train_set.annotations.path, val_set.annotations.path
-    saved = check_saved({"optimizer": optimizer}, companions)
+    check_companions(companions)
+    saved = {"optimizer": optimizer} | companions
     with evaluate.lock_folder(out), stop_signals() as signals:
         files, start, best = open_run(out, args, settings, model, saved, inputs)
         loader = start_loader(batches, start, workers, device)
@@ -1207,8 +1208,8 @@ def main(args: Namespace):
 
 
 def check_room(batches, workers):
-    """Raise UserError unless every micro-batch of every rank gets an image, and the machine has
-    room for what dataloader workers read ahead."""
+    """Raise UserError if a micro-batch of a rank would be empty, or if dataloader workers have too
+    few open files or too little shared memory."""
     shares = batches.world_size * batches.micro_batches
     if batches.batch_size < shares:
         each = f"{batches.world_size} processes and {batches.micro_batches} micro-batches"
@@ -1225,7 +1226,7 @@ def check_room(batches, workers):
 
 
 def start_loader(batches, start, workers, device):
-    """Return the iterator over all micro-batches from step `start` on; its workers begin now."""
+    """Start the dataloader workers; return the iterator over micro-batches from step `start` on."""
     items = range(start * batches.micro_batches, len(batches))
     pinned = device.type in ("cuda", "xpu")
     loader = evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=pinned)
@@ -1369,27 +1370,24 @@ class RunFiles:
         return f"the same command resumes after step {self.saved_step}"
 
 
-PLAIN = (str, int, float, bool, bytes, type(None))  # what a checkpoint may hold beside tensors
+# The entries of a checkpoint except companions, and the types of their values beside tensors
+ENTRIES = {"settings", "step", "best", "log", "launch", "layout", "model", "optimizer"}
+PLAIN_TYPES = (str, int, float, bool, bytes, type(None))
 
 
-def check_saved(saved, companions):
-    """Return both dicts as one: all that a checkpoint stores beside the model, see RunFiles.
-
-    Raises UserError for a name that is taken, or a state that could not be read back.
-    """
-    reserved = {"settings", "step", "best", "log", "launch", "layout", "model", *saved}
-    taken = companions.keys() & reserved
+def check_companions(companions):
+    """Raise UserError for a companion that could not be saved and resumed."""
+    taken = companions.keys() & ENTRIES
     if taken:
-        raise UserError(f"companion {min(taken)!r}: expected no name of {sorted(reserved)}")
+        raise UserError(f"companion {min(taken)!r}: expected no name of {sorted(ENTRIES)}")
     for name, companion in companions.items():
         methods = ("update", "state_dict", "load_state_dict")
         if not all(hasattr(companion, method) for method in methods):
             raise UserError(f"companion {name!r}: expected methods {', '.join(methods)}")
         for value in torch.utils._pytree.tree_leaves(companion.state_dict()):
-            if not isinstance(value, torch.Tensor) and type(value) not in PLAIN:
+            if not isinstance(value, torch.Tensor) and type(value) not in PLAIN_TYPES:
                 found = type(value).__name__
                 raise UserError(f"companion {name!r}: its state holds a {found}; use tensors")
-    return saved | companions
 
 
 def open_run(out, args, settings, model, saved, inputs):
@@ -1441,9 +1439,9 @@ def resume(out, settings, model, saved, launch=None):
             return 0, None, []
         keywords = fcos.stored_keywords(content["model"])
         stored = content["settings"] | {"model": settings["model"], "keywords": keywords}
-        own = {name: getattr(model, name) for name in ("classes", "convention")}
-        stored |= {name: content["model"][name] for name in own}
-        changed = differences(stored, settings | own)
+        of_model = {name: getattr(model, name) for name in ("classes", "convention")}
+        stored |= {name: content["model"][name] for name in of_model}
+        changed = differences(stored, settings | of_model)
         if not changed:
             step, best = restore(path, content, settings, model, saved)
             lines = content["log"].splitlines(keepends=True)
@@ -1502,7 +1500,7 @@ def restore(path, content, settings, model, saved):
                 raise ValueError(f"{name} holds NaN or infinity")
     fcos.load_weights(model, fcos.Weights(path, model_content, model_content["model"], "fcos"))
     for name, stateful in saved.items():
-        if "param_groups" in states[name]:  # those of the code, which the settings describe
+        if "param_groups" in states[name]:  # keep the code's: `resume` has compared them
             states[name]["param_groups"] = stateful.state_dict()["param_groups"]
         stateful.load_state_dict(states[name])
     return step, best
@@ -1593,12 +1591,11 @@ def make_fresh_store(rank, world_size, timeout):
 
 
 class Shape(NamedTuple):
-    """A kind of object: its name, the distances of its corners from the center, at equal angles,
-    and the size of its hole."""
+    """A class of objects; its corners lie at equal angles around the center."""
 
     name: str
-    distances: list[float]
-    hole: float = 0
+    distances: list[float]  # of the corners from the center
+    hole: float = 0  # the size of the hole, relative to the shape
 
 
 SHAPES = {  # by category id, with gaps as in COCO
@@ -1611,18 +1608,18 @@ SHAPES = {  # by category id, with gaps as in COCO
 }
 
 
-def colors(text):
-    """Return colours, written as hexadecimal RGB, as a float32 array (N, 3) in 0..255."""
+def parse_colors(text):
+    """Return colours in hexadecimal RGB as a float32 array (N, 3) in 0..255."""
     return np.array([list(bytes.fromhex(color)) for color in text.split()], np.float32)
 
 
-PAPERS = colors("22303f 39463b 43374d 5a4a42 2f5061 1d3557 24404a 4a3038 333a56 3c4a3a")
-INKS = colors("ff6b6b ff9f43 ffd166 6ee7a8 4dd0c4 7cb8ff b79cff ff8fc2 fff8e7 c7f06a")
+BACKGROUNDS = parse_colors("22303f 39463b 43374d 5a4a42 2f5061 1d3557 24404a 4a3038 333a56 3c4a3a")
+COLORS = parse_colors("ff6b6b ff9f43 ffd166 6ee7a8 4dd0c4 7cb8ff b79cff ff8fc2 fff8e7 c7f06a")
 
 
 def draw_background(rng, w, h):
     """Mix two colours by a gradient, stripes or checks, and clouds; return (h, w, 3) in 0..255."""
-    first, second = rng.permutation(PAPERS)[:2]
+    first, second = rng.permutation(BACKGROUNDS)[:2]
     y, x = np.mgrid[:h, :w]
     turned = (x - w / 2 + 1j * (y - h / 2)) * np.exp(2j * np.pi * rng.uniform())
     waves = np.sin(2 * np.pi * np.stack([turned.real, turned.imag]) / rng.uniform(12, 48))
@@ -1643,7 +1640,7 @@ def draw_scene(rng):
     objects = []
     masks = []
     sizes = np.sort(10 * 5.5 ** rng.uniform(size=rng.integers(6, 11)))
-    for size, ink in zip(sizes[::-1], rng.permutation(INKS)):  # small objects on top of large ones
+    for size, color in zip(sizes[::-1], rng.permutation(COLORS)):  # small objects on top
         category = int(rng.choice(list(SHAPES)))
         centre = complex(*rng.uniform(0, (w, h)))
         outline = draw_outline(rng, category)
@@ -1657,7 +1654,7 @@ def draw_scene(rng):
             continue
         shadow = drawn.transform((w, h), Image.AFFINE, (4, 0, -4, 0, 4, -8))  # right 1, down 2
         image *= 1 - np.asarray(shadow.filter(ImageFilter.GaussianBlur(2)))[..., None] / 640
-        image += (ink - image) * mask[..., None]
+        image += (color - image) * mask[..., None]
         masks.append(mask)
         bbox = [x1, y1, x2 - x1, y2 - y1]
         area = round(float(mask.sum()), 2)
@@ -1667,16 +1664,19 @@ def draw_scene(rng):
 
 
 def draw_outline(rng, category):
-    """Return the corners of a shape of size 1 around 0, as complex numbers, squeezed and turned."""
+    """Return the corners of a shape of size 1 around 0, squeezed and turned at random.
+
+    A corner (x, y) is the complex number x + iy.
+    """
     distances = SHAPES[category].distances
-    turns = np.arange(len(distances)) / len(distances) - 0.25
-    corners = np.exp(2j * np.pi * turns) * distances
+    angles = np.arange(len(distances)) / len(distances) - 0.25  # in turns
+    corners = np.exp(2j * np.pi * angles) * distances
     squeezed = corners.real + 1j * corners.imag * rng.uniform(0.75, 1)
     return squeezed * np.exp(1j * rng.uniform(-0.25, 0.25))
 
 
 def fill_shape(outline, centre, hole, wh):
-    """Draw a shape in white on black, four times as large. hole: its size relative to it."""
+    """Draw a shape in white on black, four times as large. hole: its size relative to the shape."""
     drawn = Image.new("L", (4 * wh[0], 4 * wh[1]))
     for scale, grey in ((1, 255), (hole, 0)):  # a hole of size 0 draws nothing visible
         corners = 4 * (outline * scale + centre)

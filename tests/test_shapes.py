@@ -58,7 +58,7 @@ def test_shapes_are_a_coco_data_set(shapes, capsys):
 def test_boxes_are_tight_around_the_visible_part_of_a_shape(monkeypatch):
     """With one bright object on black, every bright pixel is of the object."""
     monkeypatch.setattr(train, "draw_background", lambda rng, w, h: np.zeros((h, w, 3), np.float32))
-    monkeypatch.setattr(train, "INKS", np.full((1, 3), 230, np.float32))
+    monkeypatch.setattr(train, "COLORS", np.full((1, 3), 230, np.float32))
     categories = set()
     errors = []
     for seed in range(80):
