@@ -1,4 +1,4 @@
-"""COCO files for tests, and calls of evaluate.py."""
+"""Write COCO files for tests, and call evaluate.py."""
 
 import json
 
@@ -57,7 +57,7 @@ def perfect_results(annotations):
 
 
 def edit(path, **changes):
-    """Change lists of a JSON file: to new ones, or by functions of the old ones."""
+    """Replace lists of a JSON file, by new lists or by functions of the old ones."""
     content = json.loads(path.read_text())
     for name, change in changes.items():
         content[name] = change(content[name]) if callable(change) else change
@@ -84,7 +84,7 @@ def run_evaluate(*argv):
 
 
 def run_script(capsys, *argv):
-    """Run evaluate.py until it exits. Return the exit code and the lines on stderr but for bars."""
+    """Run evaluate.py until it exits. Return the exit code and its stderr without progress bars."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         evaluate.run(evaluate.main, evaluate.parse_args([*map(str, argv)]))

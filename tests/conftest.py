@@ -46,7 +46,7 @@ def coco_tiny(shared):
 
 @pytest.fixture(scope="session")
 def mixed_coco(tmp_path_factory):
-    """Return the annotations and the folder of seven images of four sizes."""
+    """Return the paths of the annotations and the folder of seven images of four sizes."""
     from coco_files import box, write_coco
 
     sizes = [(64, 64), (90, 60), (60, 90), (64, 64), (90, 60), (33, 21), (90, 60)]
@@ -134,7 +134,7 @@ def half_finished(finished_copy):
 
 NAN = math.nan
 HUGE = "x" * 10**6
-DEEP = b")" + b"\x85" * 200_000  # a pickled tuple in a tuple ...; its hash would overflow the stack
+DEEP = b")" + b"\x85" * 200_000  # a pickle of nested tuples, whose hash overflows the stack
 DEEP_KEY = DEEP + b"K\x01s"  # as the key of an entry of a dict
 
 
@@ -145,7 +145,7 @@ THIN = dict(stem=8, channels=32)
 
 
 def randomise(model, seed=0):
-    """Fill weights and buffers with random values, so that all differ and variances are above 0."""
+    """Fill weights and buffers with different random values; variances are above 0."""
     generator = torch.Generator().manual_seed(seed)
     for value in model.state_dict().values():
         if value.is_floating_point():

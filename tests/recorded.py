@@ -1,4 +1,4 @@
-"""Recordings of the official code, and how results are compared with them.
+"""Read recordings of the official code, and compare results with them.
 
 golden/ holds the small sets; ../shared/golden, where it is present, the full ones. Official labels
 are ours + 1. Official boxes are inclusive: their x2 is ours - 1.
@@ -111,7 +111,7 @@ def relative_error(ours, expected):
 
 
 def assert_detections_match(found, expected, share=0.995, pixels=0.5, score=1e-3):
-    """Check that `found` holds this share of `expected`, each once, and little else."""
+    """Check that `found` holds at least `share` of `expected`, each once, and few others."""
     close = (found["boxes"] - expected["boxes"][:, None]).abs().amax(2) <= pixels
     close &= (found["scores"] - expected["scores"][:, None]).abs() <= score
     close &= found["labels"] == expected["labels"][:, None]

@@ -1,4 +1,4 @@
-"""Small runs of train.py: start one here or in processes of its own, kill it, compare its files."""
+"""Small runs of train.py: start one in this process or in others, kill it, compare its files."""
 
 import contextlib
 import itertools
@@ -58,7 +58,7 @@ def error_line(capsys, argv):
 
 
 class Killed(BaseException):
-    """Ends a run of this process where a kill would; nothing in train.py may catch it."""
+    """Ends a run in this process as a kill would; nothing in train.py may catch it."""
 
 
 def kill():
@@ -79,7 +79,7 @@ def at_step(number, action):
 
 @contextlib.contextmanager
 def acting_at_step(number, action):
-    """Call `action` before the update of a step of the runs in this context."""
+    """Let runs in this context call `action` before the update of a step, counted from 0."""
     update = train.update
     at_step(number, action)
     try:
@@ -89,13 +89,14 @@ def acting_at_step(number, action):
 
 
 def run_killed_at(step, argv):
-    """Run a command in this process; it is killed within a step, counted from 0."""
+    """Run a command in this process, and kill it within a step, counted from 0."""
     with acting_at_step(step, kill), pytest.raises(Killed):
         run(argv)
 
 
 def set_scores(monkeypatch, values):
-    """Let each evaluated model get the next of `values` as its AP; the same weights get the same.
+    """Replace scoring: each evaluated model gets the next of `values` as its AP, and equal weights
+    get equal APs.
 
     Returns a dict that collects {AP: the weights that were evaluated}.
     """
@@ -149,7 +150,7 @@ def read_files(folder):
 
 
 def edit_annotations(data, split, change):
-    """Call change(content) on the COCO annotations of a split, and write what it has changed."""
+    """Call change(content) on the COCO annotations of a split, and write the changed content."""
     path, _ = evaluate.coco_paths(data, f"{split}2017")
     content = json.loads(path.read_text())
     change(content)
@@ -241,8 +242,8 @@ def fork(function, *arguments, environment=None):
     output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (a pipe that nobody reads fills up)
 
     def child():
-        # What other threads of the parent have locked stays locked in a fork: tqdm's lock and
-        # monitor, and hotcoco's pool of threads, so that pycocotools scores instead.
+        # A lock that another thread of the parent holds is never released in a fork. This concerns
+        # tqdm's lock and monitor, and hotcoco's threads: pycocotools scores instead.
         tqdm.set_lock(threading.RLock())
         tqdm.monitor = None
         tqdm.monitor_interval = 0

@@ -1,9 +1,9 @@
-"""What a change costs a reader, and that none goes wrong silently.
+"""The changes in the table of CONTRIBUTING.md: their number of places, and that each works.
 
-Every test makes a change as a newcomer would: edits of a copy of the product, or a function that
-takes the place of another. It asserts the number of places and runs the change on every road. The
-scenarios are functions without arguments that run in a process of their own, in the folder of the
-copy: `import fcos` there is the changed file. Nothing else of the product may be imported here.
+Every test makes a change as a newcomer would: it edits a copy of the product, or replaces a
+function. It checks the number of places, and that the change works in training, prediction and
+export. A scenario is a function without arguments that runs in a process of its own, in the folder
+of the copy: there, `import fcos` imports the changed file. This file must not import the product.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ needs_timm = pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="ne
 
 @pytest.fixture(scope="module")
 def processes():
-    """A server that has imported the large packages; every scenario is a fork of it."""
+    """Return a server that has imported the large packages; every scenario is a fork of it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchvision", "matplotlib", "hotcoco"])
     return context
@@ -47,7 +47,7 @@ def processes():
 
 @pytest.fixture(scope="module")
 def product(processes, tmp_path_factory):
-    """The three files, the kernels, and 8 pictures of shapes to train on and 4 to validate."""
+    """Return a folder with the three files, the kernels, and 8 + 4 pictures of shapes."""
     folder = tmp_path_factory.mktemp("product")
     for name in ("fcos.py", "evaluate.py", "train.py"):
         shutil.copy(ROOT / name, folder)
@@ -58,7 +58,7 @@ def product(processes, tmp_path_factory):
 
 @pytest.fixture
 def change(processes, product, tmp_path):
-    """A function: run a scenario on the product, after edits [(file, text, its replacement)]."""
+    """Return a function that makes edits, [(file, text, replacement)], and runs a scenario."""
 
     def run(scenario, edits=(), world_size=1):
         copy = shutil.copytree(product, tmp_path / "copy")
@@ -537,7 +537,7 @@ def soft_suppress(model, boxes, scores, labels):
     return torch.cat(keep, 1), torch.cat(kept_scores, 1)
 
 
-def test_another_suppression_is_one_function_for_every_road(change):
+def test_another_suppression_is_one_function_for_all_predictions(change):
     change(another_suppression)
 
 
@@ -598,7 +598,7 @@ def test_onnx_gets_a_further_output_and_another_suppression(change):
 
 
 def exported_changes():
-    """What is given to torch.onnx.export; test_export.py exports for real."""
+    """Check the arguments of torch.onnx.export; test_export.py exports for real."""
     import fcos
 
     model, _ = save_model()
@@ -704,7 +704,7 @@ def test_repeat_factor_sampling_is_one_function(change):
 
 
 def repeat_factor_sampling():
-    """Images with a star count nine times."""
+    """Images with a star are repeated nine times."""
     import evaluate
     import train
 
@@ -735,7 +735,7 @@ def test_a_mosaic_is_one_function(change):
 
 
 def mosaic():
-    """Four images in one. A broken one is named, however often others were read before it."""
+    """A sample shows four images. A broken one is named, even if others were read before it."""
     import evaluate
     import fcos
     import train
@@ -843,7 +843,7 @@ def own_optimization():
 
 
 def read_board(out):
-    """What the logger wrote: {(step, names): values}, the last one if a step was repeated."""
+    """Return what the logger wrote, {(step, names): values}; a repeated step replaces the first."""
     board = {}
     for line in Path(out, "board").read_text().splitlines():
         row = json.loads(line)

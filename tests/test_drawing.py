@@ -297,7 +297,7 @@ evaluate.run(evaluate.main, evaluate.parse_args(args))
 
 @pytest.fixture
 def drawing(tmp_path, model_file):
-    """The command that draws three images in a process of its own, except for what `draw` does."""
+    """Return the command of a process that draws three images by another function than `draw`."""
     for k in range(3):
         photo(tmp_path / "in" / f"{k}.png")
     (tmp_path / "script.py").write_text(DRAW)

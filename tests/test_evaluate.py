@@ -85,7 +85,7 @@ def test_images_are_resized_to_the_test_size_of_the_model(mixed_coco):
 @pytest.mark.parametrize("tta", [False, True])
 @pytest.mark.parametrize("inclusive", [False, True])
 def test_a_data_set_is_predicted_as_its_images_are(mixed_coco, inclusive, tta):
-    """The last pixel of inclusive boxes is one of the original image in both."""
+    """In both, the pixel that inclusive boxes lack is one of the original image."""
     dataset = evaluate.CocoDataset(*mixed_coco)
     model = coco_model()
     model.test_size = (32, 48)
@@ -341,7 +341,7 @@ MISTAKES = {  # the command line, and what the message names
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, mixed_coco, model_file):
-    """The files and folders that MISTAKES names."""
+    """Return the files and folders that MISTAKES names."""
     annotations, images = mixed_coco
     tmp = tmp_path_factory.mktemp("mistakes")
     (tmp / "empty").mkdir()

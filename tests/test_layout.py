@@ -1,4 +1,4 @@
-"""The repository as a whole: who imports whom, what lies where, and that the READMEs are true."""
+"""The repository as a whole: imports, the place of files, and every claim of the READMEs."""
 
 import ast
 import itertools
@@ -50,7 +50,7 @@ TOP_LEVEL = {
 
 
 def repository_files():
-    """Paths that are committed or staged, relative to the root: not what a reader's runs leave."""
+    """Return the paths that are committed or staged, relative to the root; runs leave others."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
@@ -67,7 +67,7 @@ def test_every_test_file_has_tests():
 
 
 def imported(path):
-    """The top-level names of all modules that a file imports, anywhere in it."""
+    """Return the top-level names of all modules that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -114,7 +114,7 @@ assert not torch.distributed.is_initialized()
 # ---- files -------------------------------------------------------------------------------------
 
 
-def test_the_top_level_holds_what_the_design_names():
+def test_the_top_level_holds_no_other_files():
     assert {path.parts[0] for path in repository_files()} <= TOP_LEVEL
 
 
@@ -133,7 +133,7 @@ def test_no_file_is_large():
 
 
 def code_blocks(path):
-    """(language, text) of the fenced and the indented code blocks of a README."""
+    """Return (language, text) of the fenced and the indented code blocks of a README."""
     text = path.read_text()
     fenced = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
     blocks = [(match[1], match[2]) for match in fenced.finditer(text)]
@@ -150,7 +150,7 @@ def all_code_blocks():
 
 
 def commands():
-    """Every command line of the code blocks, split as a shell does, without its comment."""
+    """Return the words of every command in the code blocks, without comments."""
     lines = []
     for language, text in all_code_blocks():
         if language in ("python", "py", "text", "json"):
@@ -166,7 +166,7 @@ def commands():
 
 
 def calls_of(script):
-    """The arguments of every call of a script in the READMEs, cut at the end of the command."""
+    """Return the arguments of every call of a script in the READMEs."""
     calls = []
     for words in commands():
         for k, word in enumerate(words):
@@ -214,7 +214,7 @@ def test_every_flag_in_the_text_of_the_readme_exists(capsys):
 
 
 def test_every_file_named_in_the_code_of_the_readme_exists():
-    """Those of this repository: modules, notebooks, tests, pictures; not what a run would write."""
+    """Modules, notebooks, tests and pictures of this repository, but not the output of runs."""
     files = {path.as_posix() for path in repository_files()}
     ends = {"/" + name for name in files}
     made_by_runs = re.compile(r"^(runs|data|drawn|folder)/|^(photo|my|your)\b")
@@ -248,7 +248,7 @@ def test_the_python_of_the_readme_names_what_exists():
 
 
 def write_clip(path, frames):
-    """A video of grey frames."""
+    """Write a video of grey frames."""
     import av
 
     with av.open(path, "w") as clip:
@@ -270,8 +270,9 @@ PYTHON = {
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_the_python_of_the_readme_runs(name, tmp_path, monkeypatch):
-    """Beside a data set, a model, a log, drawn pictures, copies of the kernels and, where they are
-    needed and can be made, an ONNX file: what the commands of the READMEs leave."""
+    """Each block runs in a folder with the files that the commands of the READMEs write: a data
+    set, a model, a log, drawings and, if the block needs it, an ONNX file. The kernels are copied,
+    too."""
     code = PYTHON[name]
     for path in (ROOT / "kernels").glob("[a-z]*.py"):
         shutil.copy(path, tmp_path)

@@ -309,9 +309,9 @@ def torchrun(flags, argv, prepare=None):
 
 
 def test_torchrun_restarts_stops_and_changes_the_number_of_nodes(shapes, tmp_path):
-    """Take one run through all that happens in a cluster; its weights stay those of an undisturbed
-    run, bit for bit. Under two agents, as on two nodes, a rank is killed and both restart; both
-    agents get SIGTERM; one agent ends the run."""
+    """Two agents of torchrun start a run, as on two nodes. A rank is killed, and both restart. Both
+    agents get SIGTERM. One agent then finishes the run. Its weights equal those of an undisturbed
+    run bit for bit."""
     flags = ["--iters", 20, "--batch-size", 2, "--checkpoint-every", 5]
     out = tmp_path / "run"
     argv = command_line(shapes, out, *flags)

@@ -1,5 +1,7 @@
-"""What no input may do, however odd or damaged: end in a traceback, hang, cost a file, or score
-without a word. One table; a row is a command line, in a folder that is prepared for it."""
+"""Odd and damaged inputs must not cause a traceback, a hang, a lost file or a silent wrong score.
+
+All are in one table. A row is a command line and the steps that prepare a folder for it.
+"""
 
 import contextlib
 import json
@@ -39,7 +41,7 @@ OWN = (
 PLAIN = f"evaluate.py {MODEL} --images {PHOTO} --out drawn --workers 0 --device cpu"
 
 
-# ---- preparations: functions without arguments, or such that make one ----------------------------
+# ---- preparations: functions without arguments, and functions that return one --------------------
 
 
 val, found, model, last = (partial(fuzz.change, path) for path in (VAL, FOUND, MODEL, LAST))
@@ -47,7 +49,7 @@ weight = partial(model, "model head.cls.weight")
 
 
 def put(path, content=None):
-    """A file, or a folder, in place of what is there."""
+    """Replace a path by a file, or by a folder without `content`."""
 
     def prepare():
         Path(path).unlink(missing_ok=True)
@@ -57,7 +59,7 @@ def put(path, content=None):
 
 
 def grey(shift):
-    """A grey picture whose values take 8 + shift bits."""
+    """Return a grey picture whose values take 8 + shift bits."""
 
     def prepare():
         pixels = np.asarray(Image.open(PHOTO).convert("L"))
@@ -442,7 +444,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def here(made, tmp_path, monkeypatch, one_thread):
-    """In a copy of the folder. A row that hangs fails; its variables end with it."""
+    """Change to a copy of the folder, fail a row that hangs, and restore the environment."""
     monkeypatch.chdir(shutil.copytree(made, tmp_path / "here"))
     os.mkfifo("pipe")
     os.symlink("/dev/zero", "zero")
@@ -489,7 +491,7 @@ def test_process(here, how):
         text=True,
     )
     if how == "Ctrl-C":
-        time.sleep(0.5)  # of 3 s that the imports take
+        time.sleep(0.5)  # during the imports, which take 3 s
         process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=60)[1]
     expected = (-signal.SIGINT, 0) if how == "Ctrl-C" else (2, 1)

@@ -62,7 +62,7 @@ def scorer(request, monkeypatch):
 
 
 def noisy_results(coco, seed=0):
-    """Return results that find, move, miss, confuse and repeat annotations, and make others up."""
+    """Return results with all errors: boxes moved, missed, repeated, invented, of a wrong class."""
     rng = np.random.default_rng(seed)
     images = coco["images"]
     ids = [category["id"] for category in coco["categories"]]
@@ -95,9 +95,9 @@ def write_scene(
 ):
     """Write random annotations and return results near and far from them.
 
-    objects: at most, in an image. noise: sets of results. crowd: the share of crowds. rounded:
-    whole pixels and few different scores, so that many tie. areas: taken in turn. id_of: the id of
-    the image with this number.
+    objects: the largest number in an image. noise: the number of sets of results. crowd: the share
+    of crowds. rounded: use whole pixels and few different scores, so that many tie. areas: "area"
+    of the annotations, used in turn. id_of: maps the number of an image to its id.
     """
     rng = np.random.default_rng(seed)
     annotations = []
@@ -129,7 +129,7 @@ def write_scene(
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
-    """Annotations of thirty images, with small objects, large ones and crowds, in two classes."""
+    """Write annotations of thirty images with small and large objects and crowds of two classes."""
     path = tmp_path_factory.mktemp("synthetic") / "instances.json"
     write_scene(path, images=30, classes=(7, 3))
     edit(path, categories=CATEGORIES)
@@ -315,7 +315,7 @@ def f1_slowly(results, truth, threshold, label=None):
 
 @pytest.fixture
 def moved_objects(tmp_path):
-    """Random annotations, their path, and a result near each, of random class and score."""
+    """Return random annotations, their path, and a result near each, of random class and score."""
     rng = np.random.default_rng(0)
     annotations = []
     for image in (1, 2, 3, 4):

@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_row(name):
-    """Build the model of a row with few channels and two blocks a stage, or once eleven."""
+    """Build the model of a row with few channels and blocks; block numbers may have two digits."""
     if "MNV2" in name:
         return fcos.build(name, blocks=(2,) * 7, stem=8, channels=32)
     blocks = (2, 2, 11, 2) if "R_101" in name else (2, 2, 2, 2)
@@ -271,7 +271,7 @@ def test_points_of_torchvision_lie_at_corners_with_its_strides():
 
 @pytest.fixture
 def numbered_rows():
-    """A state dict of torchvision with 91 classes; the values of each row are its number."""
+    """Return a state dict of torchvision with 91 classes; the values of each row are its number."""
     state = renamed(randomise(small("fcos_torchvision_R_50_FPN", 2)), vision)
     for kind in ("weight", "bias"):
         key = f"head.classification_head.cls_logits.{kind}"
@@ -312,7 +312,7 @@ RAW = "fcos_syncbn_c128_MNV2_FPN"
 
 @pytest.fixture(scope="module")
 def raw_file(tmp_path_factory):
-    """The path of a file of the official code, and its weights."""
+    """Return the path of a file of the official code, and its weights."""
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in renamed(fcos.build(RAW), official).items()}
     weights = {key: torch.from_numpy(value) for key, value in make_weights(shapes).items()}
