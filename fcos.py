@@ -1664,12 +1664,16 @@ def crop_view(image, view):
     return resize(crop.flip(2) if view.mirrored else crop, view.size)
 
 
+def mirror_boxes(boxes, right):
+    """Mirror boxes (N, 4) in an image whose right border has the x coordinate `right`."""
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return torch.stack([right - x2, y1, right - x1, y2], 1)
+
+
 # For each column of detections, the function that undoes mirroring, given the x coordinate of the
 # image's right border. A column without a rule raises an error.
 UNMIRROR = {
-    "boxes": lambda boxes, right: torch.stack(
-        [right - boxes[:, 2], boxes[:, 1], right - boxes[:, 0], boxes[:, 3]], 1
-    ),
+    "boxes": mirror_boxes,
     "scores": lambda scores, right: scores,
     "labels": lambda labels, right: labels,
 }

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import evaluate
 import fcos
-from fcos import UserError, printable
+from fcos import UserError, mirror_boxes, printable
 
 # ---- recipes -----------------------------------------------------------------------------------
 
@@ -480,11 +480,6 @@ def collate(samples, padded_hw):
     }
     counts = [len(sample["labels"]) for sample in samples]
     return {"images": images, "sizes": sizes, "counts": counts} | columns
-
-
-def mirror_boxes(boxes, width):
-    x1, y1, x2, y2 = boxes.unbind(1)
-    return torch.stack([width - x2, y1, width - x1, y2], 1)
 
 
 # How each column of the boxes changes with the image: mirror(values, width) when it is mirrored,
