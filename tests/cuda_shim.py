@@ -1,6 +1,6 @@
 """Run the CUDA text of kernels/*.py on the CPU: g++ compiles it behind cuda_shim.h.
 
-The kernel files' own Python runs too, all but the CuPy launch: `install` replaces their `_launch`.
+The Python of the kernel files runs, too, except the CuPy launch: `install` replaces `_launch`.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ _count = itertools.count()
 
 @functools.cache
 def _folder():
-    """A temporary folder with the precompiled header, which halves the time of the rest."""
+    """Return a temporary folder with the precompiled header, which halves the time to compile."""
     if shutil.which(GXX[0]) is None:
         pytest.skip("running the CUDA text on the CPU needs g++")
     folder = tempfile.TemporaryDirectory()
@@ -34,7 +34,7 @@ def _folder():
 
 @functools.cache
 def compile_text(source, names):
-    """The library that holds `names`, kernels of the CUDA text `source`."""
+    """Compile the CUDA text `source`; return a library with its kernels `names`."""
     entries = "".join(
         f'extern "C" int run_{name}(const int* grid, int threads, bool reverse, void** args, '
         f"const int* sizes, int count)\n"
@@ -49,7 +49,7 @@ def compile_text(source, names):
 
 
 def launcher(source, names, reverse=False):
-    """What a kernel file's `_launch` does, on the CPU; `reverse` turns the order of threads."""
+    """Return a `_launch` for the CPU. reverse: run the threads in reverse order."""
     library = compile_text(source, tuple(names))
 
     def launch(name, grid, threads, *args):

@@ -1,9 +1,9 @@
 """The device of the GPU tests and benchmarks: "cuda", or with FCOS_TEST_DEVICE=cpu a stand-in.
 
-On the stand-in small versions of all of them run on the CPU: the kernels' CUDA text by cuda_shim,
-and a graph by running again what it would have captured. No time from it means anything: it is for
-`FCOS_TEST_DEVICE=cpu bash tests/gpu.sh`, which shows before the first minute on a GPU whether every
-line can run.
+The stand-in runs small versions on the CPU: cuda_shim runs the kernels' CUDA text, and instead of
+replaying a graph, its function is called again. Its times mean nothing.
+`FCOS_TEST_DEVICE=cpu bash tests/gpu.sh` uses it to show that every line can run, before a minute on
+a GPU is spent.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ only_cuda = pytest.mark.skipif(STAND_IN, reason="means nothing on the stand-in f
 
 
 def tensors(values):
-    """The tensors in nested lists, tuples and dicts, in order."""
+    """Return the tensors in nested lists, tuples and dicts, in order."""
     if isinstance(values, torch.Tensor):
         return [values]
     if isinstance(values, dict):
@@ -35,7 +35,7 @@ def tensors(values):
 
 
 def capture(run, warmup=3):
-    """-> (replay, results): a CUDA graph of run(), and the tensors that every replay fills."""
+    """Capture run() in a CUDA graph. Return a function that replays it, and the result tensors."""
     if STAND_IN:
         results = run()
 
@@ -64,7 +64,7 @@ def synchronize():
 
 @contextlib.contextmanager
 def waiting_is_an_error():
-    """Whatever makes the CPU wait for the GPU raises."""
+    """Raise an error if the CPU waits for the GPU in this context."""
     if STAND_IN:
         yield
         return
@@ -77,7 +77,7 @@ def waiting_is_an_error():
 
 @contextlib.contextmanager
 def late_stream():
-    """A side stream that first does nothing for some milliseconds; waited for at the end."""
+    """Use a side stream that first sleeps for some milliseconds, and wait for it at the end."""
     if STAND_IN:
         yield
         return
@@ -91,7 +91,7 @@ def late_stream():
 
 @contextlib.contextmanager
 def exact_float32():
-    """Products and convolutions in float32 proper, without TF32."""
+    """Compute products and convolutions in float32, without TF32."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -102,7 +102,7 @@ def exact_float32():
 
 
 def peak_bytes(run):
-    """How much more memory of the GPU run() holds at its peak than before; 0 on the stand-in."""
+    """Return the peak of GPU memory that run() adds, in bytes; 0 on the stand-in."""
     if STAND_IN:
         run()
         return 0
@@ -115,7 +115,7 @@ def peak_bytes(run):
 
 
 def milliseconds(run, seconds=0.3):
-    """The median time of a call over 10 rounds that fill about `seconds` together."""
+    """Return the median time of a call over 10 rounds, which take about `seconds` together."""
 
     def rounds(count, repeat):
         times = []

@@ -1,12 +1,11 @@
-"""Odd and damaged inputs from a seed, against both scripts.
+"""Run both scripts on odd and damaged inputs, made from a seed.
 
     python tests/fuzz.py --seed 0 --count 200
 
-Each input runs in a process of its own, in a copy of one small folder. Reported are tracebacks,
-processes that die or hang, more than a line of error, files that a start that failed has cost, and
-results that differ from those of the undamaged input without a word. The last are for a person to
-judge: a box that is moved may move the score. Not collected by pytest; test_robustness.py uses the
-first half.
+Each input runs in a process of its own, in a copy of one small folder. It reports tracebacks,
+processes that die or hang, errors of more than one line, lost files, and results that differ from
+those of the undamaged input without a message. A person must judge the last: a moved box may change
+the score. pytest does not collect this file; test_robustness.py uses its first half.
 """
 
 import argparse
@@ -54,7 +53,7 @@ SCORE = f"evaluate.py --results {FOUND} --annotations {VAL}"
 
 
 def make_folder():
-    """Here, a data set, a finished run, and results that find all objects of the data set."""
+    """Make a data set, a finished run, and results that find all objects of the data set."""
     train.make_shapes("data", train=8, val=4)
     code, _, err = call(TRAIN)
     assert code == 0, err
@@ -71,7 +70,7 @@ def make_folder():
 
 
 def call(line):
-    """-> exit code, stdout and stderr of a command line, or of a function, in this process."""
+    """Call a command line or a function in this process; return exit code, stdout and stderr."""
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
     out, err = (
         io.TextIOWrapper(io.BytesIO(), encoding, errors, write_through=True)
@@ -100,12 +99,12 @@ def call(line):
 
 
 def lines_of(err):
-    """The lines of stderr without progress bars."""
+    """Return the lines of stderr without progress bars."""
     return [line for line in re.split(r"[\r\n]+", err) if line.strip() and "%|" not in line]
 
 
 def files():
-    """{path: content, or what else is there} of all that lies here."""
+    """Return {path: content, or the mode of what is no file} of everything in this folder."""
     return {
         str(path): path.read_bytes() if path.is_file() else path.lstat().st_mode
         for path in Path().rglob("*")
@@ -113,8 +112,11 @@ def files():
 
 
 def change(path, where, value):
-    """-> a function. Set what has keys such as "annotations 0 bbox" (or a list of them) in a JSON
-    file or a checkpoint. A function changes what is there, and ... removes it."""
+    """Return a function that sets a value in a JSON file or a checkpoint.
+
+    where: its keys, such as "annotations 0 bbox" or a list. value: a function changes the old
+    value, and ... removes it.
+    """
 
     def prepare():
         ours = path.endswith(".pt")
@@ -134,7 +136,7 @@ def change(path, where, value):
 
 
 def damage(path, length, at=None):
-    """-> a function that turns bytes of a file, in its middle unless told otherwise."""
+    """Return a function that inverts `length` bytes of a file, in its middle or at a share `at`."""
 
     def prepare():
         content = np.fromfile(path, np.uint8)
@@ -145,7 +147,7 @@ def damage(path, length, at=None):
 
 
 def little_memory(more=2):
-    """That many GB more than now."""
+    """Limit the memory of this process to that many GB more than now."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + more * 2**30, -1))
 
@@ -270,7 +272,7 @@ IMAGES = {
 
 
 def random_place(rng, path):
-    """Keys of a leaf or a branch of a JSON file or checkpoint, and what is there."""
+    """Return the keys of a random value in a JSON file or checkpoint, and the value."""
     here = torch.load(path) if path.endswith(".pt") else json.loads(Path(path).read_text())
     keys = []
     for free in ("info", "licenses", "launch", "log") if isinstance(here, dict) else ():
@@ -286,7 +288,7 @@ def random_place(rng, path):
 def flag(rng):
     line = rng.choice(list(FLAGS))
     name = rng.choice(FLAGS[line])
-    words = WORDS  # but no thousands of processes, nothing outside, and no pipe that nobody reads
+    words = WORDS  # below: no thousands of processes, no path outside, no pipe that nobody reads
     if name in ("workers", "out", "save-json"):
         words = [w for w in WORDS if len(w) < 25 and "/" not in w and w not in ("..", "pipe")]
     word = rng.choice(words + [VAL, MODEL, PHOTO, "/dev/null"] * (name == "save-json"))
@@ -355,7 +357,7 @@ def weights(rng):
 
 
 def result(line, told):
-    """What a run has found, to compare."""
+    """Return the part of a run's results that must not change."""
     code, out, _ = told
     found = [
         Path(name).read_bytes()
@@ -367,7 +369,7 @@ def result(line, told):
 
 
 def attempt(steps, line):
-    """-> ("traceback", its text) or ("ended", code, stdout, stderr, result, files lost)"""
+    """Return ("traceback", text) or ("ended", code, stdout, stderr, result, lost files)."""
     torch.set_num_threads(1)
     for step in steps:
         step()
@@ -390,7 +392,7 @@ def attempt(steps, line):
 
 
 def forked(function, seconds=180):
-    """What the function returns in a process of its own, or ("hang",) or ("died", how)."""
+    """Return the result of a function in a process of its own, or ("hang",) or ("died",)."""
     with tempfile.NamedTemporaryFile() as file:
         child = os.fork()
         if child == 0:
@@ -409,7 +411,7 @@ def forked(function, seconds=180):
 
 
 def judge(outcome, clean, valid):
-    """-> a verdict and the words that go with it, given what the undamaged input came to."""
+    """Return a verdict and its reason. clean: the outcome of the undamaged input."""
     if outcome[0] != "ended":
         return outcome[0], outcome[-1]
     _, code, out, err, got, lost = outcome

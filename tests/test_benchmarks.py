@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """Imports a module of tests/benchmarks, where they find each other by name."""
+    """Return a function that imports a module of tests/benchmarks by name."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "tests/benchmarks"), *sys.path])
     monkeypatch.setenv("FCOS_TEST_DEVICE", "cpu")
     monkeypatch.setenv("FCOS_KERNELS", "torch")
-    for name in ("device", "record", "readme_table"):  # what they read at their import has changed
+    for name in ("device", "record", "readme_table"):  # read the environment again
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module
 
@@ -110,7 +110,7 @@ def test_a_ratio_compares_equal_settings(benchmark, tmp_path, monkeypatch):
 
 
 def test_group_norm_in_the_layout_of_convolutions_is_group_norm(benchmark):
-    """Against float64: some versions of Inductor computed GroupNorm wrongly, without an error."""
+    """Compare with float64: some versions of Inductor silently computed a wrong GroupNorm."""
     norm = benchmark("bench_train").ChannelsLastGroupNorm(32, 64).double()
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)

@@ -1,7 +1,7 @@
 """Model and trainer on a GPU against the CPU: steps, NCCL, SyncBN, torch.compile, CUDA graphs, DCN.
 
-FCOS_KERNELS=cupy is set, so that a fallback is an error. See device.py for how all of this can be
-run without a GPU.
+FCOS_KERNELS=cupy is set, so that a fallback to PyTorch is an error. device.py replaces the GPU by
+the CPU to try the tests without one.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import train
 pytestmark = needs_gpu
 HW = (96, 128) if STAND_IN else (256, 320)
 TINY = dict(stem=16, channels=64)
-MODELS = {  # what is different on a GPU: groups, deformable convolutions, norms, the other losses
+MODELS = {  # models with groups, deformable convolutions, other norms and other losses
     "shapes": dict(TINY),
     "fcos_imprv_R_50_FPN": dict(channels=64),
     "fcos_R_50_FPN": dict(channels=64),
@@ -35,9 +35,9 @@ MODELS = {  # what is different on a GPU: groups, deformable convolutions, norms
     "fcos_imprv_X_101_32x8d_FPN": dict(channels=64, blocks=(1, 1, 1, 1)),
     "fcos_bn_MNV2_FPN": dict(channels=64),
 }
-# A rounded bit turns some ReLU about, or the pixel that a deformable tap falls on, and the gradient
-# jumps; it grows where BatchNorms see few pixels. float32 on a CPU is up to 0.016 (shapes), 0.04
-# (dcnv2) and 0.03 (MobileNet) from float64 here; the losses agree to 1e-5.
+# Rounding may switch a ReLU, or move a deformable tap to another pixel, and the gradient jumps. The
+# jump is larger if BatchNorms see few pixels. On a CPU, gradients in float32 differ from float64 by
+# up to 0.016 (shapes), 0.04 (dcnv2) and 0.03 (MobileNet); the losses agree to 1e-5.
 TOLERANCE = {"fcos_imprv_dcnv2_R_50_FPN": 0.15, "fcos_bn_MNV2_FPN": 0.2}
 
 
@@ -46,7 +46,7 @@ def _force_the_kernels(monkeypatch):
     monkeypatch.setenv("FCOS_KERNELS", "cupy")
     torch.manual_seed(0)
     torch._dynamo.reset()
-    if STAND_IN:  # Inductor takes minutes for what two cores share with others
+    if STAND_IN:  # Inductor takes minutes on two busy cores
         monkeypatch.setattr(train.Graphs, "backend", "eager")
         compile = torch.nn.Module.compile
         monkeypatch.setattr(
@@ -58,8 +58,8 @@ def _force_the_kernels(monkeypatch):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Wide pictures alone, which are padded to one size: every other one is a minute of
-    torch.compile's."""
+    """Draw only wide pictures: they have one padded size, and each size takes torch.compile a
+    minute."""
     root = tmp_path_factory.mktemp("data") / "shapes"
     train.make_shapes(root, train=48, val=16)
     for split in ("train2017", "val2017"):
@@ -74,7 +74,7 @@ def shapes(tmp_path_factory):
 
 
 def make(name="shapes", **overrides):
-    """A model whose random deformable convolutions do look elsewhere."""
+    """Build a model; its deformable convolutions get random offsets."""
     torch.manual_seed(0)
     model = fcos.build(name, 5, **MODELS[name] | overrides)
     for module in model.modules():
@@ -84,7 +84,7 @@ def make(name="shapes", **overrides):
 
 
 def batch(images=2):
-    """On the CPU: pixels, their sizes and the truths; an image has no box."""
+    """Return pixels, sizes and truths on the CPU; one image has no box."""
     h, w = HW
     pixels = torch.randint(256, (images, 3, h, w), dtype=torch.uint8)
     sizes = torch.tensor([[h, w]] + [[h - 9, w - 30]] * (images - 1))
@@ -97,7 +97,7 @@ def batch(images=2):
 
 
 def put(values, device, dtype=None):
-    """A batch on another device; boxes in another precision."""
+    """Move a batch to a device, with boxes of another precision."""
     pixels, sizes, truths = values
     truths = [
         {"boxes": truth["boxes"].to(device, dtype), "labels": truth["labels"].to(device)}
@@ -107,7 +107,7 @@ def put(values, device, dtype=None):
 
 
 def step(model, values, autocast=False):
-    """-> losses, and the gradient of each parameter that learns, by name."""
+    """Return the losses, and the gradients by the names of the parameters."""
     pixels, sizes, truths = values
     targets = model.targets(pixels.shape[2:], truths)
     targets["ltrb"] = targets["ltrb"].to(model.pixel_mean.dtype)
@@ -120,7 +120,7 @@ def step(model, values, autocast=False):
 
 
 def assert_close_steps(one, other, of_loss, of_gradient):
-    """Losses, and every gradient in its norm."""
+    """Compare losses, and every gradient relative to its norm."""
     for name, loss in one[0].items():
         assert loss.item() == pytest.approx(other[0][name].item(), rel=of_loss), name
     largest = max(grad.norm().item() for grad in other[1].values())
@@ -134,7 +134,7 @@ def assert_close_steps(one, other, of_loss, of_gradient):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_equals_the_cpus(name):
-    """Losses and gradients in float32 against the CPU's in float64."""
+    """Compare losses and gradients in float32 with those of the CPU in float64."""
     model, values = make(name), batch()
     reference = step(make(name).double(), values)
     with exact_float32():
@@ -145,8 +145,8 @@ def test_a_step_equals_the_cpus(name):
 @pytest.mark.parametrize("name", ["fcos_imprv_R_50_FPN", "fcos_imprv_dcnv2_R_50_FPN"])
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_a_fast_step_is_near_the_exact_one(name, precision):
-    """TF32 rounds to 10 bits and bf16 to 7. Deformable convolutions multiply matrices by cuBLAS,
-    which `allow_tf32` of matmul decides on, and compute in float32 under autocast."""
+    """TF32 rounds to 10 bits and bf16 to 7. Deformable convolutions multiply matrices with cuBLAS:
+    `allow_tf32` of matmul applies to them, and under autocast they compute in float32."""
     model, values = make(name).to(DEVICE), put(batch(), DEVICE)
     with exact_float32():
         exact = step(model, values)
@@ -191,7 +191,7 @@ def test_a_compiled_step_equals_the_eager_one(name):
 
 def detector(name="fcos_imprv_R_50_FPN"):
     model = make(name).to(DEVICE).eval()
-    torch.nn.init.constant_(model.head.cls.bias, -2.0)  # some candidates
+    torch.nn.init.constant_(model.head.cls.bias, -2.0)  # so that there are some candidates
     return model
 
 
@@ -208,7 +208,7 @@ def test_raw_outputs_and_detections_equal_the_cpus(name):
             key: value.cpu() if isinstance(value, torch.Tensor) else value
             for key, value in here.items()
         }
-        expected = model.decode(same, sizes)  # of the same numbers: near ties must not matter
+        expected = model.decode(same, sizes)  # the same numbers, so that near ties do not matter
     for key in ("cls", "ctr"):
         torch.testing.assert_close(here[key].cpu(), there[key], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(here["ltrb"].cpu(), there["ltrb"], rtol=1e-3, atol=0.05)
@@ -220,7 +220,7 @@ def test_raw_outputs_and_detections_equal_the_cpus(name):
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_replayed_detections_equal_the_eager_ones(bf16, monkeypatch):
-    """From uint8 pixels to boxes in one CUDA graph for each shape, of which there are three, with
+    """One CUDA graph for each of three shapes computes boxes from uint8 pixels. It is replayed with
     other pixels than it was captured with."""
     if STAND_IN:
         monkeypatch.setattr(fcos, "replay", lambda function: function)
@@ -262,7 +262,7 @@ def test_views_are_merged_on_the_device_as_on_the_cpu():
 
 
 class Several(int):
-    """The number 1 which says that it is more: a world of one process takes the road of many."""
+    """The number 1, but greater than 1: one process runs the code for several."""
 
     def __gt__(self, other):
         return True
@@ -270,7 +270,7 @@ class Several(int):
 
 @contextlib.contextmanager
 def world_of_one(monkeypatch, folder, backend):
-    """torch.distributed with one process, which every place takes for one of several."""
+    """Start torch.distributed with one process that runs the code for several."""
     dist.init_process_group(
         backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1
     )
@@ -285,7 +285,7 @@ def world_of_one(monkeypatch, folder, backend):
 
 
 def run(data, out, *more, recipe="shapes"):
-    """A run of 3 steps. -> its rows of log.jsonl with losses, its weights at the end."""
+    """Train 3 steps. Return the rows of log.jsonl with losses, and the weights."""
     argv = [
         recipe,
         "--data",
@@ -316,7 +316,7 @@ def run(data, out, *more, recipe="shapes"):
 
 @pytest.fixture
 def no_scores(monkeypatch):
-    """The machines that have a GPU may have neither hotcoco nor pycocotools."""
+    """Replace the scorer: a machine with a GPU may have neither hotcoco nor pycocotools."""
     monkeypatch.setattr(evaluate, "score", lambda results, *rest: {"AP": float(len(results) > 0)})
 
 
@@ -325,8 +325,7 @@ SMALL = ("--set", "stem=16", "channels=64")
 
 
 def test_one_process_under_nccl_trains_as_without(shapes, tmp_path, monkeypatch, no_scores):
-    """DDP, the sums of the normalizers, the flags, the checkpoint and the evaluation's gathering,
-    for real, though each over one process."""
+    """DDP, sums of normalizers, flags, checkpoints and gathering really run, over one process."""
     with exact_float32():
         alone, weights = run(shapes, tmp_path / "alone", *SMALL)
         with world_of_one(monkeypatch, tmp_path, BACKEND):
@@ -352,8 +351,8 @@ def test_synchronised_batchnorms(shapes, tmp_path, monkeypatch, no_scores):
 
 @only_cuda
 def test_synchronised_batchnorms_wait_for_the_gpu_three_times_a_layer(tmp_path, monkeypatch):
-    """PyTorch drops the counts of empty ranks by a mask, which nothing can be done about here; the
-    day that this fails, SyncBN recipes have become faster, and the README may say so."""
+    """PyTorch's SyncBatchNorm waits, because it drops the counts of empty ranks by a mask. If this
+    test fails, SyncBN recipes have become faster, and the README may say so."""
     layer = torch.nn.SyncBatchNorm(8).to(DEVICE)
     x = torch.randn(2, 8, 4, 4, device=DEVICE)
     with world_of_one(monkeypatch, tmp_path, BACKEND):
@@ -373,7 +372,7 @@ def test_synchronised_batchnorms_wait_for_the_gpu_three_times_a_layer(tmp_path, 
     ids=["bf16", "compile", "ema"],
 )
 def test_a_short_run(shapes, tmp_path, no_scores, more):
-    """The whole trainer, with an evaluation and another start."""
+    """Run the whole trainer with an evaluation, and load its model."""
     rows, _ = run(shapes, tmp_path / "run", *SMALL, *more, "--eval-every", 2)
     assert len(rows) == 3 and all(row["loss"] < 20 for row in rows)
     assert (tmp_path / "run" / "model.pt").exists()

@@ -45,7 +45,7 @@ def _seed():
 
 @pytest.fixture(params=["forward", "reverse"])
 def on_shim(request, monkeypatch):
-    """Kernels run on the shim, in both orders of threads; what torch.empty returns is poisoned."""
+    """Run kernels on the shim, in both orders of threads, with NaN in the memory of torch.empty."""
     for file in FILES.values():
         cuda_shim.install(monkeypatch, file, reverse=request.param == "reverse")
     torch.use_deterministic_algorithms(True)
@@ -132,7 +132,7 @@ def test_iou_is_one_number_a_location(dtype):
 
 
 def squared(pred, target):
-    """A kind of loss that no kernel computes."""
+    """Compute a kind of loss that no kernel computes."""
     return (1 - iou(pred, target)) ** 2
 
 
@@ -148,7 +148,7 @@ def test_a_kind_that_no_kernel_computes_runs_as_pytorch_and_says_so_once(on_shim
     assert torch.equal(value, expected) and torch.equal(grad, expected_grad)
     known = value_and_grad(iou_loss_ref, pred, target, weight)[0]
     assert not torch.isclose(value, known)
-    # Given to the kernel in spite of that it is no other kind but NaN.
+    # If the kernel gets an unknown kind nevertheless, it returns NaN, not another kind of loss.
     monkeypatch.setitem(CUDA_KINDS, "squared", 4)
     iou_file._has_kernel.__wrapped__.cache_clear()
     value, grad = value_and_grad(iou_loss, pred, target, weight, "squared")
@@ -271,7 +271,7 @@ def test_focal_loss_is_stable(size):
 
 
 def test_bf16_by_hand():
-    """Every number read, every kind of fp32 number rounded: the bits of PyTorch."""
+    """Read every 16-bit number and round every kind of fp32 number: the bits equal PyTorch's."""
     text = """
     extern "C" __global__ void convert(const bf16* in, float* out, const float* wide, bf16* narrow)
     {
@@ -298,7 +298,7 @@ def test_bf16_by_hand():
 
 
 def test_focal_loss_passes_nan_on(on_shim):
-    """A non-finite logit has to reach the value, where the trainer looks, and the gradient."""
+    """A non-finite logit must show in the loss, which the trainer checks, and in the gradient."""
     for dtype in DTYPES:
         logits = torch.zeros(40, 80, dtype=dtype)
         logits[7, 3] = torch.nan
@@ -332,7 +332,7 @@ def test_float64_runs_as_pytorch_in_float64(on_shim):
 
 
 def test_kernels_refuse_a_second_derivative(on_shim):
-    """Their gradient carries no graph: a silent zero would be the alternative."""
+    """Their gradient has no graph, so a second derivative would silently be zero."""
     x, labels = torch.rand(3, 4, requires_grad=True), torch.tensor([0, -1, 3])
     weight = torch.rand(3)
     for loss in (iou_loss(x, torch.rand(3, 4), weight), sigmoid_focal_loss(x, labels)):
@@ -346,7 +346,7 @@ def test_kernels_refuse_a_second_derivative(on_shim):
 
 
 def location_grid(height, width):
-    """FCOS's points (P, 5) of an image, P3 to P7."""
+    """Return FCOS's points (P, 5) of an image, P3 to P7."""
     edges = (-1, 64, 128, 256, 512, torch.inf)
     levels = []
     for stride, lo, hi in zip((8, 16, 32, 64, 128), edges[:-1], edges[1:], strict=True):
@@ -371,7 +371,7 @@ def check_assign(points, boxes, radius):
 
 
 def labels_and_ltrb(points, boxes, classes, index):
-    """What the locations learn: the label and the distances of their box, -1 and 0 without one."""
+    """Return the targets of the locations: label and distances of their box, or -1 and 0."""
     labels, ltrb = torch.full(index.shape, -1), torch.zeros(*index.shape, 4)
     for image, found in enumerate(index >= 0):
         chosen = index[image, found]
@@ -391,7 +391,7 @@ def test_assign_kernel_equals_the_reference(on_shim, radius):
     identical = random_boxes(1, 100, 140).repeat(50, 1)
     odd = torch.tensor([[torch.nan, 0, 50, 50], [0, 0, torch.inf, torch.inf], [90, 90, 10, 10]])
     index = check_assign(points, [identical, odd, identical.flip(0)], radius)
-    assert set(index[0].tolist()) <= {-1, 0}  # of equal areas the first
+    assert set(index[0].tolist()) <= {-1, 0}  # the first of boxes of equal area
     assert index.dtype == torch.int64
 
 
@@ -412,7 +412,7 @@ def test_assign_rules():
 
 @pytest.mark.parametrize("radius", [0.0, 1.5])
 def test_assign_equals_the_official_code(radius):
-    """But where w * h and the official (w + 1) (h + 1) rank two boxes differently."""
+    """They differ only where w * h and the official (w + 1) (h + 1) rank two boxes differently."""
     cases = json.loads((GOLDEN / "targets.json").read_text())
     arrays = np.load(GOLDEN / "targets.npz")
     tag = "r15" if radius else "r0"
@@ -449,12 +449,12 @@ def test_assign_equals_the_official_code(radius):
 
 
 def by_location(levels):
-    """(N, C, h, w) of each level to (N, P, C)."""
+    """Turn maps (N, C, h, w) of all levels into (N, P, C)."""
     return torch.cat([x.flatten(2) for x in levels], dim=2).transpose(1, 2)
 
 
 def by_level(grad, levels):
-    """The inverse for a gradient, flattened as the golden arrays are."""
+    """Turn a gradient (N, P, C) into the flat order of the golden arrays, level by level."""
     parts = grad.transpose(1, 2).split([x[0, 0].numel() for x in levels], dim=2)
     return torch.cat([part.flatten() for part in parts])
 
@@ -507,7 +507,7 @@ def test_losses_equal_the_official_code(kernel, monkeypatch):
 
 
 def candidates(images, n, classes, levels=None):
-    """Overlapping boxes; `levels` makes that many different scores, so that most are ties."""
+    """Return overlapping boxes. levels: the number of different scores, so that most are ties."""
     corner, size = 100 * torch.rand(images, n, 2), 40 * torch.rand(images, n, 2)
     boxes = torch.cat((corner, corner + size), dim=2)
     scores = torch.stack([torch.randperm(n) for _ in range(images)]) / max(n, 1)
@@ -517,7 +517,7 @@ def candidates(images, n, classes, levels=None):
 
 
 def per_class(boxes, scores, labels, threshold, limit):
-    """torchvision's NMS of one image, class by class."""
+    """Run torchvision's NMS on one image, class by class."""
     kept = [
         members[torchvision.ops.nms(boxes[members], scores[members], threshold)]
         for members in ((labels == label).nonzero()[:, 0] for label in labels.unique())
@@ -675,7 +675,7 @@ FAULTS = {
 
 
 def small_check(name):
-    """Enough comparisons to see every planted fault, few enough for one compile after another."""
+    """Run enough comparisons to see every planted fault, but few, since each fault is compiled."""
     if name == "iou_loss":
         check_iou_loss(257, "giou")
         check_iou_loss(257, "giou_exact")
@@ -760,7 +760,7 @@ def test_nvrtc_compiles_the_kernels(name, architecture):
 
 @pytest.fixture
 def without_cupy(monkeypatch):
-    """`import cupy` fails, and nothing is remembered of earlier attempts."""
+    """Let `import cupy` fail, and forget earlier attempts."""
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.delenv("FCOS_KERNELS", raising=False)
@@ -819,8 +819,8 @@ CALLS = {
 @pytest.mark.parametrize("kernel", [False, True], ids=["reference", "kernel"])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_compiled_program_calls_them(name, kernel, monkeypatch):
-    """torch.compile sees through the references, but for the NMS's early end on the CPU; it steps
-    around the launch."""
+    """torch.compile traces the references, except for the early end of NMS on the CPU. It leaves
+    out the launch of a kernel."""
     if kernel:
         cuda_shim.install(monkeypatch, FILES[name])
     torch._dynamo.reset()
@@ -836,7 +836,7 @@ def test_a_compiled_program_calls_them(name, kernel, monkeypatch):
 
 
 def test_the_launcher_follows_pytorch(monkeypatch):
-    """A stand-in for CuPy: the stream is read at the launch, tensors become pointers."""
+    """Replace CuPy by a stand-in that notes the stream of each launch and the pointers."""
     log = []
 
     class Within:

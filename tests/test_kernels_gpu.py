@@ -1,6 +1,6 @@
 """The four kernels on a GPU: values, streams, graphs, devices, views, autocast, no waiting.
 
-FCOS_KERNELS=cupy is set, so that a fallback is an error. `tests/gpu.sh` runs this file.
+FCOS_KERNELS=cupy is set, so that a fallback to PyTorch is an error. tests/gpu.sh runs this file.
 """
 
 import cuda_shim
@@ -54,7 +54,7 @@ def alone(function, *args):
 
 
 def operators(device=DEVICE):
-    """name: (function, reference, arguments): one small call of each."""
+    """Return {name: (function, reference, arguments)}, a small call of each kernel."""
     pred, target, weight = (x.to(device) for x in ltrb_pairs(300))
     logits, labels = (x.to(device) for x in logits_and_labels(300, 80))
     points = location_grid(100, 140).to(device)
@@ -118,7 +118,7 @@ def test_nms_values(n):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_side_stream(name):
-    """The input is still being written when the call is made: only stream order can save it."""
+    """The input is still being written when the call is made, so the stream must order them."""
     run, (function, reference), args = operators()[name]
     expected = run(reference, *args)
     run(function, *args)  # compiled
@@ -169,7 +169,7 @@ def test_a_compiled_program_calls_them(name):
 
 
 def test_what_no_kernel_computes_runs_as_pytorch(monkeypatch):
-    """Though the kernels are forced: that concerns the kernels that exist."""
+    """FCOS_KERNELS=cupy forces only kernels that exist."""
     monkeypatch.setitem(KINDS, "squared", lambda pred, target: (1 - iou(pred, target)) ** 2)
     args = *(x.to(DEVICE) for x in ltrb_pairs(300)), "squared"
     with pytest.warns(UserWarning, match="no kernel computes 'squared'"):

@@ -116,7 +116,7 @@ def execute(path, folder, then=None, replace=None, kernel=None):
 
 
 def is_kept(output):
-    """Return whether an output of a cell is committed: not progress bars, and no widgets."""
+    """Return whether an output of a cell is committed: progress bars and widgets are not."""
     return output.get("name") != "stderr" and WIDGET not in output.get("data", {})
 
 
@@ -177,8 +177,8 @@ def test_pictures_are_small_and_shown():
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A copy of the repository with a small data set; the first notebook that needs a model trains
-    it there."""
+    """Return a copy of the repository with a small data set. The first notebook that needs a model
+    trains it there."""
     pytest.importorskip("nbclient", reason="running notebooks needs nbclient")
     import train
 
@@ -194,7 +194,7 @@ def clone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kernel(clone):
-    """One kernel for all notebooks but the first: most of a short run is importing PyTorch."""
+    """Return a kernel for all notebooks but the first, since importing PyTorch takes longest."""
     manager = pytest.importorskip("jupyter_client").AsyncKernelManager()
     yield manager
     if manager.has_kernel:
@@ -217,7 +217,7 @@ def test_runs_from_top_to_bottom(path, clone, kernel):
 
 
 def test_a_photo_without_annotations(clone, kernel):
-    """IMAGE and OBJECTS of 03_predictions: a folder, and a picture whose objects are listed."""
+    """IMAGE of 03_predictions may be a folder, or a picture with its OBJECTS."""
     path = ROOT / "notebooks" / "03_predictions.ipynb"
     for image, objects in (("val2017", []), ("val2017/000001000001.jpg", [("star", 1, 2, 30, 40)])):
         settings = {
@@ -231,8 +231,7 @@ def test_a_photo_without_annotations(clone, kernel):
 
 @pytest.mark.browser
 def test_the_viewer_reacts_in_a_browser(clone, tmp_path):
-    """Run 03_predictions in JupyterLab, move the threshold, change the picture, see the figure
-    change."""
+    """In JupyterLab, the figure of 03_predictions follows the threshold and the picture."""
     if not (clone / "runs/shapes/model.pt").exists():  # this test alone was chosen
         execute(ROOT / "notebooks" / "02_centerness.ipynb", clone, replace=SHORT)
     source = (ROOT / "notebooks" / "03_predictions.ipynb").read_text()
@@ -344,8 +343,8 @@ def jupyter_lab(folder, logs):
 
 
 def draw_detections(rows=2, columns=6, height=210):
-    """The first twelve validation pictures, unchosen, with what the model finds, for the top of the
-    README: all that scores at least the threshold of the best F1 over the 200 pictures."""
+    """Draw the first twelve validation pictures, unchosen, for the top of the README, with the
+    detections above the threshold of the best F1 over the 200 pictures."""
     from PIL import Image, ImageOps
 
     import evaluate
