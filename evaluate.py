@@ -453,7 +453,7 @@ def find_positions(known, entries, field):
     except (TypeError, ValueError, OverflowError):  # some are text, or too large to be known
         position_of = {str(id): position for position, id in enumerate(known.tolist())}
         return np.array([position_of.get(str(get_id(entry)), -1) for entry in entries], np.int64)
-    found = np.searchsorted(known, ids).clip(max=len(known) - 1)  # a dict would miss the cache
+    found = np.searchsorted(known, ids).clip(max=len(known) - 1)  # faster than a dict
     return np.where(known[found] == ids, found, -1)
 
 
@@ -920,7 +920,7 @@ def predict(model, dataset, batch_size=1, workers=2, **options) -> list[dict] | 
     options: more keywords of FCOS.predict, such as tta.
     """
     rank, world_size = rank_and_world_size()
-    images_of: dict[tuple, list] = {}  # by padded size, so that the result depends on no neighbor
+    images_of: dict[tuple, list] = {}  # by padded size: results must not depend on the batch
     for i, hw in enumerate(dataset.hw.tolist()):
         size = fcos.padded_hw([fcos.resized_hw(*hw, *model.test_size)])
         images_of.setdefault(size, []).append(i)
@@ -1522,9 +1522,9 @@ def run(main, args):
 
     After an error the process group is not destroyed, which would wait for the other processes.
     """
-    if sys.stderr is None:  # closed, as by 2>&-: progress bars need a file
+    if sys.stderr is None:  # the shell closed it, as with 2>&-, but progress bars need a file
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    gc.set_threshold(100_000)  # results are many dicts, and none of them is garbage
+    gc.set_threshold(100_000)  # results are many dicts, and searching them for garbage takes time
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -1575,19 +1575,19 @@ class View(NamedTuple):
 
 
 def predict_images(model, images, score_threshold, batch_size, graph, view_options):
-    """Run `FCOS.predict`: make the views of each image, run them, map boxes back, and merge them.
+    """Do the work of `FCOS.predict`: run the views of each image, map boxes back and merge them.
 
     view_options: the arguments of `make_views` except the size of the image.
     """
 
-    def detect(images, sizes):
+    def run_model(images, sizes):
         outputs = model(images, sizes)
         # The official augmentation merges candidates. Tiles are suppressed first to bound memory.
         tta = view_options["tta"]
         return model.candidates(outputs, sizes) if tta else model.decode(outputs, sizes)
 
     if graph and model.pixel_mean.device.type == "cuda":
-        detect = replay(detect)
+        run_model = replay(run_model)
     all_views = (
         (number, image, view)
         for number, image in enumerate(map(as_image, images))
@@ -1595,7 +1595,7 @@ def predict_images(model, images, score_threshold, batch_size, graph, view_optio
     )
     results = []
     with torch.no_grad(), inference(model):
-        runs = run_views(model, detect, all_views, batch_size)
+        runs = run_views(model, run_model, all_views, batch_size)
         for _, group in groupby(runs, key=itemgetter(0)):
             of_image = list(group)
             image = of_image[0][1]
@@ -1640,17 +1640,17 @@ def tile_starts(side, tile, overlap):
     return [(side - tile) * i // steps for i in range(steps + 1)]
 
 
-def run_views(model, detect, views, batch_size):
+def run_views(model, run_model, views, batch_size):
     """Run views in batches of one padded size; yield (image number, image, view, detections).
 
-    views: triples of image number, image (3, H, W) and view. detect: maps a padded batch and its
-    sizes to a dict of (B, N, ...). Boxes are in pixels of the view.
+    views: triples of image number, image (3, H, W) and view. run_model: maps a padded batch and
+    its sizes to a dict of (B, N, ...). Boxes are in pixels of the view.
     """
     device = model.pixel_mean.device
     for _, of_one_size in groupby(views, key=lambda triple: padded_hw([triple[2].size])):
         while chunk := list(islice(of_one_size, batch_size)):
             batch, sizes = pad_batch([crop_view(image, view) for _, image, view in chunk])
-            detections = detect(batch.to(device), sizes.to(device))
+            detections = run_model(batch.to(device), sizes.to(device))
             detections = {name: values.cpu() for name, values in detections.items()}
             for b, triple in enumerate(chunk):
                 found = detections["scores"][b] > -math.inf

@@ -13,7 +13,7 @@ speed. The same command again resumes from the last checkpoint in --out.
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the slow imports: see run
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during the slow imports; see run
 
 import contextlib
 import copy
@@ -1082,8 +1082,8 @@ class Meter:
         if bad < self.batches.iters:
             ids = self.batches.dataset.image_ids[self.batches.plan(bad).indices].tolist()
             raise UserError(
-                f"the loss or its gradient is not finite since step {bad + 1}, of the images "
-                f"{ids}; the losses are now {losses}; last.pt is from before that"
+                f"the loss or its gradient is not finite since step {bad + 1} with the images "
+                f"{ids}; the losses are now {losses}; last.pt was written before that step"
             )
         speed = (step - self.step) * self.batches.batch_size / (time.perf_counter() - self.clock)
         self.restart(step)

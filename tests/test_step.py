@@ -362,7 +362,7 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(
     checkpoint = load_checkpoint(tmp_path)
     dataset = load_dataset(shapes)
     plan = train.TrainBatches(dataset, checkpoint["settings"]).plan(4)
-    for text in ("step 5,", str(dataset.image_ids[plan.indices].tolist()), "last.pt"):
+    for text in ("step 5 ", str(dataset.image_ids[plan.indices].tolist()), "last.pt"):
         assert text in str(stop.value)
     assert checkpoint["step"] == 4
     assert all(value.isfinite().all() for value in saved_weights(tmp_path).values())
