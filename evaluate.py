@@ -1558,8 +1558,8 @@ def parse_args(argv=None):
     add("--export", metavar="F.onnx", help="write the model as ONNX, for images of any size")
     keyword = dict(type=keyword_value, nargs="+", action="extend", default=[])
     add("--set", metavar="KEYWORD=VALUE", help=f"change {', '.join(DECODING)}", **keyword)
-    tile_help = "also predict square crops of this side"
-    add("--tile", type=positive_int, metavar="PIXELS", help=tile_help)
+    tile = number(int, 32, 10**6)
+    add("--tile", type=tile, metavar="PIXELS", help="also predict square crops of this side")
     add("--overlap", type=number(float, 0, 0.9), default=0.2, help="share of a tile (%(default)s)")
     add = parser.add_argument_group("score it on a data set").add_argument
     add("--data", help="folder in the layout of COCO, Roboflow, CVAT, YOLO or Pascal VOC")

@@ -328,6 +328,7 @@ MISTAKES = {  # the command line, and what the message names
     "export into nowhere": ("{model} --export {tmp}/none/m.onnx", "m.onnx"),
     "a keyword of training": ("{model} --data {tmp} --set radius=0", "max_detections"),
     "tiles of nothing": ("{model} --export m.onnx --tile 64", "--tile needs"),
+    "a tile that is too small": ("{model} --images {dir} --out {tmp}/o --tile 8", "--tile"),
     "no GPU": ("{model} --data {tmp} --device cuda", "--device cpu"),
     "unknown flag": ("{here} --min-siz 5", "--min-siz"),
     "no number": ("{here} --batch-size many", "--batch-size"),
