@@ -674,7 +674,7 @@ def largest_share_lost(found):
     """Return the largest share of boxes without a location: among all boxes, or among those of a
     class with 10 boxes or more. found: from measure_boxes."""
     total = sum(count for _, _, count, _ in found)
-    overall = sum(lost * count for lost, _, count, _ in found) / total
+    overall = sum(lost * count for lost, _, count, _ in found) / max(total, 1)
     of_classes = [lost for lost, _, count, _ in found if count >= 10]
     return max([overall, *of_classes])
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from small_runs import (
     COCO,
+    FakeDataset,
     Killed,
     assert_equal_tensors,
     assert_same_run,
@@ -188,6 +189,21 @@ def test_oddities_of_the_data_are_reported(shapes, tmp_path, monkeypatch, capsys
     output = capsys.readouterr().out
     assert "has no box of star" in output
     assert "1 of its images are in the training set" in output
+
+
+class EmptyDataset(FakeDataset):
+    """A data set of images without boxes."""
+
+    def target(self, i):
+        boxes, labels = super().target(i)
+        return boxes[:0], labels[:0]
+
+
+def test_sizes_are_reported_even_if_no_measured_image_has_a_box(capsys):
+    """With --negatives, the images that are measured may all be without objects."""
+    batches = make_batches(EmptyDataset([(64, 64)] * 3))
+    train.report_sizes(fcos.build("shapes", 3), batches)
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_a_warning_is_given_if_few_boxes_are_all_too_small(shapes, tmp_path, monkeypatch, capsys):
