@@ -1652,9 +1652,8 @@ def run_views(model, run_model, views, batch_size):
             batch, sizes = pad_batch([crop_view(image, view) for _, image, view in chunk])
             detections = run_model(batch.to(device), sizes.to(device))
             detections = {name: values.cpu() for name, values in detections.items()}
-            for b, triple in enumerate(chunk):
-                found = detections["scores"][b] > -math.inf
-                yield *triple, {name: values[b][found] for name, values in detections.items()}
+            for triple, found in zip(chunk, as_list(detections, -math.inf)):
+                yield *triple, found
 
 
 def crop_view(image, view):
@@ -1743,12 +1742,12 @@ def find_covered(boxes, labels, cut):
 
 
 def as_list(detections: dict, score_threshold: float) -> list[dict]:
-    """Split the batch of `FCOS.decode` into one dict per image, without padding and low scores."""
+    """Split a batch of detections or candidates into one dict per image, without padding (scores of
+    -inf) and low scores."""
     results = []
-    for b in range(len(detections["scores"])):
-        found = detections["labels"][b] >= 0
-        count = int((found & (detections["scores"][b] >= score_threshold)).sum())
-        results.append({name: values[b, :count] for name, values in detections.items()})
+    for b, scores in enumerate(detections["scores"]):
+        found = (scores > -math.inf) & (scores >= score_threshold)
+        results.append({name: values[b][found] for name, values in detections.items()})
     return results
 
 
