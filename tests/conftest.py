@@ -8,6 +8,7 @@ import io
 import math
 import multiprocessing
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,12 @@ from fcos import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# pytest-xdist ignores SIGINT, and nohup SIGHUP: processes that tests start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# tests run in two processes; see addopts in pyproject.toml
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ bench() {  # bench NAME LIMIT ARGUMENTS...
 tests() {  # one file by itself: a package that one lacks here must not stop another
     local file=$1 most=$2
     shift 2
-    part "$file $*" "$most" "$python" -m pytest -m gpu -v --tb=short --durations=9 \
+    part "$file $*" "$most" "$python" -m pytest -o addopts=-ra -m gpu -v --tb=short --durations=9 \
         -o faulthandler_timeout=100 -p no:cacheprovider "tests/$file" "$@"
 }
 
@@ -103,7 +103,7 @@ sanitize() {
     # asks for what may fail, such as peer access, and handles it: no error of a kernel.
     part "compute-sanitizer $1" 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 1 \
-        "$python" -m pytest -q -p no:cacheprovider tests/test_kernels_gpu.py -k same_bits
+        "$python" -m pytest -o addopts= -q -p no:cacheprovider tests/test_kernels_gpu.py -k same_bits
 }
 
 for name in $parts; do
