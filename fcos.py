@@ -1046,7 +1046,8 @@ class FCOS(nn.Module):
         """Choose the detections among candidates: greedy non-maximum suppression in each class.
 
         All predictions pass through this method: replace it for another suppression, such as
-        Soft-NMS, which also changes the scores.
+        Soft-NMS, which also changes the scores. With tiles it runs on each of them, and again on
+        what they found together.
 
         boxes (B, N, 4) xyxy pixels, scores (B, N), -inf for padding, labels (B, N).
         Returns the candidates that remain, int64 (B, D), best first and then -1, and their scores
@@ -1543,7 +1544,8 @@ INFERENCE_LOCK = threading.RLock()  # for all models, because a model with a loc
 def inference(model: FCOS):
     """Switch to eval mode and fold frozen norms into the convolutions, in autocast's precision.
 
-    Do not change weights inside this context. Only one thread can be inside at a time.
+    Do not change weights inside this context, and use it under torch.no_grad(): a pass that needs
+    gradients does not use the folded norms. Only one thread can be inside at a time.
     """
     with INFERENCE_LOCK:
         training = {module: module.training for module in model.modules()}

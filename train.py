@@ -734,7 +734,7 @@ def make_model(settings: dict, dataset) -> fcos.FCOS:
     torch.manual_seed(settings["seed"])
     try:
         model = fcos.FCOS(len(dataset.classes), **keywords)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"{settings['model']} cannot be built: {error}") from None
     model.name = settings["model"]
     if from_timm:
