@@ -1179,7 +1179,7 @@ def main(args: Namespace):
                 meter.restart(step)
             if step == iters or out_of_patience(step, best, settings):
                 break
-            micro_batches = [to_device(next(loader), device) for _ in range(args.accumulate)]
+            micro_batches = [next(loader) for _ in range(args.accumulate)]
             losses = compute_gradients(model, network, micro_batches, settings)
             meter.add(step, losses, model)
             update(step, optimizer, companions, settings)
@@ -1221,11 +1221,13 @@ def check_room(batches, workers):
 
 
 def start_loader(batches, start, workers, device):
-    """Start the dataloader workers; return the iterator over micro-batches from step `start` on."""
+    """Start the dataloader workers; return an iterator over the micro-batches from step `start` on,
+    as `to_device` returns them."""
     items = range(start * batches.micro_batches, len(batches))
     pinned = device.type in ("cuda", "xpu")
     loader = evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=pinned)
-    return evaluate.raise_errors(iter(loader))
+    batches_read = evaluate.raise_errors(iter(loader))  # iter starts the workers
+    return (to_device(batch, device) for batch in batches_read)
 
 
 def is_due(step, every):
