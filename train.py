@@ -1332,6 +1332,7 @@ class RunFiles:
             "layout": tensor_shapes(states),
             "model": fcos.checkpoint(model),
         }
+        assert content.keys() | {"optimizer"} == ENTRIES
         keep = None if self.replaces else self.out / "previous.pt"
         with self.warn_if_full("the older checkpoint stays"):
             with fcos.atomic_write(self.out / "last.pt", keep=keep) as file:
