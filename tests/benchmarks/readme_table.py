@@ -334,7 +334,7 @@ def road():
 def sources():
     """Return when and on what each file was measured."""
     names = ("model", "train", "kernels", "growth_cuda", "model_cpu", "loader", "data", "growth")
-    names += ("quantize", "tiles")
+    names += ("quantize", "quantize_shapes", "tiles")
     lines = []
     for name in names:
         record = read(name)
