@@ -26,7 +26,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# tests run in two processes; see addopts in pyproject.toml
+# tests run in two processes (see pyproject.toml), and networks this small gain nothing from threads
 torch.set_num_threads(1)
 
 
@@ -77,23 +77,6 @@ def golden(request):
     return lambda name: read_golden(folder / name)
 
 
-@contextlib.contextmanager
-def use_one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Use one thread: two are slower on such small networks, above all on a busy machine."""
-    with use_one_thread():
-        yield
-
-
 @pytest.fixture
 def no_process_left():
     """Kill the processes that a failed test leaves behind, since they could hold up later tests."""
@@ -120,7 +103,7 @@ def finished(shapes, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("finished") / "run"
     stdout = io.StringIO()
-    with use_one_thread(), contextlib.redirect_stdout(stdout):
+    with contextlib.redirect_stdout(stdout):
         small_runs.run(small_runs.command_line(shapes, out, *small_runs.EVERY_3))
     return SimpleNamespace(out=out, stdout=stdout.getvalue().splitlines())
 

@@ -10,9 +10,6 @@ from conftest import objects, outputs_of, picture, small
 import fcos
 import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- layers and norms --------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ import fcos
 import train
 from fcos import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_process_left")
+pytestmark = pytest.mark.usefixtures("no_process_left")
 
 MIXED = FakeDataset([(40, 60), (60, 40), (50, 50), (30, 60), (45, 61), (64, 32), (33, 64)])
 WIDE = [0, 3, 4, 6]

@@ -30,9 +30,6 @@ from foreign import AFFINE, adelaidet, backbone_file, mmdetection, official, pyt
 import fcos
 from fcos import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- our own checkpoints -----------------------------------------------------------------------
 
 

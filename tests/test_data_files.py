@@ -11,9 +11,6 @@ from coco_files import box, edit, rotated_png, write_coco
 import evaluate
 from fcos import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- images --------------------------------------------------------------------------------------
 
 

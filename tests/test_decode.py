@@ -6,7 +6,6 @@ from recorded import assert_detections_match, golden_detections, read_golden, ro
 
 import fcos
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HW = (64, 96)
 
 

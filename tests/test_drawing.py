@@ -19,7 +19,6 @@ import fcos
 from fcos import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- one picture ---------------------------------------------------------------------------------

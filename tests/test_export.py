@@ -9,8 +9,6 @@ from conftest import assert_refused, detector
 
 import fcos
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class SmallBackbone(torch.nn.Module):
     """One convolution with a frozen norm: exporting a layer takes time."""

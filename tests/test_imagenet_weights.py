@@ -32,8 +32,6 @@ import fcos
 import train
 from fcos import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_caffe2_file_fills_the_backbone(wrapped, tmp_path):

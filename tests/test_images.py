@@ -16,9 +16,6 @@ from recorded import GOLDEN, assert_same_detections, official_model, read_golden
 import fcos
 from fcos import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- resizing, padding, normalizing ------------------------------------------------------------
 
 

@@ -10,8 +10,6 @@ from torchvision.models.detection.image_list import ImageList
 
 import fcos
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def quantized(x):
     return (np.round(x * 64) / 64).astype(np.float32)

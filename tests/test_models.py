@@ -17,7 +17,6 @@ import fcos
 import train
 from fcos import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = {  # model: parameters, trainable ones, keys of the official state dict
     "fcos_R_50_FPN": (32_244_250, 32_021_850, 324),
     "fcos_R_101_FPN": (51_184_154, 50_961_754, 579),

@@ -18,9 +18,6 @@ from recorded import (
 
 import fcos
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- the official networks ---------------------------------------------------------------------
 
 

@@ -11,8 +11,6 @@ from recorded import GOLDEN, golden_objects, official_model, our_names, read_gol
 import fcos
 import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def backward(model, images, sizes, truths):
     """Compute the gradients of one step. Return the losses."""

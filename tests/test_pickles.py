@@ -22,8 +22,6 @@ from foreign import (
 import fcos
 from fcos import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Program:
     """An object whose unpickling creates a file or folder."""

@@ -14,9 +14,6 @@ from recorded import assert_same_detections, read_golden
 import evaluate
 import fcos
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- sizes, thresholds, modes ------------------------------------------------------------------
 
 

@@ -49,7 +49,7 @@ import evaluate
 import fcos
 import train
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_process_left")
+pytestmark = pytest.mark.usefixtures("no_process_left")
 
 
 # ---- the same training -------------------------------------------------------------------------

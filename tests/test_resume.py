@@ -36,9 +36,6 @@ import evaluate
 import fcos
 import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- after a crash -----------------------------------------------------------------------------
 
 

@@ -443,7 +443,7 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def here(made, tmp_path, monkeypatch, one_thread):
+def here(made, tmp_path, monkeypatch):
     """Change to a copy of the folder, fail a row that hangs, and restore the environment."""
     monkeypatch.chdir(shutil.copytree(made, tmp_path / "here"))
     os.mkfifo("pipe")

@@ -35,8 +35,6 @@ import evaluate
 import fcos
 import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_a_run_writes_five_files(finished):
     names = "last.pt log.jsonl metrics.json model.pt previous.pt"

@@ -16,9 +16,6 @@ from coco_files import CATEGORIES, box, detection, edit, first_row, perfect_resu
 import evaluate
 from fcos import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- the numbers of pycocotools ------------------------------------------------------------------
 
 

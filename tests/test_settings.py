@@ -23,8 +23,6 @@ import fcos
 import train
 from fcos import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def resolve(line=""):
     return train.resolve(train.parse_args(line.split()))

@@ -39,7 +39,7 @@ import evaluate
 import train
 from fcos import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_process_left")
+pytestmark = pytest.mark.usefixtures("no_process_left")
 
 
 # ---- kill -9 -----------------------------------------------------------------------------------

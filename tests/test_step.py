@@ -39,7 +39,7 @@ import fcos
 import train
 from fcos import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_process_left")
+pytestmark = pytest.mark.usefixtures("no_process_left")
 
 
 # ---- the model's start -------------------------------------------------------------------------

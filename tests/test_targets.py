@@ -7,8 +7,6 @@ from recorded import assert_same_detections, golden_objects
 
 import fcos
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def golden_rows(x, levels):
     """Order (B, P, ...) as recorded: level by level, and within a level image by image."""

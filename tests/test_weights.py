@@ -41,9 +41,6 @@ from torchvision.ops import FrozenBatchNorm2d
 import fcos
 from fcos import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- detectors of other families ---------------------------------------------------------------
 
 
