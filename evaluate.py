@@ -405,7 +405,10 @@ def read_yolo(path, image_dir):
 
 
 def read_class_names(path):
-    """Return the names of the classes in YOLO's data.yaml, in or above the folder `path`."""
+    """Return the names of the classes in YOLO's data.yaml, in or above the folder `path`.
+
+    Raises ValueError if there is no such file, or if it does not name every class.
+    """
     places = [folder / "data.yaml" for folder in (path, *path.absolute().parents[:3])]
     yaml = next(filter(Path.is_file, places), None)
     if yaml is None:
@@ -498,14 +501,14 @@ def take_columns(boxes, images, categories, path, size=20_000):
                 f"{block[first].category_id!r:.100} is not in {categories.tolist()!r:.200}"
             )
         for name in extra:
-            values = [getattr(box, name) for box in block]
+            listed = [getattr(box, name) for box in block]
             try:
-                values = np.array(values)
+                values = np.array(listed)
                 dtype = np.float32 if values.dtype.kind == "f" else np.int64
                 columns[name] = values.astype(dtype)
             except (TypeError, ValueError):
                 problem = "expected numbers, equally many for every box"
-                raise UserError(f"{path}: column {name}: {problem}, found {values!r:.99}") from None
+                raise UserError(f"{path}: column {name}: {problem}, found {listed!r:.99}") from None
         blocks.append(columns)
     columns = {name: np.concatenate([block[name] for block in blocks[::-1]]) for name in columns}
     missing = ~(np.isfinite(columns["areas"]) & (columns["areas"] >= 0))
@@ -1362,6 +1365,12 @@ def set_decoding(model, settings):
         setattr(model, keyword, value)
 
 
+def number_for(keyword):
+    """Return the argparse type of an argument of FCOS.predict, with its bounds in fcos.CHECKS."""
+    bounds = fcos.CHECKS[keyword]
+    return number(type(bounds.least), bounds.least, bounds.most)
+
+
 positive_int = number(int, 1, 2**63 - 1)
 not_negative = number(int, 0, 2**63 - 1)
 image_count = number(int, 1, 2**16)
@@ -1558,9 +1567,9 @@ def parse_args(argv=None):
     add("--export", metavar="F.onnx", help="write the model as ONNX, for images of any size")
     keyword = dict(type=keyword_value, nargs="+", action="extend", default=[])
     add("--set", metavar="KEYWORD=VALUE", help=f"change {', '.join(DECODING)}", **keyword)
-    tile = number(int, 32, 10**6)
+    tile = number_for("tile")
     add("--tile", type=tile, metavar="PIXELS", help="also predict square crops of this side")
-    add("--overlap", type=number(float, 0, 0.9), default=0.2, help="share of a tile (%(default)s)")
+    add("--overlap", type=number_for("overlap"), default=0.2, help="share of a tile (%(default)s)")
     add = parser.add_argument_group("score it on a data set").add_argument
     add("--data", help="folder in the layout of COCO, Roboflow, CVAT, YOLO or Pascal VOC")
     add("--split", default="val2017", help="part of --data (%(default)s)")

@@ -1297,7 +1297,8 @@ def check_features(features, hw, backbone):
     that the backbone declares. Other strides would silently move every location."""
     if torch.compiler.is_compiling():  # sizes may be symbols here
         return
-    expected = list(zip(backbone.channels, *zip(*level_sizes(hw, backbone.strides))))
+    sizes = level_sizes(hw, backbone.strides)
+    expected = [(channels, *size) for channels, size in zip(backbone.channels, sizes)]
     found = [tuple(feature.shape[1:]) for feature in features]
     if found != expected:
         name = type(backbone).__name__

@@ -769,10 +769,10 @@ def keywords_for(weights, keywords):
 def report_weights(path, report):
     """Print what fcos.load_weights has loaded, and which parts keep random weights."""
     parts = {".".join(name.split(".")[:2]) for name in report["missing"]}
-    random = {part for part in parts if not part.startswith("backbone.")}
-    random |= {f"class {name}" for name in report["new_classes"]}
+    untrained = {part for part in parts if not part.startswith("backbone.")}
+    untrained |= {f"class {name}" for name in report["new_classes"]}
     loaded = f"{len(report['loaded'])} tensors of the {report['family']} family"
-    say(f"{path}: {loaded}; random: {', '.join(sorted(random)) or 'nothing'}")
+    say(f"{path}: {loaded}; random: {', '.join(sorted(untrained)) or 'nothing'}")
     say(", ".join(f"{name} {value}" for name, value in report["convention"].items()))
 
 
