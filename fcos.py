@@ -990,7 +990,8 @@ class FCOS(nn.Module):
         """Turn the outputs of `forward` into detections, in shapes that never depend on values.
 
         On each level the `topk` best candidates remain; `suppress` then leaves `max_detections`
-        over all levels (section 3.3).
+        over all levels (section 3.3). With tiles or test-time augmentation, `predict_images` calls
+        `candidates` and `suppress` itself.
 
         Returns {"boxes": (B, D, 4) xyxy pixels, clipped to `sizes`; "scores": (B, D), falling;
         "labels": (B, D); and every further output of the head at the location of the detection,
@@ -1046,8 +1047,8 @@ class FCOS(nn.Module):
         """Choose the detections among candidates: greedy non-maximum suppression in each class.
 
         All predictions pass through this method: replace it for another suppression, such as
-        Soft-NMS, which also changes the scores. With tiles it runs on each of them, and again on
-        what they found together.
+        Soft-NMS, which also changes the scores. With tiles it chooses on each of them, and then
+        among all that they found, with the scores of the candidates.
 
         boxes (B, N, 4) xyxy pixels, scores (B, N), -inf for padding, labels (B, N).
         Returns the candidates that remain, int64 (B, D), best first and then -1, and their scores
@@ -1583,11 +1584,19 @@ def predict_images(model, images, score_threshold, batch_size, graph, view_optio
     view_options: the arguments of `make_views` except the size of the image.
     """
 
+    several_views = view_options["tta"] or view_options["tile"] is not None
+
     def run_model(images, sizes):
         outputs = model(images, sizes)
-        # The official augmentation merges candidates. Tiles are suppressed first to bound memory.
-        tta = view_options["tta"]
-        return model.candidates(outputs, sizes) if tta else model.decode(outputs, sizes)
+        if not several_views:
+            return model.decode(outputs, sizes)
+        found = model.candidates(outputs, sizes)
+        if view_options["tta"]:  # the official augmentation merges candidates
+            return found
+        # Each tile is suppressed to bound memory. Scores stay: only `merge` may change them.
+        keep, _ = model.suppress(found["boxes"], found["scores"], found["labels"])
+        kept = {name: take(values, keep) for name, values in found.items()}
+        return kept | {"scores": take(found["scores"], keep, -math.inf)}
 
     if graph and model.pixel_mean.device.type == "cuda":
         run_model = replay(run_model)
@@ -1604,7 +1613,9 @@ def predict_images(model, images, score_threshold, batch_size, graph, view_optio
             image = of_image[0][1]
             views = [view for _, _, view, _ in of_image]
             found = [map_back(model, detections, view) for _, _, view, detections in of_image]
-            merged = merge(model, found, views, image.shape[-2:])
+            merged = found[0]
+            if several_views:
+                merged = merge(model, found, views, image.shape[-2:])
             kept = merged["scores"] >= score_threshold
             results.append({name: values[kept] for name, values in merged.items()})
     return results
@@ -1706,8 +1717,6 @@ def merge(model, found, views, hw):
     are dropped if an uncut box covers them. Overlaps are computed in pixels of the first view, as
     in the official code; this matters only for inclusive boxes.
     """
-    if len(found) == 1:
-        return found[0]
     merged = {name: torch.cat([one[name] for one in found]) for name in found[0]}
     if not len(merged["scores"]):
         return merged

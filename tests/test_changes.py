@@ -557,6 +557,9 @@ def another_suppression():
     assert not torch.equal(soft["scores"], hard)
     assert not torch.equal(views["scores"], hard_views)
     assert not torch.equal(model.predict(PHOTO, tile=64)[0]["scores"], hard_tiles)
+    # A tile as large as the image: the scores must not decay on the tile and again in the end.
+    one_tile = model.predict(PHOTO, tile=4096)[0]["scores"]
+    assert one_tile.tolist() == pytest.approx(soft["scores"].tolist(), rel=1e-5)
 
     # It decays final scores: those that are not changed are the scores of predict.
     candidates = {}

@@ -406,7 +406,7 @@ class BarModel:
     def forward(self, images, sizes):
         return images
 
-    def decode(self, images, sizes):
+    def candidates(self, images, sizes):
         detections = {
             "boxes": torch.zeros(len(images), 9, 4),
             "scores": torch.full((len(images), 9), -torch.inf),
@@ -427,7 +427,7 @@ class BarModel:
 def bar_model(monkeypatch):
     model = fcos.build("shapes", 1)
     monkeypatch.setattr(model, "forward", BarModel().forward)
-    monkeypatch.setattr(model, "decode", BarModel().decode)
+    monkeypatch.setattr(model, "candidates", BarModel().candidates)
     return model
 
 
