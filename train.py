@@ -1003,6 +1003,12 @@ def to_device(batch, device):
     return {"images": images, "sizes": sizes, "truths": truths}
 
 
+def seed_layers(step, rank, settings):
+    """Seed PyTorch's generators for a step, so that dropout draws the same in a resumed run."""
+    seed = np.random.SeedSequence([settings["seed"], step, rank]).generate_state(1)
+    torch.manual_seed(int(seed[0]))
+
+
 def compute_gradients(model, network, batches, settings):
     """Compute the gradients of one step from its micro-batches on this rank.
 
@@ -1179,6 +1185,7 @@ def main(args: Namespace):
                 meter.restart(step)
             if step == iters or out_of_patience(step, best, settings):
                 break
+            seed_layers(step, rank, settings)
             micro_batches = [next(loader) for _ in range(args.accumulate)]
             losses = compute_gradients(model, network, micro_batches, settings)
             meter.add(step, losses, model)

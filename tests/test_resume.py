@@ -48,6 +48,20 @@ def test_a_killed_run_resumes_bit_for_bit(finished, shapes, tmp_path, capsys):
     assert_same_run(tmp_path, finished.out)
 
 
+def test_a_killed_run_with_dropout_resumes_bit_for_bit(shapes, tmp_path, monkeypatch):
+    head = fcos.Head.forward
+
+    def forward(self, features):
+        return head(self, [torch.nn.functional.dropout(x, 0.5, self.training) for x in features])
+
+    monkeypatch.setattr(fcos.Head, "forward", forward)
+    whole, killed = (command_line(shapes, tmp_path / name, *EVERY_3) for name in ("a", "b"))
+    run(whole)
+    run_killed_at(5, killed)
+    run(killed)
+    assert_same_run(tmp_path / "b", tmp_path / "a")
+
+
 def test_a_resumed_run_may_use_other_micro_batches_and_workers(finished, shapes, tmp_path):
     argv = command_line(shapes, tmp_path, "--eval-every", 3, "--checkpoint-every", 2)
     run_killed_at(4, argv)
