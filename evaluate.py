@@ -34,6 +34,7 @@ import operator
 import os
 import re
 import sys
+import traceback
 import unicodedata
 import warnings
 from collections import Counter, deque
@@ -800,8 +801,11 @@ STOP_SIGNALS = [
 ]
 OPEN_FILES = 40  # of a process without workers
 OPEN_FILES_PER_WORKER = 16
-# PyTorch's error messages for a worker that died, hangs or cannot open files
-WORKER_ERRORS = r"DataLoader (worker \(pid|timed out)|ancillary data|Too many open files"
+# Messages of errors about a worker that died, hangs, or lacks open files or shared memory
+WORKER_ERRORS = (
+    r"DataLoader (worker \(pid|timed out)|ancillary data|Too many open files"
+    r"|\[Errno 28\] No space left on device$"
+)
 WORKER_HELP = "raise `ulimit -n`, enlarge /dev/shm (docker run --shm-size=8g) or use --workers 0"
 
 
@@ -1526,6 +1530,14 @@ def is_user_error(error) -> bool:
     return isinstance(error, (UserError, OSError, UnicodeError, MemoryError))
 
 
+def find_line(error) -> str:
+    """Return the last line of this project that an error passed through, as "train.py line 7"."""
+    folder = Path(__file__).parent
+    frames = traceback.extract_tb(error.__traceback__)
+    last = [frame for frame in frames if Path(frame.filename).parent == folder][-1]
+    return f"{Path(last.filename).name} line {last.lineno}"
+
+
 def run(main, args):
     """Call a script's main; print a user error as one line on stderr and exit with code 2.
 
@@ -1547,8 +1559,10 @@ def run(main, args):
     except Exception as error:
         if not is_user_error(error):
             raise
-        message = " ".join(f"{Path(sys.argv[0]).name}: {error}".split())
-        print(printable(message, 1000), file=sys.stderr)
+        message = f"{Path(sys.argv[0]).name}: {error}"
+        if not isinstance(error, UserError):  # perhaps a bug in code that somebody has changed
+            message += f" ({find_line(error)})"
+        print(printable(" ".join(message.split()), 1000), file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import io
 import itertools
 import multiprocessing
@@ -254,12 +255,20 @@ def full_shared_memory():
     torch.Tensor.share_memory_ = refuse
 
 
+def no_shared_memory():
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    torch.multiprocessing.Queue = refuse
+
+
 @pytest.mark.parametrize(
     "prepare, texts",
     [
         (few_open_files, ("ulimit -n", "open files")),
         (small_shared_memory, ("/dev/shm has 1 MB free", "--shm-size")),
         (full_shared_memory, ("unable to allocate shared memory", "/dev/shm")),
+        (no_shared_memory, ("No space left on device", "/dev/shm")),
     ],
 )
 def test_a_run_without_room_for_workers_ends_with_one_line(shapes, tmp_path, prepare, texts):
@@ -289,6 +298,19 @@ def test_a_bug_in_augment_keeps_its_traceback_and_leaves_no_process(shapes, tmp_
     for text in ("Traceback", "in augment", "a bug of mine"):
         assert text in output, output
     assert re.search(r"in a sample made from .*train2017/\d+.jpg", output)
+
+
+def test_an_error_of_the_system_names_the_line_of_code(shapes, tmp_path):
+    def prepare():
+        def augment(sample, rng):
+            open(tmp_path / "missing.txt")
+
+        train.augment = augment
+
+    code, output = run_apart(command_line(shapes, tmp_path / "run", "--workers", 0), prepare)
+    assert code == 2
+    last = output.splitlines()[-1]
+    assert re.search(r"No such file or directory: .*missing.txt' \(train.py line \d+\)", last)
 
 
 def test_a_bug_after_training_ends_the_run_although_workers_are_alive(shapes, tmp_path):
