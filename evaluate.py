@@ -1574,22 +1574,31 @@ def parse_args(argv=None):
     add("model", nargs="?", help='model.pt of a run, "coco", or a file of another FCOS family')
     add("--model", dest="row", help="row of fcos.MODELS, for files that do not name it")
     add("--device", help="cpu, cuda, mps or xpu (cuda if there is one)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
-    add("--min-size", type=positive_int, help="short side in pixels (as stored with the model)")
-    add("--max-size", type=positive_int, help="limit of the long side (as stored with the model)")
-    add("--workers", type=worker_count, default=2, help="dataloader workers (%(default)s)")
+    precision_help = "bf16: autocast (%(default)s)"
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision_help)
+    pixels = dict(type=positive_int, metavar="PIXELS")
+    add("--min-size", help="short side (as stored with the model)", **pixels)
+    add("--max-size", help="limit of the long side (as stored with the model)", **pixels)
+    workers_help = "dataloader workers (%(default)s)"
+    add("--workers", type=worker_count, metavar="N", default=2, help=workers_help)
     add("--export", metavar="F.onnx", help="write the model as ONNX, for images of any size")
     keyword = dict(type=keyword_value, nargs="+", action="extend", default=[])
     add("--set", metavar="KEYWORD=VALUE", help=f"change {', '.join(DECODING)}", **keyword)
     tile = number_for("tile")
     add("--tile", type=tile, metavar="PIXELS", help="also predict square crops of this side")
-    add("--overlap", type=number_for("overlap"), default=0.2, help="share of a tile (%(default)s)")
+    overlap_help = "share of a tile that the next one repeats (%(default)s)"
+    add("--overlap", type=number_for("overlap"), metavar="X", default=0.2, help=overlap_help)
     add = parser.add_argument_group("score it on a data set").add_argument
-    add("--data", help="folder in the layout of COCO, Roboflow, CVAT, YOLO or Pascal VOC")
+    add(
+        "--data",
+        metavar="DIR",
+        help="folder in the layout of COCO, Roboflow, CVAT, YOLO or Pascal VOC",
+    )
     add("--split", default="val2017", help="part of --data (%(default)s)")
-    add("--annotations", help="COCO JSON or other labels, instead of --data")
-    add("--image-dir", help="the folder of its images")
-    add("--batch-size", type=image_count, help="images at a time (8 on a GPU, 1 elsewhere)")
+    add("--annotations", metavar="F", help="COCO JSON or other labels, instead of --data")
+    add("--image-dir", metavar="DIR", help="the folder of its images")
+    batch_help = "images at a time (8 on a GPU, 1 elsewhere)"
+    add("--batch-size", type=image_count, metavar="N", help=batch_help)
     add("--save-json", metavar="F", help="write the detections in COCO's results format")
     add("--tta", action="store_true", help="test-time augmentation: 18 views, two at a time")
     add("--per-class", action="store_true", help="add AP, best F1 and its threshold per class")
@@ -1598,7 +1607,8 @@ def parse_args(argv=None):
     add("--images", nargs="+", metavar="FILE|DIR", help="pictures to draw on; needs --out")
     add("--out", metavar="DIR", help="folder for the drawings and detections.json")
     probability = number(float, 0, 1)
-    add("--score-threshold", type=probability, default=0.5, help="for drawn boxes (%(default)s)")
+    threshold_help = "the least score that is drawn (%(default)s)"
+    add("--score-threshold", type=probability, metavar="X", default=0.5, help=threshold_help)
     return parser.parse_args(argv)
 
 

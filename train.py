@@ -127,7 +127,7 @@ def make_parser():
     )
     add = parser.add_argument_group(DATA).add_argument
     layouts = "COCO, Roboflow, CVAT, YOLO or Pascal VOC"
-    add("--data", help=f"folder in the layout of {layouts} (data/coco)")
+    add("--data", metavar="DIR", help=f"folder in the layout of {layouts} (data/coco)")
     add("--train-images", metavar="DIR", help="for any other layout: pass all four, not --data")
     add("--train-annotations", metavar="JSON")
     add("--val-images", metavar="DIR")
@@ -141,25 +141,31 @@ def make_parser():
     add("--negatives", action="store_true", help="also train on images without objects")
     add("--augment", action="store_true", help="vary colours and crop, for small data sets")
     image_count = evaluate.image_count
-    add("--batch-size", type=image_count, help="images per step, over all GPUs and micro-batches")
-    add("--iters", type=positive_int, help="steps; the schedule keeps its proportions")
+    batch_help = "images per step, over all GPUs and micro-batches"
+    add("--batch-size", type=image_count, metavar="N", help=batch_help)
+    add("--iters", type=positive_int, metavar="N", help="steps; the schedule keeps its proportions")
     rate = evaluate.number(float, 1e-12, 1e38)
     add("--lr", type=rate, help="learning rate (scaled with --batch-size)")
-    add("--min-size", type=positive_int, nargs="+", help="choices for the short side, in pixels")
-    add("--max-size", type=positive_int, help="limit of the long side, in pixels")
-    add("--multiple", type=positive_int, help="pad to multiples of this (32; 128 with --compile)")
+    pixels = dict(type=positive_int, metavar="PIXELS")
+    add("--min-size", nargs="+", help="one or more choices for the short side", **pixels)
+    add("--max-size", help="limit of the long side", **pixels)
+    add("--multiple", help="pad to multiples of this (32; 128 with --compile)", **pixels)
     decay = evaluate.number(float, 1e-9, 1 - 1e-9)
     add("--ema", type=decay, metavar="DECAY", help="average the weights, such as 0.999 (none)")
     add("--patience", type=positive_int, metavar="N", help="stop after N evaluations without gain")
-    add("--seed", type=not_negative, default=0, help="(%(default)s)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="(%(default)s)")
+    seed_help = "of the initial weights, the data order and the augmentation (%(default)s)"
+    add("--seed", type=not_negative, metavar="N", default=0, help=seed_help)
+    precision_help = "bf16: autocast, for GPUs (%(default)s)"
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision_help)
     add = parser.add_argument_group(HOW_IT_RUNS).add_argument
-    add("--out", help="folder of the run (runs/RECIPE)")
+    add("--out", metavar="DIR", help="folder of the run (runs/RECIPE)")
     workers_help = "dataloader workers per rank (4 on a GPU, else 1)"
-    add("--workers", type=evaluate.worker_count, help=workers_help)
-    add("--accumulate", type=positive_int, default=1, help="micro-batches per step (%(default)s)")
-    add("--eval-every", type=positive_int, help="steps between evaluations (only at the end)")
-    add("--checkpoint-every", type=positive_int, default=2500, help="steps (%(default)s)")
+    add("--workers", type=evaluate.worker_count, metavar="N", help=workers_help)
+    count = dict(type=positive_int, metavar="N")
+    add("--accumulate", default=1, help="micro-batches per step (%(default)s)", **count)
+    add("--eval-every", help="steps between evaluations (only at the end)", **count)
+    checkpoint_help = "steps between checkpoints (%(default)s)"
+    add("--checkpoint-every", default=2500, help=checkpoint_help, **count)
     add("--device", help="cpu, cuda, mps or xpu (cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--fresh", action="store_true", help="start over, whatever --out holds")
