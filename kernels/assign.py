@@ -1,4 +1,4 @@
-"""Target assignment of FCOS: the box that each location has to predict, in O(P) memory.
+"""Target assignment of FCOS: the box that each location has to predict, in O(locations) memory.
 
     index = assign(points, boxes, center_radius=1.5)      # (B, P), -1 for background
 
@@ -29,7 +29,7 @@ def assign_ref(points, boxes, center_radius):
     for image_boxes in boxes:
         smallest = torch.full_like(x, torch.inf)
         index = torch.full_like(x, -1, dtype=torch.int64)
-        for start in range(0, len(image_boxes), 32):  # 32 boxes at a time, to bound the memory
+        for start in range(0, len(image_boxes), 32):  # 32 boxes at a time, to limit the memory
             x1, y1, x2, y2 = image_boxes[start : start + 32].T[:, :, None]  # (G, 1) against (P,)
             matches = (x > x1) & (y > y1) & (x < x2) & (y < y2)
             if center_radius > 0:
@@ -39,7 +39,7 @@ def assign_ref(points, boxes, center_radius):
             furthest = torch.maximum(torch.maximum(x - x1, x2 - x), torch.maximum(y - y1, y2 - y))
             matches &= (furthest >= lo) & (furthest <= hi)
             area, first = torch.where(matches, (x2 - x1) * (y2 - y1), torch.inf).min(dim=0)
-            index = torch.where(area < smallest, first + start, index)  # a tie keeps the earlier
+            index = torch.where(area < smallest, first + start, index)  # in a tie, the first stays
             smallest = torch.minimum(area, smallest)
         results.append(index)
     return torch.stack(results)
@@ -65,7 +65,7 @@ extern "C" __global__ void assign(
     const int first = offsets.at[blockIdx.y];
     const int last = offsets.at[blockIdx.y + 1];
     const long long p = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    // Threads past the end stay for the barriers; hi = -1 lets nothing match.
+    // Threads past the end have to reach the barriers, too: with hi = -1 they match no box.
     float x = 0.0f, y = 0.0f, reach = 0.0f, lo = 0.0f, hi = -1.0f;
     if (p < n_points) {
         x = points[5 * p];
@@ -78,7 +78,7 @@ extern "C" __global__ void assign(
     float smallest = __uint_as_float(0x7f800000u);
     int match = -1;
     for (int start = first; start < last; start += blockDim.x) {
-        __syncthreads();  // no thread still reads the previous tile
+        __syncthreads();  // wait until no thread reads the previous tile
         if (start + (int)threadIdx.x < last) tile[threadIdx.x] = boxes[start + threadIdx.x];
         __syncthreads();
         const int count = min((int)blockDim.x, last - start);
@@ -94,7 +94,7 @@ extern "C" __global__ void assign(
                 if (!(y > cy - reach && y < cy + reach)) continue;
             }
             const float area = (box.z - box.x) * (box.w - box.y);
-            if (area < smallest) {  // a tie keeps the earlier box
+            if (area < smallest) {  // in a tie, the first box stays
                 smallest = area;
                 match = start + j - first;
             }
@@ -104,7 +104,7 @@ extern "C" __global__ void assign(
 }
 """
 KERNELS = ("assign",)
-OPTIONS = ("--fmad=false",)  # without fused rounding the result equals PyTorch's bit for bit
+OPTIONS = ("--fmad=false",)  # without fused multiply-adds, results equal PyTorch's bit for bit
 THREADS = 256  # as in the CUDA text
 MAX_IMAGES = 256  # as in the CUDA text
 
@@ -117,11 +117,11 @@ MAX_IMAGES = 256  # as in the CUDA text
 def _load(device, choice):
     """Compile the kernels for GPU number `device` and return them by name.
 
-    If that fails, warn and return None: PyTorch runs instead. Raises ImportError in place of the
-    warning if FCOS_KERNELS is "cupy", and while a CUDA graph is captured.
+    If that fails, warn and return None: PyTorch runs instead. Raises ImportError instead of warning
+    if FCOS_KERNELS is "cupy", and while a CUDA graph is captured.
     """
     try:
-        import cupy  # imported here, so that this file needs neither CuPy nor a GPU until now
+        import cupy  # imported only here: on a CPU this file must work without CuPy
 
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
@@ -148,8 +148,8 @@ def _use_kernel(tensor):
 def _launch(name, grid, threads, *args):
     """Launch a kernel on PyTorch's current stream.
 
-    args: contiguous tensors, and NumPy scalars of the width that the CUDA text declares: CuPy
-    checks neither.
+    args: contiguous tensors, and NumPy scalars of exactly the types that the CUDA text declares.
+    CuPy checks neither. The first argument is a tensor.
     """
     import cupy
 
@@ -165,35 +165,38 @@ def _launch(name, grid, threads, *args):
 
 @torch.compiler.disable
 def _assign_kernel(points, boxes, center_radius):
+    """Compute `assign` with the kernel, up to MAX_IMAGES images in a launch."""
     P = len(points)
+    blocks = -(-P // THREADS)
     points = points.contiguous()
     index = torch.empty((len(boxes), P), dtype=torch.int64, device=points.device)
     for first in range(0, len(boxes), MAX_IMAGES):
         images = boxes[first : first + MAX_IMAGES]
+        all_boxes = torch.cat(images)  # a new tensor, so that it starts at a multiple of 16 bytes
         offsets = np.zeros(1, dtype=[("at", np.int32, MAX_IMAGES + 1)])  # CuPy passes it by value
         offsets["at"][0, 1 : len(images) + 1] = np.cumsum([len(b) for b in images])
-        args = points, torch.cat(images), offsets, index[first:]  # cat aligns its copy
-        numbers = np.int32(P), np.float32(center_radius)
-        _launch("assign", (-(-P // THREADS), len(images)), THREADS, *args, *numbers)
+        args = points, all_boxes, offsets, index[first:], np.int32(P), np.float32(center_radius)
+        _launch("assign", (blocks, len(images)), THREADS, *args)
     return index
 
 
 @torch.no_grad()
 def assign(points: Tensor, boxes: list[Tensor], center_radius: float) -> Tensor:
-    """Return the box, if any, that each location has to predict (arXiv 1904.01355, section 3).
+    """Return the index of the box that each location has to predict, or -1 for background.
 
     points: (P, 5) fp32, a row per location: x, y, the stride of its level, and the range lo, hi of
-    its level, all in pixels. boxes: for each of B images (G, 4) x1, y1, x2, y2 in pixels, on the
-    device of points; G may be 0 and differ between images.
+    its level, all in pixels. boxes: a list of B tensors, one for each image: (G, 4) x1, y1, x2, y2
+    in pixels, on the device of points. G may be 0, and may differ between images.
 
-    A box is a candidate for a location that lies strictly inside it, if the largest of the four
+    A box is a candidate if the location lies strictly inside it, and the largest of the four
     distances to its sides is in [lo, hi]. With center_radius > 0 the location must also be less
-    than center_radius * stride away from the center of the box, in x and in y. Of several
-    candidates the one with the smallest area wins; of equal areas, the first.
+    than center_radius * stride away from the center of the box, in x and in y. The candidate with
+    the smallest area is assigned; among equal areas, the first (arXiv 1904.01355, section 3).
 
-    Returns int64 (B, P): the row of the box in its image's tensor, -1 for background.
+    Returns int64 (B, P): the row of the box in the tensor of its image.
 
-    Raises ValueError for another shape or device, no image, or a negative radius.
+    Raises ValueError for a wrong shape or device, if there is no image, or if the radius is
+    negative.
     """
     if points.ndim != 2 or points.shape[1] != 5:
         raise ValueError(f"points: expected (P, 5), found {tuple(points.shape)}")
@@ -217,13 +220,15 @@ def assign(points: Tensor, boxes: list[Tensor], center_radius: float) -> Tensor:
 if __name__ == "__main__":
     from torch.utils.benchmark import Timer
 
-    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU, PyTorch must not run in place of the kernel
+    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU, fail instead of falling back to PyTorch
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    grid = torch.arange(4.0, 1200, 8, device=device)  # one level of stride 8, 22,500 locations
+    grid = torch.arange(4.0, 1200, 8, device=device)  # one level of stride 8: 22,500 locations
     level = torch.tensor([8.0, -1, 64], device=device).expand(len(grid) ** 2, 3)
-    corner, size = torch.rand(2, 3, 500, 2, device=device) * 1100
-    boxes = list(torch.cat((corner, corner + size / 11), dim=2).round())
-    args = torch.cat((torch.cartesian_prod(grid, grid), level), dim=1), boxes, 1.5
+    points = torch.cat((torch.cartesian_prod(grid, grid), level), dim=1)
+    corner = 1100 * torch.rand(3, 500, 2, device=device)
+    size = 100 * torch.rand(3, 500, 2, device=device)
+    boxes = list(torch.cat((corner, corner + size), dim=2).round())
+    args = points, boxes, 1.5
     assert torch.equal(assign(*args), assign_ref(*args))
     for call in (assign, assign_ref):
         ms = 1e3 * Timer("call(*args)", globals=globals()).timeit(10).mean

@@ -36,14 +36,15 @@ def sigmoid_focal_loss_ref(logits, labels, alpha=0.25, gamma=2.0):
 
 
 def _wrong_answer(z, gamma):
-    """Return the loss without alpha.
+    """Return the focal loss of each logit, without the factor alpha.
 
-    z is the logit of the wrong answer: x for a negative class, -x for the positive one.
-    sigmoid(z)^gamma is computed as exp(gamma log sigmoid(z)), because the gradient of a power below
-    1 is infinite where sigmoid(z) rounds to 0.
+    z: x for a negative class, -x for the positive one; sigmoid(z) is the probability of the wrong
+    answer. sigmoid(z)^gamma is computed as exp(gamma log sigmoid(z)), because the gradient of a
+    power below 1 is infinite where sigmoid(z) rounds to 0.
     """
-    cross_entropy = F.softplus(z)  # -log p_t; and log sigmoid(z) = z - softplus(z)
-    return (gamma * (z - cross_entropy)).exp() * cross_entropy
+    cross_entropy = F.softplus(z)  # -log p_t
+    log_wrong = z - cross_entropy  # log sigmoid(z)
+    return (gamma * log_wrong).exp() * cross_entropy
 
 
 # ---- kernels
@@ -62,11 +63,11 @@ __device__ void store(bf16& out, float x)  // rounds to nearest, ties to even, a
     out = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// What a thread loads and stores at once: 4 or 8 numbers.
+// 16 bytes, which a thread loads or stores at once: 4 or 8 numbers.
 template <typename T> struct alignas(16) Vector { T at[16 / sizeof(T)]; };
 
-// The loss without alpha, or with GRAD its derivative by z. z is the logit of the wrong answer: x
-// for a negative class, -x for the positive one. The kernels are limited by arithmetic: expf and
+// The loss of a logit without the factor alpha, or with GRAD its derivative with respect to z. z is
+// x for a negative class, -x for the positive one. The kernels are limited by arithmetic: expf and
 // log1pf would double the instructions for one more digit.
 template <bool GRAD> __device__ float wrong_answer(float z, float gamma)
 {
@@ -99,15 +100,15 @@ template <typename T, bool GRAD> __device__ void focal_loss(
     const float negative_weight = GRAD ? (1.0f - alpha) * *upstream : 1.0f - alpha;
     float sum = 0.0f;
     if (i < total) {
-        const int count = total - i < SIZE ? total - i : SIZE;  // fewer at the very end
+        const int count = total - i < SIZE ? total - i : SIZE;  // fewer at the end of the tensor
         Vector<T> in = {}, out;
         if (count == SIZE) in = *(const Vector<T>*)(logits + i);
         else for (int j = 0; j < SIZE; ++j) if (j < count) in.at[j] = logits[i + j];
 
-        // A 64-bit division takes as long as one logit: use it only where 32 bits do not suffice.
+        // A 64-bit division takes as long as the loss of a logit: use it only for large tensors.
         long long row = total >> 31 ? i / classes : (unsigned)i / (unsigned)classes;
-        unsigned positives = 0;  // bit j: number j belongs to the positive class of its row
-        #pragma unroll 1  // the numbers span few rows, mostly one; unrolling would need a division
+        unsigned positives = 0;  // bit j is set if logit j is that of its row's positive class
+        #pragma unroll 1  // mostly one row, and unrolling would need a division
         for (int start = row * classes - i; start < count; start += classes) {
             const long long label = labels[row++];
             const int j = label >= 0 && label < classes ? start + (int)label : -1;
@@ -127,7 +128,7 @@ template <typename T, bool GRAD> __device__ void focal_loss(
     }
     if (GRAD) return;
 
-    // The sum over the block, added in a fixed order: the same bits on every run.
+    // Add up the block in a fixed order, so that every run gives the same bits.
     __shared__ float warp_sum[32];
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
     if (threadIdx.x % 32 == 0) warp_sum[threadIdx.x / 32] = sum;
@@ -163,11 +164,11 @@ THREADS = 256
 def _load(device, choice):
     """Compile the kernels for GPU number `device` and return them by name.
 
-    If that fails, warn and return None: PyTorch runs instead. Raises ImportError in place of the
-    warning if FCOS_KERNELS is "cupy", and while a CUDA graph is captured.
+    If that fails, warn and return None: PyTorch runs instead. Raises ImportError instead of warning
+    if FCOS_KERNELS is "cupy", and while a CUDA graph is captured.
     """
     try:
-        import cupy  # imported here, so that this file needs neither CuPy nor a GPU until now
+        import cupy  # imported only here: on a CPU this file must work without CuPy
 
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
@@ -194,8 +195,8 @@ def _use_kernel(tensor):
 def _launch(name, grid, threads, *args):
     """Launch a kernel on PyTorch's current stream.
 
-    args: contiguous tensors, and NumPy scalars of the width that the CUDA text declares: CuPy
-    checks neither.
+    args: contiguous tensors, and NumPy scalars of exactly the types that the CUDA text declares.
+    CuPy checks neither. The first argument is a tensor.
     """
     import cupy
 
@@ -210,14 +211,17 @@ def _launch(name, grid, threads, *args):
 
 
 class _SigmoidFocalLoss(torch.autograd.Function):
+    """The two kernels: `forward` computes the sum, `backward` the gradient from the same logits."""
+
     @staticmethod
     def forward(ctx, logits, labels, alpha, gamma):
         logits = logits.contiguous()
         labels = labels.contiguous()
-        if logits.data_ptr() % 16:  # the kernel loads 16 bytes at once
+        if logits.data_ptr() % 16:  # the kernel loads 16 bytes at once, from multiples of 16
             logits = logits.clone()
-        rows, classes = logits.shape
-        ctx.numbers = np.int64(rows * classes), np.int32(classes), *np.float32([alpha, gamma])
+        total = np.int64(logits.numel())
+        classes = np.int32(logits.shape[1])
+        ctx.numbers = total, classes, np.float32(alpha), np.float32(gamma)
         ctx.blocks = -(-logits.nbytes // (16 * THREADS))
         partial = torch.empty(ctx.blocks, dtype=torch.float32, device=logits.device)
         name = f"forward_{DTYPES[logits.dtype]}"
@@ -243,16 +247,15 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     """Return the focal loss summed over locations and classes (arXiv 1708.02002, equation 5).
 
-    logits: (N, K). The kernels read fp32 and bf16, copy fp16 to fp32, and compute in fp32; float64
-    is computed in float64, always by PyTorch. labels: (N,) int64, the positive class of each
-    location, 0..K-1. Any other number, usually -1, is background: every class is negative. With
-    p = sigmoid(logit), a positive class contributes -alpha (1 - p)^gamma log p and a negative one
-    -(1 - alpha) p^gamma log(1 - p).
+    logits: (N, K), in fp32, bf16 or fp16; computed in fp32. float64 is computed in float64, always
+    by PyTorch. labels: (N,) int64, the positive class of each location, 0..K-1. Any other number,
+    usually -1, is background: every class is negative. With p = sigmoid(logit), a positive class
+    contributes -alpha (1 - p)^gamma log p and a negative one -(1 - alpha) p^gamma log(1 - p).
 
-    Returns a scalar that is differentiable in logits, by the kernels only once: float64 for
-    float64, else fp32. Value and gradient are finite for |logit| up to 1e4.
+    Returns a scalar, float64 for float64 and fp32 otherwise. It is differentiable in logits, with
+    the kernels only once. Value and gradient are finite for |logit| up to 1e4.
 
-    Raises ValueError for another shape, type or device.
+    Raises ValueError for a wrong shape, type or device.
     """
     if logits.ndim != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
         raise ValueError(
@@ -277,7 +280,7 @@ def sigmoid_focal_loss(
 if __name__ == "__main__":
     from torch.utils.benchmark import Timer
 
-    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU, PyTorch must not run in place of the kernel
+    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU, fail instead of falling back to PyTorch
     device = "cuda" if torch.cuda.is_available() else "cpu"
     calls = sigmoid_focal_loss, sigmoid_focal_loss_ref
     for dtype, rtol in (torch.float32, 2e-5), (torch.bfloat16, 1e-2):

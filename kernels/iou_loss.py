@@ -6,8 +6,8 @@
 PyTorch, and CuPy for the kernel. `python kernels/iou_loss.py` compares the two and times them.
 
 Written as PyTorch operators, the loss takes about forty launches over (N, 4) tensors. Here the
-forward pass takes two and the backward pass one. They move 52 bytes per location (20 where the
-weight is 0) and 32 bytes.
+forward pass takes two and moves 52 bytes per location (20 where the weight is 0); the backward pass
+takes one and moves 32.
 """
 
 import functools
@@ -23,13 +23,14 @@ from torch.autograd.function import once_differentiable
 
 
 def iou(pred: Tensor, target: Tensor) -> Tensor:
-    """Return the official code's IoU, (I + 1) / (U + 1), of two boxes around the same location.
+    """Return the IoU (I + 1) / (U + 1) of two boxes around the same location, as the official code.
 
     pred, target: (..., 4) distances left, top, right, bottom to the sides, in pixels or strides;
-    because of the 1, the unit changes the result. Returns (...), float64 for float64 and fp32 for
-    everything else, differentiable.
+    because of the added 1, the unit changes the result.
 
-    Raises ValueError for another shape.
+    Returns (...), float64 for float64 and fp32 otherwise. It is differentiable.
+
+    Raises ValueError for a wrong shape.
     """
     if pred.shape != target.shape or pred.shape[-1:] != (4,):
         shapes = f"pred {tuple(pred.shape)} and target {tuple(target.shape)}"
@@ -41,10 +42,11 @@ def iou(pred: Tensor, target: Tensor) -> Tensor:
 def _areas(pred, target):
     """Return the areas of the intersection, the union and the hull, (...) each.
 
-    The hull is the smallest box around both. 1e-7 is added to it, as in the official code.
+    The hull is the smallest box around both. 1e-7 is added to its area, as in the official code.
     """
     if pred.dtype != torch.float64:
-        pred, target = pred.float(), target.float()
+        pred = pred.float()
+        target = target.float()
     inter = _area(torch.minimum(pred, target))
     hull = _area(torch.maximum(pred, target))
     union = _area(pred) + _area(target) - inter
@@ -66,8 +68,8 @@ def _giou_exact(pred, target):
     return inter / (union + 1e-7) - (hull - union) / hull
 
 
-# The loss of each location, from pred and target (..., 4) to (...). A new kind is one more entry
-# here; without an entry in CUDA_KINDS below, PyTorch computes it on a GPU, too.
+# Each kind maps pred and target (..., 4) to the loss of each location (...). To add a kind, add an
+# entry here. If it has no entry in CUDA_KINDS below, PyTorch computes it on a GPU, too.
 KINDS = {
     "iou": lambda pred, target: -iou(pred, target).log(),
     "linear_iou": lambda pred, target: 1 - iou(pred, target),
@@ -78,10 +80,10 @@ KINDS = {
 
 def iou_loss_ref(pred, target, weight, kind="giou"):
     """Compute `iou_loss` in plain PyTorch: the reference for the kernel, used on the CPU."""
-    # Masking the loss instead of its inputs would not keep NaN out of the gradient: 0 * NaN.
-    counts = (weight != 0)[:, None]
-    pred = torch.where(counts, pred, 1)
-    target = torch.where(counts, target, 1)
+    # Mask the inputs, not the loss: the gradient of a masked loss would be 0 * NaN = NaN.
+    has_weight = (weight != 0)[:, None]
+    pred = torch.where(has_weight, pred, 1)
+    target = torch.where(has_weight, target, 1)
     loss = KINDS[kind](pred, target)
     return (weight.to(loss.dtype) * loss).sum()
 
@@ -92,7 +94,7 @@ CUDA_SOURCE = r"""
 // d min(p, t) / dp: 1 or 0, and torch.minimum's 0.5 at a tie. d max(p, t) / dp is 1 minus that.
 __device__ float min_slope(float p, float t) { return p < t ? 1.0f : p > t ? 0.0f : 0.5f; }
 
-// The sum over a block, added in a fixed order: the same bits on every run.
+// Add up a block in a fixed order, so that every run gives the same bits.
 __device__ float block_sum(float x)
 {
     __shared__ float warp_sum[32];
@@ -123,13 +125,13 @@ extern "C" __global__ void iou_loss(
         const float i_height = fminf(p.y, t.y) + fminf(p.w, t.w);
         const float inter = i_width * i_height;
         const float uni = p_width * p_height + (t.x + t.z) * (t.y + t.w) - inter;
-        const float above = kind == 3 ? 0.0f : 1.0f;
-        const float below = kind == 3 ? 1e-7f : 1.0f;
-        const float iou = (inter + above) / (uni + below);
+        const float inter_plus = kind == 3 ? 0.0f : 1.0f;  // added to the areas, see `iou`
+        const float union_plus = kind == 3 ? 1e-7f : 1.0f;
+        const float iou = (inter + inter_plus) / (uni + union_plus);
 
         // The derivatives of the loss by the areas of the intersection, of pred and of the hull.
-        float d_inter = -(1.0f + iou) / (uni + below);
-        float d_area = iou / (uni + below);
+        float d_inter = -(1.0f + iou) / (uni + union_plus);
+        float d_area = iou / (uni + union_plus);
         float d_hull = 0.0f;
         const float h_width = fmaxf(p.x, t.x) + fmaxf(p.z, t.z);
         const float h_height = fmaxf(p.y, t.y) + fmaxf(p.w, t.w);
@@ -146,20 +148,20 @@ extern "C" __global__ void iou_loss(
             d_area -= 1.0f / hull;
             d_hull = uni / hull / hull;
         } else {
-            loss = d_inter = __uint_as_float(0x7fffffffu);  // NaN: no kind of CUDA_KINDS
+            loss = d_inter = __uint_as_float(0x7fffffffu);  // NaN, if the kind is unknown
         }
         // The chain rule: left and right change the widths, top and bottom the heights.
-        const float x = w * d_inter * i_height;
-        const float y = w * d_inter * i_width;
+        const float x_inter = w * d_inter * i_height;
+        const float y_inter = w * d_inter * i_width;
         const float x_area = w * d_area * p_height;
         const float y_area = w * d_area * p_width;
         const float x_hull = w * d_hull * h_height;
         const float y_hull = w * d_hull * h_width;
         float s;
-        s = min_slope(p.x, t.x); g.x = x * s + x_area + x_hull * (1.0f - s);
-        s = min_slope(p.y, t.y); g.y = y * s + y_area + y_hull * (1.0f - s);
-        s = min_slope(p.z, t.z); g.z = x * s + x_area + x_hull * (1.0f - s);
-        s = min_slope(p.w, t.w); g.w = y * s + y_area + y_hull * (1.0f - s);
+        s = min_slope(p.x, t.x); g.x = x_inter * s + x_area + x_hull * (1.0f - s);
+        s = min_slope(p.y, t.y); g.y = y_inter * s + y_area + y_hull * (1.0f - s);
+        s = min_slope(p.z, t.z); g.z = x_inter * s + x_area + x_hull * (1.0f - s);
+        s = min_slope(p.w, t.w); g.w = y_inter * s + y_area + y_hull * (1.0f - s);
         loss *= w;
     }
     if (grad && i < n) grad[i] = g;
@@ -181,11 +183,11 @@ THREADS = 256
 def _load(device, choice):
     """Compile the kernels for GPU number `device` and return them by name.
 
-    If that fails, warn and return None: PyTorch runs instead. Raises ImportError in place of the
-    warning if FCOS_KERNELS is "cupy", and while a CUDA graph is captured.
+    If that fails, warn and return None: PyTorch runs instead. Raises ImportError instead of warning
+    if FCOS_KERNELS is "cupy", and while a CUDA graph is captured.
     """
     try:
-        import cupy  # imported here, so that this file needs neither CuPy nor a GPU until now
+        import cupy  # imported only here: on a CPU this file must work without CuPy
 
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
@@ -212,8 +214,8 @@ def _use_kernel(tensor):
 def _launch(name, grid, threads, *args):
     """Launch a kernel on PyTorch's current stream.
 
-    args: contiguous tensors, and NumPy scalars of the width that the CUDA text declares: CuPy
-    checks neither.
+    args: contiguous tensors, and NumPy scalars of exactly the types that the CUDA text declares.
+    CuPy checks neither. The first argument is a tensor.
     """
     import cupy
 
@@ -228,14 +230,15 @@ def _launch(name, grid, threads, *args):
 
 
 class _IoULoss(torch.autograd.Function):
+    """The kernel: `forward` computes the gradient, too, and `backward` only scales it."""
+
     @staticmethod
     def forward(ctx, pred, target, weight, kind):
         blocks = -(-len(pred) // THREADS)
         partial = pred.new_empty(blocks)
-        grad = pred.new_empty(pred.shape if ctx.needs_input_grad[0] else 0)  # empty: a null pointer
-        boxes = [x.contiguous() for x in (pred, target)]
-        boxes = [x.clone() if x.data_ptr() % 16 else x for x in boxes]  # the kernel loads 16 bytes
-        tensors = *boxes, weight.contiguous(), grad, partial
+        # An empty tensor has a null pointer, which tells the kernel that no gradient is needed.
+        grad = pred.new_empty(pred.shape if ctx.needs_input_grad[0] else 0)
+        tensors = _aligned(pred), _aligned(target), weight.contiguous(), grad, partial
         numbers = np.int64(len(pred)), np.int32(CUDA_KINDS[kind])
         _launch("iou_loss", (blocks,), THREADS, *tensors, *numbers)
         ctx.save_for_backward(grad)
@@ -247,13 +250,19 @@ class _IoULoss(torch.autograd.Function):
         return ctx.saved_tensors[0] * upstream, None, None, None
 
 
+def _aligned(tensor):
+    """Return a contiguous tensor whose address is a multiple of the 16 bytes of a float4."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 _iou_loss_kernel = torch.compiler.disable(_IoULoss.apply)
 
 
 @torch.compiler.disable
-@functools.cache  # one warning for each kind
+@functools.cache  # so that each kind warns once
 def _has_kernel(kind):
-    """Return whether the kernel computes this kind of loss; warn if not."""
+    """Return whether the kernel computes this kind of loss, and warn if not."""
     if kind not in CUDA_KINDS:
         warnings.warn(f"{__name__}: no kernel computes {kind!r}; PyTorch does", stacklevel=4)
     return kind in CUDA_KINDS
@@ -270,15 +279,16 @@ def iou_loss(pred: Tensor, target: Tensor, weight: Tensor, kind: str = "giou") -
       "iou"         -log IoU, with IoU = (I + 1) / (U + 1) as in the official code (1608.01471)
       "linear_iou"  1 - IoU
       "giou"        1 - IoU + (H - U) / H (arXiv 1902.09630)
-      "giou_exact"  the same with IoU = I / (U + 1e-7), which does not depend on the unit. The 1 of
-                    the others hides the error of small boxes: for a box of half a stride, the
-                    gradient of "giou" in strides is a fifth of this one; for eight strides, equal.
+      "giou_exact"  the same with IoU = I / (U + 1e-7), which does not depend on the unit. The 1 in
+                    the other kinds hides errors of small boxes: if a square of half a stride is
+                    10 % too small, "giou" in strides has a fifth of this gradient. For a square of
+                    eight strides the gradients are equal.
 
-    Returns a scalar that is differentiable in pred, by the kernel only once. Where weight is 0,
+    Returns a scalar that is differentiable in pred, with the kernel only once. Where weight is 0,
     value and gradient are exactly 0, even if pred is infinite or NaN: to leave out background, give
     it the weight 0. Where pred equals target, min and max have the derivative 0.5.
 
-    Raises ValueError for another kind, shape or device.
+    Raises ValueError for an unknown kind, or a wrong shape or device.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}")
@@ -301,7 +311,7 @@ def iou_loss(pred: Tensor, target: Tensor, weight: Tensor, kind: str = "giou") -
 if __name__ == "__main__":
     from torch.utils.benchmark import Timer
 
-    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU, PyTorch must not run in place of the kernel
+    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU, fail instead of falling back to PyTorch
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pred, target = 64 * torch.rand(2, 1_000_003, 4, device=device)
     weight = torch.rand(len(pred), device=device)

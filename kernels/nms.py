@@ -2,15 +2,15 @@
 
     keep = batched_nms(boxes, scores, labels, iou_threshold=0.6, max_detections=100)   # (B, 100)
 
-`batched_nms_ref` is the same in plain PyTorch. On the CPU torchvision's compiled loop runs. To use
+`batched_nms_ref` is the same in plain PyTorch. On the CPU, torchvision's compiled NMS runs. To use
 this elsewhere, copy the file: it needs PyTorch and torchvision, and CuPy for the kernel.
-`python kernels/nms.py` compares and times them.
+`python kernels/nms.py` compares the two and times them.
 
 The usual kernel sorts the candidates, fills an N x N bit mask, reduces it one image at a time, and
 copies the number of survivors to the host. A detector keeps only its best 100 boxes, which needs
-neither a sort nor a mask: 100 times, take the best remaining candidate and suppress what it
-overlaps, with one block per image. Each round takes O(N) time; memory is O(N). The output has a
-fixed shape and nothing is copied to the host, so that a CUDA graph can contain it.
+neither a sort nor a mask: 100 times, one block per image takes the best remaining candidate and
+suppresses those that overlap it. Each round takes O(N) time; memory is O(N). The output has a fixed
+shape and nothing is copied to the host, so a CUDA graph can contain it.
 """
 
 import functools
@@ -26,19 +26,21 @@ from torch import Tensor
 
 
 def batched_nms_ref(boxes, scores, labels, iou_threshold, max_detections):
-    """Compute `batched_nms` in plain PyTorch: the reference for the kernel and the CPU."""
+    """Compute `batched_nms` in plain PyTorch: the reference for the kernel and for the CPU."""
     B, N = scores.shape
     keep = torch.full((B, max_detections), -1, dtype=torch.int64, device=boxes.device)
     if N == 0:
         return keep
-    live = scores.float()
-    live = torch.where(live.isnan(), -torch.inf, live)  # kept and suppressed ones become -inf
+    # The scores of the remaining candidates. Kept and suppressed ones become -inf, like padding.
+    remaining = scores.float()
+    remaining = torch.where(remaining.isnan(), -torch.inf, remaining)
     x1, y1, x2, y2 = boxes.float().unbind(2)
     area = (x2 - x1) * (y2 - y1)
     for d in range(max_detections):
-        score, best = live.max(dim=1, keepdim=True)  # the first of equal scores
+        score, best = remaining.max(dim=1, keepdim=True)  # the first of equal scores
         found = score > -torch.inf
-        if live.device.type == "cpu" and not found.any():  # on a GPU this would wait for it
+        # On a GPU, this check would wait for the result.
+        if remaining.device.type == "cpu" and not found.any():
             break
         keep[:, d : d + 1] = torch.where(found, best, -1)
         best_x1, best_y1, best_x2, best_y2 = (side.gather(1, best) for side in (x1, y1, x2, y2))
@@ -47,7 +49,8 @@ def batched_nms_ref(boxes, scores, labels, iou_threshold, max_detections):
         inter = width * height
         iou = inter / (area + area.gather(1, best) - inter)  # 0/0 is NaN and suppresses nothing
         suppressed = (iou > iou_threshold) & (labels == labels.gather(1, best))
-        live.masked_fill_(suppressed, -torch.inf).scatter_(1, best, -torch.inf)
+        remaining.masked_fill_(suppressed, -torch.inf)
+        remaining.scatter_(1, best, -torch.inf)
     return keep
 
 
@@ -61,7 +64,7 @@ def _nms_cpu(boxes, scores, labels, iou_threshold, max_detections):
     for row, box, score, label in zip(keep, boxes, scores, labels):
         order = score.sort(descending=True, stable=True).indices  # ties keep their order
         order = order[score[order] > -torch.inf]  # drops padding and NaN
-        # A candidate can only be suppressed by a better one: look at the best few first.
+        # Only a better candidate can suppress another: look at the best few, at more if needed.
         seen = 2 * max_detections
         kept = _nms_of_classes(order[:seen], box, score, label, iou_threshold)
         while len(kept) < max_detections and seen < len(order):
@@ -73,18 +76,24 @@ def _nms_cpu(boxes, scores, labels, iou_threshold, max_detections):
 
 
 def _nms_of_classes(order, boxes, scores, labels, iou_threshold):
-    """Return the candidates of `order`, best first, that NMS inside each class keeps."""
-    by_class, place = labels[order].sort(stable=True)
+    """Suppress inside each class; return the kept candidates of `order`, best first.
+
+    order: indices of the candidates of one image, best first.
+    """
+    if len(order) == 0:
+        return order
+    by_class, places = labels[order].sort(stable=True)  # places in `order`, class by class
     counts = by_class.unique_consecutive(return_counts=True)[1].tolist()
-    # torchvision compares in double precision, where an IoU of float32 0.6 would exceed 0.6.
+    # torchvision compares with a double: an IoU of 0.6 in float32 is more than 0.6 in double.
     threshold = float(np.float32(iou_threshold))
-    kept = [
-        places[torchvision.ops.nms(boxes[order[places]], scores[order[places]], threshold)]
-        if len(places) > 1
-        else places
-        for places in place.split(counts)
-    ]
-    return order[torch.cat(kept).sort().values] if kept else order
+    kept = []
+    for places_of_class in places.split(counts):
+        if len(places_of_class) > 1:
+            members = order[places_of_class]
+            chosen = torchvision.ops.nms(boxes[members], scores[members], threshold)
+            places_of_class = places_of_class[chosen]
+        kept.append(places_of_class)
+    return order[torch.cat(kept).sort().values]
 
 
 # ---- kernel
@@ -138,10 +147,10 @@ extern "C" __global__ void nms(
 
     const int warps = blockDim.x / 32;
     int kept = -1, round = 0;
-    float4 box = {0.0f, 0.0f, 0.0f, 0.0f};  // nothing overlaps this one
+    float4 box = {0.0f, 0.0f, 0.0f, 0.0f};  // suppresses nothing in the first round
     long long label = 0;
     for (; round < max_detections; ++round) {
-        // One sweep suppresses for the winner of the last round and finds that of this round.
+        // One pass suppresses what the last round's box overlaps, and finds this round's best.
         unsigned long long best = 0;
         for (int i = threadIdx.x; i < n; i += blockDim.x) {
             const unsigned key = keys[i];
@@ -150,18 +159,18 @@ extern "C" __global__ void nms(
                 keys[i] = 0;
                 continue;
             }
-            // The score, then the complement of the index: of equal scores the first wins.
+            // The score, then the complement of the index, so that the first of equal scores wins.
             const unsigned long long candidate = (unsigned long long)key << 32 | ~(unsigned)i;
             best = candidate > best ? candidate : best;
         }
-        // Two rows of shared memory alternate, so that a warp that is one round ahead writes where
-        // no other reads: one barrier per round is enough.
+        // Two rows of shared memory alternate: a warp that is one round ahead writes to the row
+        // that no other warp reads, so that one barrier per round is enough.
         unsigned long long* row = warp_best[round % 2];
         best = warp_max(best);
         if (threadIdx.x % 32 == 0) row[threadIdx.x / 32] = best;
         __syncthreads();
         best = warp_max(threadIdx.x % 32 < warps ? row[threadIdx.x % 32] : 0);
-        if (best == 0) break;  // every thread has the same best
+        if (best == 0) break;  // all threads leave together: they have the same best
         kept = (int)~(unsigned)best;
         box = boxes[kept];
         label = labels[kept];
@@ -171,7 +180,7 @@ extern "C" __global__ void nms(
 }
 """
 KERNELS = ("nms",)
-OPTIONS = ("--fmad=false",)  # without fused rounding the result equals PyTorch's bit for bit
+OPTIONS = ("--fmad=false",)  # without fused multiply-adds, results equal PyTorch's bit for bit
 
 
 # ---- launcher: the same lines in every kernel file, so that each file can be copied alone
@@ -182,11 +191,11 @@ OPTIONS = ("--fmad=false",)  # without fused rounding the result equals PyTorch'
 def _load(device, choice):
     """Compile the kernels for GPU number `device` and return them by name.
 
-    If that fails, warn and return None: PyTorch runs instead. Raises ImportError in place of the
-    warning if FCOS_KERNELS is "cupy", and while a CUDA graph is captured.
+    If that fails, warn and return None: PyTorch runs instead. Raises ImportError instead of warning
+    if FCOS_KERNELS is "cupy", and while a CUDA graph is captured.
     """
     try:
-        import cupy  # imported here, so that this file needs neither CuPy nor a GPU until now
+        import cupy  # imported only here: on a CPU this file must work without CuPy
 
         module = cupy.RawModule(code=CUDA_SOURCE, options=OPTIONS)
         with torch.cuda.device(device):
@@ -213,8 +222,8 @@ def _use_kernel(tensor):
 def _launch(name, grid, threads, *args):
     """Launch a kernel on PyTorch's current stream.
 
-    args: contiguous tensors, and NumPy scalars of the width that the CUDA text declares: CuPy
-    checks neither.
+    args: contiguous tensors, and NumPy scalars of exactly the types that the CUDA text declares.
+    CuPy checks neither. The first argument is a tensor.
     """
     import cupy
 
@@ -230,11 +239,12 @@ def _launch(name, grid, threads, *args):
 
 @torch.compiler.disable
 def _nms_kernel(boxes, scores, labels, iou_threshold, max_detections):
+    """Compute `batched_nms` with the kernel, in one launch."""
     B, N = scores.shape
     keys = torch.empty((B, N), dtype=torch.int32, device=boxes.device)
     keep = torch.empty((B, max_detections), dtype=torch.int64, device=boxes.device)
-    threads = min(1024, max(32, -(-N // 32) * 32))
-    boxes = boxes.clone(memory_format=torch.contiguous_format)  # a copy is aligned
+    threads = min(1024, max(32, -(-N // 32) * 32))  # whole warps
+    boxes = boxes.clone(memory_format=torch.contiguous_format)  # starts at a multiple of 16 bytes
     tensors = boxes, scores.contiguous(), labels.contiguous(), keys, keep
     numbers = np.int32(N), np.int32(max_detections), np.float32(iou_threshold)
     _launch("nms", (B,), threads, *tensors, *numbers)
@@ -249,13 +259,14 @@ def batched_nms(
 
     boxes: (B, N, 4) x1, y1, x2, y2; scores: (B, N); labels: (B, N) integers, any number of classes.
     The arithmetic is fp32. A candidate is suppressed if its IoU with a better kept one of the same
-    label is strictly above iou_threshold. No class offsets are added to the boxes, which would cost
-    precision. Scores of -inf and NaN are padding: never kept, never suppressing. Of equal scores
-    the lower index comes first. Boxes without area overlap nothing.
+    label is strictly above iou_threshold. The boxes are not shifted by class, which would cost
+    precision. Scores of -inf and NaN are padding: such candidates are not kept and suppress no
+    other. Among equal scores the lower index comes first. Boxes without area overlap nothing.
 
     Returns int64 (B, max_detections): indices by falling score, then -1. Not differentiable.
 
-    Raises ValueError for other shapes and devices, thresholds outside [0, 1], max_detections < 1.
+    Raises ValueError for wrong shapes or devices, an iou_threshold outside [0, 1], or a
+    max_detections below 1.
     """
     shape = scores.shape
     if len(shape) != 2 or boxes.shape != (*shape, 4) or labels.shape != shape:
@@ -286,12 +297,14 @@ def batched_nms(
 if __name__ == "__main__":
     from torch.utils.benchmark import Timer
 
-    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU, PyTorch must not run in place of the kernel
+    os.environ["FCOS_KERNELS"] = "cupy"  # on a GPU, fail instead of falling back to PyTorch
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    corner, size = (torch.randint(high, (2, 5000, 2), device=device) for high in (800, 200))
+    corner = torch.randint(800, (2, 5000, 2), device=device)
+    size = torch.randint(200, (2, 5000, 2), device=device)
     boxes = torch.cat((corner, corner + size), dim=2).float()
     scores = torch.rand(2, 5000, device=device)
-    args = boxes, scores, torch.randint(80, (2, 5000), device=device), 0.5, 100
+    labels = torch.randint(80, (2, 5000), device=device)
+    args = boxes, scores, labels, 0.5, 100
     assert torch.equal(batched_nms(*args), batched_nms_ref(*args))
     for call in (batched_nms, batched_nms_ref):
         ms = 1e3 * Timer("call(*args)", globals=globals()).timeit(10).mean

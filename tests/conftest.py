@@ -68,6 +68,35 @@ def model_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def product(tmp_path_factory):
+    """Return a server of processes, and a folder with a copy of the product and its data."""
+    import changed_copy
+
+    server = changed_copy.start_server()
+    folder = tmp_path_factory.mktemp("product")
+    changed_copy.copy_product(server, folder)
+    return server, folder
+
+
+@pytest.fixture
+def change(product, tmp_path):
+    """Return a function that makes edits in a copy of the product, and runs a scenario in it.
+
+    See changed_copy.py for the edits and the scenarios.
+    """
+    import changed_copy
+
+    server, original = product
+
+    def run(scenario, edits=(), world_size=1):
+        folder = shutil.copytree(original, tmp_path / "copy")
+        changed_copy.edit(folder, edits)
+        changed_copy.run_apart(server, folder, scenario, world_size)
+
+    return run
+
+
 @pytest.fixture(params=["small", "full"])
 def golden(request):
     """Return a function that reads a recording by name, from the small or the full sets."""
@@ -75,6 +104,25 @@ def golden(request):
         return lambda name: read_golden(GOLDEN / name)
     folder = request.getfixturevalue("shared") / "golden"
     return lambda name: read_golden(folder / name)
+
+
+@pytest.fixture
+def seeded():
+    """Set the seed of torch's global random numbers."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["forward", "reverse"])
+def on_shim(request, monkeypatch):
+    """Run the CUDA text on the CPU, in both orders of threads, with NaN in new empty tensors."""
+    import cuda_shim
+    import kernel_inputs
+
+    for file in kernel_inputs.FILES.values():
+        cuda_shim.install(monkeypatch, file, reverse=request.param == "reverse")
+    torch.use_deterministic_algorithms(True)  # fills the memory of torch.empty with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

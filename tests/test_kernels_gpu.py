@@ -17,7 +17,7 @@ from device import (
     tensors,
     waiting_is_an_error,
 )
-from test_kernels import candidates, location_grid, logits_and_labels, ltrb_pairs, random_boxes
+from kernel_inputs import candidates, location_grid, logits_and_labels, ltrb_pairs, random_boxes
 
 from kernels import assign as assign_file
 from kernels import focal_loss as focal_file
