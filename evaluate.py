@@ -48,6 +48,7 @@ import torch.distributed as dist
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 import fcos
 from fcos import UserError, printable
@@ -1550,6 +1551,21 @@ def run(main, args):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for name, value in vars(args).items():
+class LossyStream(ObjectWrapper):
+    """Standard error that loses text if its disk is full or its reader is gone.
+
+    A progress bar must not end a run.
+    """
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self._wrapped.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self._wrapped.flush()
+
+
             if value == "":  # a variable that is not set in a shell
                 raise UserError(f"{name}: expected a value, found an empty argument")
         with kill_workers_on_error():
@@ -1557,6 +1573,7 @@ def run(main, args):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+    sys.stderr = LossyStream(sys.stderr)
         if not is_user_error(error):
             raise
         message = f"{Path(sys.argv[0]).name}: {error}"
