@@ -240,7 +240,7 @@ class Instances(msgspec.Struct):
 class YoloClasses(msgspec.Struct):
     """The part of YOLO's data.yaml that names the classes."""
 
-    names: list[str | int | float] | dict[str | int, str | int | float]
+    names: list[str | int | float] | dict[int, str | int | float]
 
 
 def read_json(path, kind=Any):
@@ -326,15 +326,19 @@ def read_xml(path):
     from hotcoco import COCO
 
     if path.suffix == ".xml":
+        check_xml([path])
         coco = COCO.from_cvat(str(path))
-        rotated = path.read_bytes().count(b" rotation=")
+        rotated = len(re.findall(rb"\srotation=", path.read_bytes()))
         if rotated:
             warnings.warn(f"{rotated} boxes are rotated; the rotation is ignored", stacklevel=2)
     else:
-        coco = COCO.from_voc(str(path if path.is_dir() else path.absolute().parents[2]))
+        folder = path if path.is_dir() else path.absolute().parents[2] / "Annotations"
+        check_xml(folder.glob("*.xml"))
+        coco = COCO.from_voc(str(folder))
     content = msgspec.convert(coco.dataset, Instances, strict=False)
     if path.suffix == ".txt":
-        lines = filter(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
+        text = fcos.regular_file(path).read_text(encoding="utf-8-sig")
+        lines = filter(str.strip, text.splitlines())
         files = [os.path.basename(line.split()[0]) for line in lines]
         names = {os.path.splitext(file)[0] if is_image(file) else file for file in files}
         content.images = [image for image in content.images if Path(image.file_name).stem in names]
@@ -350,6 +354,14 @@ def read_xml(path):
         image.height = image.height or None  # 0 if the XML has no size
         image.width = image.width or None
     return content
+
+
+def check_xml(files):
+    """Raise an error for a pipe, and for names with &amp;, of which hotcoco drops the beginning."""
+    for file in files:
+        content = fcos.regular_file(file).read_bytes()
+        if re.search(rb"<(object>\s*<name|label>\s*<name|filename)>[^<]*&", content):
+            raise ValueError(f"{file}: expected names without &; rename the class or image")
 
 
 def read_yolo(path, image_dir):
@@ -374,21 +386,21 @@ def read_yolo(path, image_dir):
             )
         images[stem] = image
     for stem, image in images.items():
-        with Image.open(Path(image_dir, image)) as photo:
+        with Image.open(fcos.regular_file(Path(image_dir, image))) as photo:
             width, height = photo.size
             if fcos.exif_turn(photo) in sideways:
                 height, width = photo.size
         id = len(content.images) + 1
         content.images.append(ImageEntry(id, image, height, width))
         file = files.get(stem)
-        lines = file.read_text(encoding="utf-8-sig").splitlines() if file else []
-        for line in filter(str.strip, lines):
+        text = fcos.regular_file(file).read_text("utf-8-sig", "replace") if file else ""
+        for line in filter(str.strip, text.splitlines()):
             try:
                 label, x, y, w, h = map(float, line.split())
             except ValueError:
                 label = -1
-            if label not in range(len(names)):
-                expected = f"expected a class below {len(names)} and 4 numbers"
+            if label not in range(len(names)) or max(x, y, w, h) > 2:
+                expected = f"expected a class below {len(names)} and 4 fractions of the image"
                 raise ValueError(f"{file}: {expected}, found {line!r:.99}")
             box = ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height)
             content.annotations.append(BoxEntry(image_id=id, category_id=int(label), bbox=box))
@@ -416,14 +428,13 @@ def read_class_names(path):
     if yaml is None:
         raise ValueError("expected data.yaml with the names of the classes, here or above")
     try:
-        names = msgspec.yaml.decode(yaml.read_bytes(), type=YoloClasses).names
+        names = msgspec.yaml.decode(yaml.read_bytes(), type=YoloClasses, strict=False).names
     except ValueError as error:
         raise ValueError(f"{yaml}: {error}") from None
     if isinstance(names, dict):
-        name_of = {int(str(label)): name for label, name in names.items()}
-        if sorted(name_of) != list(range(len(names))):
+        if sorted(names) != list(range(len(names))):
             raise ValueError(f"{yaml}: names: expected 0 to {len(names) - 1}, found {list(names)}")
-        return [name_of[label] for label in range(len(names))]
+        return [names[label] for label in range(len(names))]
     return names
 
 
@@ -1270,7 +1281,8 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **options) 
     Raises UserError if `out` holds the pictures, or if another process writes there.
     """
     out = Path(out)
-    paths = [path for path in find_pictures(sources) if path.resolve().parent != out.resolve()]
+    own = os.path.realpath(out)
+    paths = [p for p in find_pictures(sources) if os.path.dirname(os.path.realpath(p)) != own]
     if not paths:
         raise UserError(
             f"{out}: holds the pictures and drawing would replace them; use another --out"
@@ -1387,7 +1399,7 @@ def check_target(path, inputs):
     target = Path(path)
     if (target.exists() and not target.is_file()) or not target.absolute().parent.is_dir():
         raise UserError(f"{path}: expected a file in an existing folder")
-    if target.resolve() in [Path(name).resolve() for name in inputs]:
+    if os.path.realpath(target) in map(os.path.realpath, inputs):  # Path.resolve fails in a loop
         raise UserError(f"{path}: is an input of this run; write to another file")
 
 
@@ -1413,7 +1425,7 @@ def lock_folder(folder, wait=False):
         return
     missing = not os.path.isdir(folder)
     path = make_folder(folder) / ".lock"
-    with open(path, "a") as file:
+    with open(fcos.regular_file(path), "a") as file:
         try:
             import fcntl  # Windows has none
 
@@ -1484,8 +1496,8 @@ def read_launcher() -> tuple[int, int] | None:
     if not env.get("MASTER_ADDR"):
         raise UserError("MASTER_ADDR: expected an address, found nothing; use torchrun")
     port = env_number("MASTER_PORT")
-    if port >= 2**16:
-        raise UserError(f"MASTER_PORT: expected less than 65536, found {port}; use torchrun")
+    if not 0 < port < 2**16:
+        raise UserError(f"MASTER_PORT: expected 1 to 65535, found {port}; use torchrun")
     return rank, world_size
 
 
@@ -1539,18 +1551,6 @@ def find_line(error) -> str:
     return f"{Path(last.filename).name} line {last.lineno}"
 
 
-def run(main, args):
-    """Call a script's main; print a user error as one line on stderr and exit with code 2.
-
-    After an error the process group is not destroyed, which would wait for the other processes.
-    """
-    if sys.stderr is None:  # the shell closed it, as with 2>&-, but progress bars need a file
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    gc.set_threshold(100_000)  # results are many dicts, and searching them for garbage takes time
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        for name, value in vars(args).items():
 class LossyStream(ObjectWrapper):
     """Standard error that loses text if its disk is full or its reader is gone.
 
@@ -1566,6 +1566,19 @@ class LossyStream(ObjectWrapper):
             self._wrapped.flush()
 
 
+def run(main, args):
+    """Call a script's main; print a user error as one line on stderr and exit with code 2.
+
+    After an error the process group is not destroyed, which would wait for the other processes.
+    """
+    if sys.stderr is None:  # the shell closed it, as with 2>&-, but progress bars need a file
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = LossyStream(sys.stderr)
+    gc.set_threshold(100_000)  # results are many dicts, and searching them for garbage takes time
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for name, value in vars(args).items():
             if value == "":  # a variable that is not set in a shell
                 raise UserError(f"{name}: expected a value, found an empty argument")
         with kill_workers_on_error():
@@ -1573,7 +1586,6 @@ class LossyStream(ObjectWrapper):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-    sys.stderr = LossyStream(sys.stderr)
         if not is_user_error(error):
             raise
         message = f"{Path(sys.argv[0]).name}: {error}"

@@ -1,5 +1,6 @@
 """The files of a data set: how images are found, layouts, and labels of other tools."""
 
+import os
 import shutil
 import sys
 
@@ -211,11 +212,44 @@ def test_rotated_boxes_of_cvat_are_counted(tmp_path):
     assert "1 boxes are rotated; the rotation is ignored" in found.notes
 
 
+@pytest.mark.parametrize(
+    "layout, file",
+    [
+        ("VOC", "Annotations/1.xml"),
+        ("VOC with lists", "ImageSets/Main/val.txt"),
+        ("CVAT", "annotations.xml"),
+        ("flat YOLO", "labels/1.txt"),
+        ("flat YOLO", "images/1.png"),
+    ],
+)
+def test_a_pipe_in_place_of_labels_is_refused(tmp_path, layout, file):
+    """Reading it would never end."""
+    pytest.importorskip("hotcoco")
+    path, folder = write_coco(tmp_path / "coco", {1: (60, 40)}, [box(1, 1, [4, 6, 20, 10], 90)])
+    write_labels(tmp_path / "data", layout, path, folder)
+    (tmp_path / "data" / file).unlink()
+    os.mkfifo(tmp_path / "data" / file)
+    with pytest.raises(UserError, match="expected a regular file"):
+        evaluate.CocoDataset(*evaluate.coco_paths(tmp_path / "data", "val2017"))
+
+
+@pytest.mark.parametrize("layout", ["VOC", "CVAT"])
+def test_class_names_with_an_ampersand_are_refused(tmp_path, layout):
+    """hotcoco 1.3 reads <name>a&amp;b</name> as b."""
+    pytest.importorskip("hotcoco")
+    rows = [box(1, 1, [4, 6, 20, 10], 90)]
+    path, folder = write_coco(tmp_path / "coco", {1: (60, 40)}, rows, [dict(id=90, name="a&b")])
+    write_labels(tmp_path / "data", layout, path, folder)
+    with pytest.raises(UserError, match=".xml: expected names without &"):
+        evaluate.CocoDataset(*evaluate.coco_paths(tmp_path / "data", "val2017"))
+
+
 YAMLS = {
     "a list": "names:\n- a\n- b\n\ntrain: x\n",
     "an indented list": "train: x\nnames:\n  - a\n  - 'b'\nnc: 2",
     "a mapping": "names:\n  0: a\n  1: b\n",
     "a flow": "nc: 2\nnames: ['a', \"b\"]\n",
+    "keys of text": "names: {'1': b, '0': a}",
 }
 
 
@@ -276,7 +310,10 @@ BAD_LABELS = {  # the file that is replaced, its new content, and a pattern of t
     "nested names": ("data.yaml", "names: [[a], [b]]", "data.yaml: .*names"),
     "a class too many": ("labels/1.txt", "7 .5 .5 .1 .1", "1.txt: expected a class below 1"),
     "an infinite class": ("labels/1.txt", "inf .5 .5 .1 .1", "expected a class"),
-    "a polygon": ("labels/1.txt", "0 .1 .1 .5 .1 .5 .5 .1 .5", "below 1 and 4 numbers"),
+    "a polygon": ("labels/1.txt", "0 .1 .1 .5 .1 .5 .5 .1 .5", "below 1 and 4 fractions"),
+    "pixels": ("labels/1.txt", "0 10 5 4 2", "1.txt: .* 4 fractions of the image, found '0 10 5"),
+    "another encoding": ("labels/1.txt", "0 .5\udcff .5 .2 .4", "1.txt: expected a class"),
+    "names by a word": ("data.yaml", "names: {x: a}", "data.yaml: Expected `int`"),
     "no image": ("images/1.png", None, "no box belongs to an image in"),
 }
 
@@ -290,7 +327,7 @@ def test_labels_that_cannot_be_read_are_named(tmp_path, file, text, message):
     (tmp_path / "data.yaml").write_text("names: [a]")
     (tmp_path / file).unlink()
     if text:
-        (tmp_path / file).write_text(text)
+        (tmp_path / file).write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=message) as error:
         evaluate.CocoDataset(tmp_path / "labels", tmp_path / "images")
     assert str(error.value).isprintable()

@@ -241,6 +241,18 @@ TABLE = {  # by number of the point of the list that this test began with
     },
     "12 image": row(EVAL, PHOTO + "|regular", partial(os.replace, "pipe", PHOTO)),
     "12 log": row(TRAIN, LOG, partial(os.replace, "pipe", LOG)),
+    "12 lock": row(TRAIN, "regular", partial(os.replace, "pipe", "run/.lock")),
+    "12 picture that links to itself": row(
+        DRAW.replace(PHOTO, "data/val2017"),
+        "data/val2017/loop.jpg",
+        partial(os.symlink, "loop.jpg", "data/val2017/loop.jpg"),
+    ),
+    "12 file that links to itself": fine(
+        EVAL + " --save-json loop.json",
+        "AP",
+        partial(os.symlink, "loop.json", "loop.json"),
+        changes="loop.json",
+    ),
     "12 last.pt": fine(TRAIN, "regular", partial(os.replace, "pipe", LAST), changes="run/*"),
     "12 boxes": fine(
         SCORE,
@@ -313,6 +325,7 @@ TABLE = {  # by number of the point of the list that this test began with
             "RANK=x": "RANK: expected|found x|torchrun",
             "RANK=1 WORLD_SIZE=2": "MASTER_ADDR: expected|torchrun",
             "RANK=2 WORLD_SIZE=2": "RANK: expected less than WORLD_SIZE 2, found 2|torchrun",
+            "RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=0": "MASTER_PORT: expected 1",
             "WORLD_SIZE=2": "RANK: expected|found None|torchrun",
             "SLURM_STEP_NUM_TASKS=2": "2 independent tasks|torchrun",
             "OMPI_COMM_WORLD_SIZE=2": "2 independent tasks|torchrun",
