@@ -903,6 +903,8 @@ class FCOS(nn.Module):
         passed = isinstance(backbone, nn.Module)
         if passed:
             given["backbone"] = None  # a module cannot be stored among the keywords
+        else:
+            check("backbone", backbone, "resnet")
         self.keywords = resolve(given | backbone_keywords)
         self.num_classes = check("num_classes", num_classes, 80)
         self.strides = tuple(2**level for level in levels)
@@ -966,8 +968,8 @@ class FCOS(nn.Module):
         Returns {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits, whatever
         else the head returns, "points": (P, 5), "levels": the number of locations of each level}.
         """
+        check_inputs(images, sizes)
         hw = images.shape[-2:]
-        check_sizes(sizes, images)
         if not images.is_floating_point():
             images = self.normalize(images, [hw] * len(images) if sizes is None else sizes)
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
@@ -1285,8 +1287,10 @@ def check(keyword: str, value, default):
     return value
 
 
-def check_sizes(sizes, images):
-    """Raise UserError if `sizes` are something else, such as targets for a torchvision model."""
+def check_inputs(images, sizes):
+    """Raise UserError if these are no arguments of FCOS.forward, but of a torchvision model."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"images {short_repr(images, 60)}: expected a tensor (B, 3, H, W)")
     if sizes is None or isinstance(sizes, Tensor) or np.shape(sizes) == (len(images), 2):
         return
     found = short_repr(sizes, 60)
@@ -1438,8 +1442,8 @@ def regular_file(path):
     return path
 
 
-# Pillow warns about EXIF tags that are not used here.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+# Pillow warns about EXIF tags that are not used here, and about transparent palettes.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 TURNS = {  # EXIF orientation: the operation that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -1988,6 +1992,8 @@ def check_archive(file, size):
         raise UserError("expected a file of torch.save, found a compressed archive; unpack it")
     if sum(member.file_size for member in members) > size:
         raise ValueError("members overlap")
+    if any(member.external_attr & 16 for member in members):  # torch.load would not fill the tensor
+        raise ValueError("a member is a folder")
     damaged = archive.testzip()  # torch.load does not verify checksums
     if damaged:
         raise ValueError(f"the checksum of {damaged} is wrong")

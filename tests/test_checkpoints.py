@@ -309,6 +309,14 @@ def rezipped(change, compression=zipfile.ZIP_STORED):
     return write
 
 
+def with_folder(path, content):
+    """Mark the last member of the archive as a folder: torch.load would not fill such a tensor."""
+    torch.save(content, path)
+    data = path.read_bytes()
+    attributes = data.rindex(b"PK\1\2") + 38
+    path.write_bytes(data[:attributes] + b"\x10" + data[attributes + 1 :])
+
+
 def legacy_with_deep_keys(path, content):
     """Write the format of torch before 1.6, with a nested tuple among the keys of storages."""
     numbers = torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION
@@ -373,6 +381,7 @@ CRAFTED = {  # the entry of the checkpoint that is replaced, and its new values
             b"(" + b"ccollections\nCounter\nh\x01\x85R" * 1000 + b"l."
         ),
         legacy_with_deep_keys,
+        with_folder,
     ],
 }
 

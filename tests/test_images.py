@@ -203,6 +203,12 @@ def test_only_the_orientation_is_read_from_exif(tags, tmp_path):
     assert fcos.read_image(tmp_path / "a.jpg", (20, 40)).shape == (3, 20, 40)
 
 
+def test_a_transparent_palette_is_read_without_a_warning(tmp_path, recwarn):
+    Image.new("P", (60, 40)).save(tmp_path / "a.png", transparency=bytes(256))
+    assert fcos.read_image(tmp_path / "a.png").shape == (3, 40, 60)
+    assert not recwarn.list
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("exif", [b"Exif\0\0junk", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0"])
 def test_damaged_exif_is_ignored(exif, tmp_path):

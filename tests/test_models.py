@@ -274,7 +274,7 @@ REFUSED = {  # keyword: values that are refused, before anything is built
     "activation": ["sigmoid", 1],
     "box_weight": ["x", 0],
     "scales": ["no", 1, None],
-    "backbone": [["resnet"], 3, "vgg"],
+    "backbone": [["resnet"], 3, "vgg", None],
     "imagenet": [3, ["resnet50"]],
     "a\nkeyword\x1b[31m": [1],
     HUGE: [1],

@@ -223,3 +223,6 @@ def test_targets_are_not_accepted_as_sizes(dtype):
         with pytest.raises(fcos.UserError, match="sizes .*expected .* no targets"):
             model(images, sizes)
     assert len(model(images, [(32, 30)])["cls"]) == 1
+    for other in (images[0], [images[0]], images.repeat(1, 2, 1, 1), images.numpy()):
+        with pytest.raises(fcos.UserError, match=r"images .*expected a tensor \(B, 3, H, W\)"):
+            model(other)
