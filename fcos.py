@@ -5,7 +5,7 @@
     for detections in model.predict(["photo.jpg"]):
         print(detections["boxes"], detections["scores"], detections["labels"])
 
-How FCOS works, and where each step stands:
+How FCOS works, and where to find each step:
 
   1. A backbone and a feature pyramid turn an image into maps P3 to P7 with strides of 8 to 128
      pixels (ResNet, FPN). Every cell of every map is a location in the image (make_points).
@@ -208,7 +208,7 @@ class ConvNorm(nn.Module):
         return self.conv.weight * scale[:, None, None, None], self.norm.bias - mean * scale
 
     def forward(self, x):
-        # Another thread may train this model while `inference` is active: it needs gradients.
+        # Folded weights have no gradient, and another thread may train the model meanwhile.
         if self.folded is not None and not torch.is_grad_enabled():
             return self.conv._conv_forward(x, *self.folded)
         # In training a frozen norm is folded in every call: this multiplies the weights once
@@ -411,7 +411,7 @@ class Timm(nn.Module):
     `load_pretrained` does, when train.py is asked for --weights imagenet.
 
     Raises UserError if timm is missing, if the model has no such maps, or if it uses dropout or
-    drop_path: their random numbers would depend on the number of GPUs and be lost on resume.
+    drop_path: their random numbers depend on the number of GPUs and micro-batches.
     """
 
     def __init__(self, arch="resnet18"):
@@ -592,12 +592,13 @@ class Head(nn.Module):
         Returns {"cls": (B, P, K) logits, "ltrb": (B, P, 4) pixels, "ctr": (B, P) logits}, and any
         further map that `predict_level` returns, as (B, P, C) or (B, P).
         """
-        outputs = {}
-        levels = zip(features, self.scale, self.strides)
-        maps = [self.predict_level(feature, scale, stride) for feature, scale, stride in levels]
-        for name in maps[0]:
-            outputs[name] = torch.cat([by_location(of_level[name]) for of_level in maps], 1)
-        return outputs
+        levels = [
+            self.predict_level(feature, scale, stride)
+            for feature, scale, stride in zip(features, self.scale, self.strides)
+        ]
+        return {
+            name: torch.cat([by_location(maps[name]) for maps in levels], 1) for name in levels[0]
+        }
 
     def predict_level(self, feature, scale, stride):
         """Return the maps of one level by name; a further output needs one more entry here.
@@ -651,16 +652,16 @@ def make_points(hw, strides=STRIDES, ranges=RANGES, device=None, grid="centre") 
     """
     points = []
     bounds = (-1, *ranges, math.inf)
-    for level, stride in enumerate(strides):
-        rows, columns = level_sizes(hw, [stride])[0]
+    sizes = level_sizes(hw, strides)
+    for stride, (rows, columns), lo, hi in zip(strides, sizes, bounds, bounds[1:]):
         y = GRIDS[grid](torch.arange(rows, device=device), stride, hw[0])
         x = GRIDS[grid](torch.arange(columns, device=device), stride, hw[1])
         cells = torch.empty(rows, columns, 5, device=device)
         cells[..., 0] = x
         cells[..., 1] = y[:, None]
         cells[..., 2] = stride
-        cells[..., 3] = bounds[level]
-        cells[..., 4] = bounds[level + 1]
+        cells[..., 3] = lo
+        cells[..., 4] = hi
         points.append(cells.flatten(0, 1))
     return torch.cat(points)
 
@@ -675,12 +676,14 @@ def encode(points: Tensor, truths: list[dict], index: Tensor) -> dict:
     Returns {"labels": int64 (B, P), -1 in the background; "ltrb": (B, P, 4) pixels; "index"; and
     every further column, (B, P, ...)}. All but the labels and the index are 0 in the background.
     """
+    image = torch.arange(len(truths), device=index.device)[:, None]
     columns = {}
     for name in truths[0]:
         rows = pad_sequence([truth[name] for truth in truths], batch_first=True)  # (B, G, ...)
-        empty_row = rows.new_zeros(len(rows), 1, *rows.shape[2:])  # because G may be 0
-        background = -1 if name == "labels" else 0
-        columns[name] = take(torch.cat([rows, empty_row], 1), index, background)
+        value = -1 if name == "labels" else 0
+        background = rows.new_full((len(rows), 1, *rows.shape[2:]), value)
+        # the last row is the one at index -1
+        columns[name] = torch.cat([rows, background], 1)[image, index]
     x1, y1, x2, y2 = columns.pop("boxes").unbind(2)
     x, y = points[:, 0], points[:, 1]
     ltrb = torch.stack([x - x1, y - y1, x2 - x, y2 - y], 2)
@@ -746,15 +749,16 @@ def fcos_loss(
     num_positives = normalizers[0].clamp(min=1)
     labels = targets["labels"]
     positive = labels >= 0
+    target_centerness = centerness(targets["ltrb"])
 
     divisor = {"pixel": 1, "stride": outputs["points"][:, 2:3]}[unit]
     predicted = outputs["ltrb"] / divisor  # exact: strides are powers of two
-    wanted = targets["ltrb"] / divisor
+    target = targets["ltrb"] / divisor
 
     if quality == "centerness":
-        wanted_quality = centerness(targets["ltrb"])
+        target_quality = target_centerness
     elif quality == "iou":
-        wanted_quality = iou(predicted.detach(), wanted).where(positive, 0)
+        target_quality = iou(predicted.detach(), target).where(positive, 0)
     else:
         raise ValueError(f"quality {quality!r}: expected centerness or iou")
 
@@ -762,7 +766,7 @@ def fcos_loss(
         box_weight = "centerness" if quality == "centerness" else "uniform"
     if box_weight == "centerness":
         # Locations near the border of a box predict it poorly and will have low scores anyway.
-        weight = centerness(targets["ltrb"])
+        weight = target_centerness
         box_normalizer = normalizers[1].clamp(min=1e-6)
     elif box_weight == "uniform":
         weight = positive.float()
@@ -771,9 +775,9 @@ def fcos_loss(
         raise ValueError(f"box_weight {box_weight!r}: expected centerness, uniform or None")
 
     cls = sigmoid_focal_loss(outputs["cls"].flatten(0, 1), labels.flatten())
-    box = iou_loss(predicted.flatten(0, 1), wanted.flatten(0, 1), weight.flatten(), box_loss)
+    box = iou_loss(predicted.flatten(0, 1), target.flatten(0, 1), weight.flatten(), box_loss)
     ctr = F.binary_cross_entropy_with_logits(
-        outputs["ctr"], wanted_quality, weight=positive.float(), reduction="sum"
+        outputs["ctr"], target_quality, weight=positive.float(), reduction="sum"
     )
     return {"cls": cls / num_positives, "box": box / box_normalizer, "ctr": ctr / num_positives}
 
@@ -897,7 +901,8 @@ class FCOS(nn.Module):
         **backbone_keywords,
     ):
         # fmt: on
-        # All arguments that have a default; the model stores them.
+        # All arguments that have a default; the model stores them. This must stay the first line,
+        # because locals() holds every variable.
         given = {name: value for name, value in locals().items() if name in defaults(FCOS)}
         super().__init__()
         passed = isinstance(backbone, nn.Module)
@@ -949,8 +954,8 @@ class FCOS(nn.Module):
         if self.convention["bgr"]:
             images = images.flip(1)
         images = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
-        sizes = torch.as_tensor(sizes, device=images.device).view(B, 2, 1, 1, 1)
-        h, w = sizes.unbind(1)  # (B, 1, 1, 1)
+        sizes = torch.as_tensor(sizes, device=images.device)
+        h, w = (side.view(B, 1, 1, 1) for side in sizes.unbind(1))
         y = torch.arange(H, device=images.device)[:, None]
         x = torch.arange(W, device=images.device)
         return images.masked_fill_((y >= h) | (x >= w), 0)
@@ -988,12 +993,11 @@ class FCOS(nn.Module):
         points = self.points(hw, boxes[0].device)
         return encode(points, truths, assign(points, boxes, self.radius))
 
-    def decode(self, outputs: dict, sizes: Tensor) -> dict:
+    def decode(self, outputs: dict, sizes: Tensor, keep_scores: bool = False) -> dict:
         """Turn the outputs of `forward` into detections, in shapes that never depend on values.
 
         On each level the `topk` best candidates remain; `suppress` then leaves `max_detections`
-        over all levels (section 3.3). With tiles or test-time augmentation, `predict_images` calls
-        `candidates` and `suppress` itself.
+        over all levels (section 3.3). keep_scores: ignore how `suppress` changes the scores.
 
         Returns {"boxes": (B, D, 4) xyxy pixels, clipped to `sizes`; "scores": (B, D), falling;
         "labels": (B, D); and every further output of the head at the location of the detection,
@@ -1001,8 +1005,11 @@ class FCOS(nn.Module):
         """
         found = self.candidates(outputs, sizes)
         keep, scores = self.suppress(found["boxes"], found["scores"], found["labels"])
-        detections = {name: take(values, keep) for name, values in found.items()}
-        return detections | {"scores": scores, "labels": take(found["labels"], keep, -1)}
+        if keep_scores:
+            scores = take(found["scores"], keep, -math.inf)
+        fill = {"labels": -1}
+        detections = {name: take(x, keep, fill.get(name, 0)) for name, x in found.items()}
+        return detections | {"scores": scores}
 
     def candidates(self, outputs: dict, sizes: Tensor) -> dict:
         """Return the best (location, class) pairs of every level as boxes, without suppression.
@@ -1013,15 +1020,15 @@ class FCOS(nn.Module):
         rule = SCORES[self.convention["score"]]
         if self.candidate_threshold is not None:
             rule = rule._replace(threshold=self.candidate_threshold)
+        cls_levels = outputs["cls"].split(outputs["levels"], 1)
+        ctr_levels = outputs["ctr"].split(outputs["levels"], 1)
         pairs = []
-        first = 0
-        for count in outputs["levels"]:
-            cls = outputs["cls"][:, first : first + count]
-            ctr = outputs["ctr"][:, first : first + count]
+        first = 0  # location of the level
+        for cls, ctr in zip(cls_levels, ctr_levels):
             location, label, product = best_pairs(cls, ctr, rule, self.topk)
             pairs.append((location + first, label, product))
-            first += count
-        location, label, product = (torch.cat(levels, 1) for levels in zip(*pairs))
+            first += cls.shape[1]
+        location, label, product = (torch.cat(of_levels, 1) for of_levels in zip(*pairs))
 
         ltrb = take(outputs["ltrb"], location).float()
         boxes = self.boxes_at(outputs["points"][location], ltrb, sizes)
@@ -1064,14 +1071,14 @@ class FCOS(nn.Module):
         """Return `decode` as a list with one dict per image, without padding and low scores."""
         return as_list(self.decode(outputs, sizes), score_threshold)
 
-    def rescale(self, boxes: Tensor, size, hw) -> Tensor:
-        """Scale boxes (D, 4) from an image of `size` (height, width) to the same image at `hw`.
+    def rescale(self, boxes: Tensor, from_hw, to_hw) -> Tensor:
+        """Scale boxes (D, 4) from an image of `from_hw` (height, width) to the same at `to_hw`.
 
         The pixel that decoding adds to inclusive boxes does not scale, as in the official code.
         """
         extra = torch.tensor([0.0, 0.0, 1.0, 1.0]) * self.convention["inclusive"]
-        scale_x = float(hw[1]) / float(size[1])
-        scale_y = float(hw[0]) / float(size[0])
+        scale_x = float(to_hw[1]) / float(from_hw[1])
+        scale_y = float(to_hw[0]) / float(from_hw[0])
         return (boxes - extra) * torch.tensor([scale_x, scale_y, scale_x, scale_y]) + extra
 
     def predict(
@@ -1107,7 +1114,9 @@ class FCOS(nn.Module):
         tile = check("tile", tile, None)
         overlap = check("overlap", overlap, 0.2)
         views = dict(test_size=(short, long), tile=tile, overlap=overlap, tta=tta)
-        return predict_images(self, list_images(images), score_threshold, batch_size, graph, views)
+        results = predict_images(self, list_images(images), batch_size, graph, views)
+        kept = [found["scores"] >= score_threshold for found in results]
+        return [{name: x[mask] for name, x in found.items()} for found, mask in zip(results, kept)]
 
 
 def best_pairs(cls, ctr, rule, topk):
@@ -1121,15 +1130,15 @@ def best_pairs(cls, ctr, rule, topk):
     which is -inf for pairs that do not exceed the threshold.
     """
     K = cls.shape[2]
-    centerness = ctr.float().sigmoid()
+    ctr_prob = ctr.float().sigmoid()
     # One NaN hides the best class; 1 lets the other classes of that location take part.
     best_prob = cls.amax(2).float().sigmoid().nan_to_num(nan=1.0)
-    locations = rule.rank(best_prob, best_prob * centerness)
+    locations = rule.rank(best_prob, best_prob * ctr_prob)
     # min would make N a constant in an exported graph; sym_min keeps it dynamic
     location = locations.topk(torch.sym_min(topk, locations.shape[1])).indices
 
     prob = take(cls, location).float().sigmoid()  # (B, at most topk, K)
-    product = prob * centerness.gather(1, location)[..., None]
+    product = prob * ctr_prob.gather(1, location)[..., None]
     pairs = rule.rank(prob, product).flatten(1)
     best, pair = pairs.topk(torch.sym_min(topk, pairs.shape[1]))
     product = product.flatten(1).gather(1, pair).where(best > -math.inf, -math.inf)
@@ -1577,51 +1586,41 @@ def inference(model: FCOS):
 class View(NamedTuple):
     """A part of an image as the model sees it: cropped, resized and perhaps mirrored."""
 
+    image_hw: tuple  # (height, width) of the image
     crop: tuple  # x1, y1, x2, y2 in pixels of the image
     size: tuple  # (height, width) to which the crop is resized
     mirrored: bool
 
 
-def predict_images(model, images, score_threshold, batch_size, graph, view_options):
-    """Do the work of `FCOS.predict`: run the views of each image, map boxes back and merge them.
+def predict_images(model, images, batch_size, graph, view_options):
+    """Do the work of `FCOS.predict`: run the views of each image and merge what they find.
 
     view_options: the arguments of `make_views` except the size of the image.
     """
-
-    several_views = view_options["tta"] or view_options["tile"] is not None
+    tta = view_options["tta"]
+    tiles = view_options["tile"] is not None
 
     def run_model(images, sizes):
         outputs = model(images, sizes)
-        if not several_views:
-            return model.decode(outputs, sizes)
-        found = model.candidates(outputs, sizes)
-        if view_options["tta"]:  # the official augmentation merges candidates
-            return found
-        # Each tile is suppressed to bound memory. Scores stay: only `merge` may change them.
-        keep, _ = model.suppress(found["boxes"], found["scores"], found["labels"])
-        kept = {name: take(values, keep) for name, values in found.items()}
-        return kept | {"scores": take(found["scores"], keep, -math.inf)}
+        if tta:  # the official augmentation merges candidates
+            return model.candidates(outputs, sizes)
+        # each tile is suppressed to bound memory; only `merge` may then change the scores
+        return model.decode(outputs, sizes, keep_scores=tiles)
 
     if graph and model.pixel_mean.device.type == "cuda":
         run_model = replay(run_model)
-    all_views = (
+    views = (
         (number, image, view)
         for number, image in enumerate(map(as_image, images))
         for view in make_views(image.shape[-2:], **view_options)
     )
     results = []
     with torch.no_grad(), inference(model):
-        runs = run_views(model, run_model, all_views, batch_size)
-        for _, group in groupby(runs, key=itemgetter(0)):
-            of_image = list(group)
-            image = of_image[0][1]
-            views = [view for _, _, view, _ in of_image]
-            found = [map_back(model, detections, view) for _, _, view, detections in of_image]
-            merged = found[0]
-            if several_views:
-                merged = merge(model, found, views, image.shape[-2:])
-            kept = merged["scores"] >= score_threshold
-            results.append({name: values[kept] for name, values in merged.items()})
+        runs = run_views(model, run_model, views, batch_size)
+        for _, runs_of_image in groupby(runs, key=itemgetter(0)):
+            _, views_of_image, found = zip(*runs_of_image)
+            several = tta or tiles
+            results.append(merge(model, found, views_of_image) if several else found[0])
     return results
 
 
@@ -1634,6 +1633,7 @@ def make_views(hw, test_size, tile=None, overlap=0.2, tta=False) -> list[View]:
 
     Raises UserError for tile together with tta.
     """
+    hw = tuple(hw)
     whole = (0, 0, hw[1], hw[0])
     if tta and tile is not None:
         raise UserError("tile and tta: expected one of them, found both")
@@ -1641,13 +1641,13 @@ def make_views(hw, test_size, tile=None, overlap=0.2, tta=False) -> list[View]:
         short, long = test_size
         others = [(max(short * n // 8, 1), round(1.5 * long)) for n in (4, 5, 6, 7, 9, 10, 11, 12)]
         sizes = [resized_hw(*hw, *size) for size in (test_size, *others)]
-        return [View(whole, size, mirrored) for size in sizes for mirrored in (False, True)]
+        return [View(hw, whole, size, mirrored) for size in sizes for mirrored in (False, True)]
     crops = [whole]
     if tile is not None and max(hw) > tile:
         ys, xs = (tile_starts(side, tile, overlap) for side in hw)
         crops += [(x, y, min(x + tile, hw[1]), min(y + tile, hw[0])) for y in ys for x in xs]
     sizes = [resized_hw(y2 - y1, x2 - x1, *test_size) for x1, y1, x2, y2 in crops]
-    return [View(crop, size, mirrored=False) for crop, size in zip(crops, sizes)]
+    return [View(hw, crop, size, mirrored=False) for crop, size in zip(crops, sizes)]
 
 
 def tile_starts(side, tile, overlap):
@@ -1659,10 +1659,10 @@ def tile_starts(side, tile, overlap):
 
 
 def run_views(model, run_model, views, batch_size):
-    """Run views in batches of one padded size; yield (image number, image, view, detections).
+    """Run views in batches of one padded size; yield (image number, view, detections).
 
     views: triples of image number, image (3, H, W) and view. run_model: maps a padded batch and
-    its sizes to a dict of (B, N, ...). Boxes are in pixels of the view.
+    its sizes to a dict of (B, N, ...). The boxes of the detections are in pixels of the image.
     """
     device = model.pixel_mean.device
     for _, of_one_size in groupby(views, key=lambda triple: padded_hw([triple[2].size])):
@@ -1670,8 +1670,8 @@ def run_views(model, run_model, views, batch_size):
             batch, sizes = pad_batch([crop_view(image, view) for _, image, view in chunk])
             detections = run_model(batch.to(device), sizes.to(device))
             detections = {name: values.cpu() for name, values in detections.items()}
-            for triple, found in zip(chunk, as_list(detections, -math.inf)):
-                yield *triple, found
+            for (number, _, view), found in zip(chunk, as_list(detections, -math.inf)):
+                yield number, view, map_back(model, found, view)
 
 
 def crop_view(image, view):
@@ -1714,32 +1714,32 @@ def map_back(model, found, view):
     return found | {"boxes": found["boxes"] + torch.tensor([x1, y1, x1, y1])}
 
 
-def merge(model, found, views, hw):
+def merge(model, found, views):
     """Merge the detections of all views of one image by one suppression.
 
-    found: for each view a dict in pixels of the image of size hw. Boxes cut by the edge of a tile
-    are dropped if an uncut box covers them. Overlaps are computed in pixels of the first view, as
-    in the official code; this matters only for inclusive boxes.
+    found: for each view a dict in pixels of the image. Boxes cut by the edge of a tile are dropped
+    if an uncut box covers them. Overlaps are computed in pixels of the first view, as in the
+    official code; this matters only for inclusive boxes.
     """
     merged = {name: torch.cat([one[name] for one in found]) for name in found[0]}
     if not len(merged["scores"]):
         return merged
-    cut = torch.cat([find_cut(one["boxes"], view.crop, hw) for one, view in zip(found, views)])
+    cut = torch.cat([find_cut(one["boxes"], view) for one, view in zip(found, views)])
     dropped = find_covered(merged["boxes"], merged["labels"], cut)
-    boxes = model.rescale(merged["boxes"], hw, views[0].size)
+    boxes = model.rescale(merged["boxes"], views[0].image_hw, views[0].size)
     scores = merged["scores"].masked_fill(dropped, -math.inf)
     columns = (x[None].to(model.pixel_mean.device) for x in (boxes, scores, merged["labels"]))
     keep, scores = (x[0].cpu() for x in model.suppress(*columns))
-    kept = {name: values[keep[keep >= 0]] for name, values in merged.items()}
-    return kept | {"scores": scores[keep >= 0]}
+    merged = {name: values[keep[keep >= 0]] for name, values in merged.items()}
+    return merged | {"scores": scores[keep >= 0]}
 
 
-def find_cut(boxes, crop, hw):
+def find_cut(boxes, view):
     """Return which boxes (D, 4) end at an edge of the crop that is inside the image, bool (D,)."""
-    x1, y1, x2, y2 = crop
-    inside = torch.tensor([x1 > 0, y1 > 0, x2 < hw[1], y2 < hw[0]])
+    x1, y1, x2, y2 = view.crop
+    inside = torch.tensor([x1 > 0, y1 > 0, x2 < view.image_hw[1], y2 < view.image_hw[0]])
     near = (x2 - x1 + y2 - y1) / 200  # pixels, because a cut box rarely reaches the edge exactly
-    return (((boxes - torch.tensor(crop)).abs() <= near) & inside).any(1)
+    return (((boxes - torch.tensor(view.crop)).abs() <= near) & inside).any(1)
 
 
 def find_covered(boxes, labels, cut):
