@@ -1160,7 +1160,7 @@ def table(metrics) -> str:
 
 # ---- drawing -----------------------------------------------------------------------------------
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, without its black and yellow.
+# Okabe and Ito's palette, which color-blind readers can tell apart, without its black and yellow.
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 LEVEL_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")  # P3 to P7, cold to warm
 

@@ -103,7 +103,7 @@ def resized_hw(h: int, w: int, min_size: int, max_size: int) -> tuple[int, int]:
 def resize(image: Tensor, hw) -> Tensor:
     """Resize a uint8 image (3, H, W) to (3, *hw) with antialiased bilinear interpolation.
 
-    The result is within one grey level of Pillow's, which the official code uses, and takes a
+    The result is within one gray level of Pillow's, which the official code uses, and takes a
     sixth of the time.
     """
     if image.shape[-2:] == tuple(hw):
@@ -1477,7 +1477,7 @@ def exif_turn(image):
 def read_image(source, hw=None, upright=False) -> Tensor:
     """Read an image as 8-bit RGB and return it as a uint8 tensor (3, H, W).
 
-    source: a path, a PIL image, a file object, or the bytes of an image file. Grey, palette, CMYK
+    source: a path, a PIL image, a file object, or the bytes of an image file. Gray, palette, CMYK
     and transparent images are converted; 16-bit images keep the highest 8 bits in use.
 
     hw: the (height, width) of its annotations. The EXIF orientation is applied unless the stored
@@ -1500,7 +1500,7 @@ def read_image(source, hw=None, upright=False) -> Tensor:
             image = image.transpose(turn)
         if image.mode == "F":
             raise ValueError("expected 8 or 16 bits, found floating-point pixels; convert it first")
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
+        if image.mode.startswith("I"):  # 16-bit gray, which PIL would clip at 255
             pixels = np.asarray(image).clip(min=0)
             bits = int(pixels.max()).bit_length()  # cameras store 10, 12 or 14 bits in 16
             image = Image.fromarray((pixels >> max(bits - 8, 0)).astype(np.uint8))
@@ -1528,7 +1528,7 @@ def as_image(source) -> Tensor:
     """Return an image as a uint8 RGB tensor (3, H, W).
 
     source: what `read_image` takes, a uint8 RGB array (H, W, 3), or a uint8 RGB tensor (3, H, W).
-    Raises UserError for anything else, such as float or grey pixels or a batch.
+    Raises UserError for anything else, such as float or gray pixels or a batch.
     """
     image = source
     if isinstance(source, np.ndarray) and source.ndim == 3 and source.dtype == np.uint8:

@@ -139,7 +139,7 @@ def make_parser():
     keywords_help = "keywords of the model, such as radius=0 quality=iou: see fcos.FCOS"
     add("--set", metavar="KEYWORD=VALUE", help=keywords_help, **keyword)
     add("--negatives", action="store_true", help="also train on images without objects")
-    add("--augment", action="store_true", help="vary colours and crop, for small data sets")
+    add("--augment", action="store_true", help="vary colors and crop, for small data sets")
     image_count = evaluate.image_count
     batch_help = "images per step, over all GPUs and micro-batches"
     add("--batch-size", type=image_count, metavar="N", help=batch_help)
@@ -269,7 +269,8 @@ def print_settings(settings):
 # ---- batches and augmentation ------------------------------------------------------------------
 
 # The random streams: purpose, and the length of a position. The index in this list is part of the
-# seed; a stream that is not listed is seeded by its name. See TrainBatches.rng.
+# seed; streams that came later, such as "libraries", are seeded by their names. See
+# TrainBatches.rng.
 STREAMS = [("group", 0), ("order", 2), ("sizes", 1), ("augment", 2), ("augment_more", 2)]
 
 
@@ -395,21 +396,13 @@ class TrainBatches:
 
     def sample(self, plan, step, slot):
         """Return the augmented sample of one image of a step. slot: its position in the plan."""
-        self.dataset.files_read.clear()
-        try:
-            with seeded_globals(self.rng("libraries", step, slot)):
-                sample = self.read(plan.indices[slot], plan.sizes[slot], step, slot)
-                if self.settings["augment"]:
-                    sample = augment_more(sample, self.rng("augment_more", step, slot))
-                sample = augment(sample, self.rng("augment", step, slot))
+        with name_files(self.dataset), seeded_globals(self.rng("libraries", step, slot)):
+            sample = self.read(plan.indices[slot], plan.sizes[slot], step, slot)
+            if self.settings["augment"]:
+                sample = augment_more(sample, self.rng("augment_more", step, slot))
+            sample = augment(sample, self.rng("augment", step, slot))
             check_sample(sample, len(self.dataset.classes))
-        except Exception as error:
-            files = list(map(str, self.dataset.files_read))
-            if isinstance(error, UserError) and not any(file in str(error) for file in files):
-                raise UserError(f"{', '.join(files)}: {error}") from None
-            error.add_note(f"in a sample made from {', '.join(files)}")
-            raise
-        return sample
+            return sample
 
     def read(self, i, hw, step, slot):
         """Return the sample of image i at (height, width), before augmentation.
@@ -436,6 +429,20 @@ def aspect_groups(dataset, settings):
     indices = np.flatnonzero(dataset.trainable | settings["negatives"])
     upright = dataset.hw[indices, 0] >= dataset.hw[indices, 1]
     return indices[~upright], indices[upright]
+
+
+@contextlib.contextmanager
+def name_files(dataset):
+    """Name the files that were read for a sample in every error about it."""
+    dataset.files_read.clear()
+    try:
+        yield
+    except Exception as error:
+        files = list(map(str, dataset.files_read))
+        if isinstance(error, UserError) and not any(file in str(error) for file in files):
+            raise UserError(f"{', '.join(files)}: {error}") from None
+        error.add_note(f"in a sample made from {', '.join(files)}")
+        raise
 
 
 @contextlib.contextmanager
@@ -529,10 +536,10 @@ def augment(sample, rng):
 
 
 def augment_more(sample, rng):
-    """Return a sample with other colours and perhaps a crop (--augment); `augment` follows.
+    """Return a sample with other colors and perhaps a crop (--augment); `augment` follows.
 
     Brightness, contrast and saturation vary by up to 30 %. Half of the images are enlarged up to
-    twice and cut to their size; boxes whose centre lies outside the crop are dropped.
+    twice and cut to their size; boxes whose center lies outside the crop are dropped.
     """
     image = sample["image"]
     for name in ("brightness", "contrast", "saturation"):
@@ -553,8 +560,8 @@ def crop(sample, rng):
     scale = torch.tensor([W / w, H / h, W / w, H / h])
     columns = transform(sample, "crop", offset, scale)
     boxes = columns["boxes"]
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    kept = ((centre > 0) & (centre < torch.tensor([W, H]))).all(1)
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2
+    kept = ((center > 0) & (center < torch.tensor([W, H]))).all(1)
     columns["boxes"] = boxes.clamp(min=0).minimum(torch.tensor([W, H, W, H]))
     image = fcos.resize(image[:, y : y + h, x : x + w], (H, W))
     return {"image": image} | {name: values[kept] for name, values in columns.items()}
@@ -1009,31 +1016,37 @@ def to_device(batch, device):
     return {"images": images, "sizes": sizes, "truths": truths}
 
 
-def seed_layers(step, rank, settings):
+def all_reduce(values, operation=dist.ReduceOp.SUM):
+    """Add a tensor over all processes, in place; a process alone does nothing."""
+    if dist.is_initialized():
+        dist.all_reduce(values, operation)
+
+
+def seed_step(step, rank, settings):
     """Seed PyTorch's generators for a step, so that dropout draws the same in a resumed run."""
     seed = np.random.SeedSequence([settings["seed"], step, rank]).generate_state(1)
     torch.manual_seed(int(seed[0]))
 
 
-def compute_gradients(model, network, batches, settings):
+def compute_gradients(model, network, micro_batches, settings):
     """Compute the gradients of one step from its micro-batches on this rank.
 
     Targets do not depend on predictions, so the normalizers of the whole step, over all
-    micro-batches and ranks, are known before the first forward pass.
+    micro-batches and ranks, are known before the first forward pass. Every loss is then a share of
+    the step's loss, and the shares add up.
 
-    network: the model, or DDP around it. Returns {name: this rank's part of the loss} as scalar
+    network: the model, or DDP around it. Returns {name: this rank's share of the loss} as scalar
     tensors on the device.
     """
-    targets = [model.targets(batch["images"].shape[2:], batch["truths"]) for batch in batches]
+    targets = [model.targets(batch["images"].shape[2:], batch["truths"]) for batch in micro_batches]
     normalizers = sum(map(fcos.loss_normalizers, targets))
+    all_reduce(normalizers)
     _, world_size = evaluate.rank_and_world_size()
-    if world_size > 1:
-        dist.all_reduce(normalizers)
     bf16 = settings["precision"] == "bf16"
     step_losses = []
-    for m, batch in enumerate(batches):
+    for m, batch in enumerate(micro_batches):
         # DDP sums gradients over ranks in the last micro-batch only; the model ignores the flag.
-        network.require_backward_grad_sync = m == len(batches) - 1
+        network.require_backward_grad_sync = m == len(micro_batches) - 1
         with torch.autocast(normalizers.device.type, torch.bfloat16, bf16):
             outputs = network(batch["images"], batch["sizes"])
         losses = fcos.fcos_loss(outputs, targets[m], normalizers, **model.loss)
@@ -1078,7 +1091,8 @@ class Meter:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = torch.stack(list(losses.values())).sum().isfinite() & norm.isfinite()
-        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
+        bad = torch.where(finite, self.batches.iters, step)
+        self.first_bad = torch.minimum(self.first_bad, bad)
 
     def read(self, step):
         """Return what is logged after `step` steps: the losses over all ranks, and the speed.
@@ -1086,16 +1100,15 @@ class Meter:
         Raises UserError on every rank if a loss or a gradient of any was not finite.
         """
         values = torch.stack(list(self.losses.values()))
-        if dist.is_initialized():
-            dist.all_reduce(values)
-            dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)
+        all_reduce(values)
+        all_reduce(self.first_bad, dist.ReduceOp.MIN)
         losses = dict(zip(self.losses, values.tolist()))
-        bad = self.first_bad.item()
-        if bad < self.batches.iters:
-            ids = self.batches.dataset.image_ids[self.batches.plan(bad).indices].tolist()
+        first_bad = self.first_bad.item()
+        if first_bad < self.batches.iters:
+            ids = self.batches.dataset.image_ids[self.batches.plan(first_bad).indices].tolist()
             raise UserError(
-                f"the loss or its gradient is not finite since step {bad + 1} with the images "
-                f"{ids}; the losses are now {losses}; last.pt was written before that step"
+                f"the loss or its gradient is not finite since step {first_bad + 1} with the "
+                f"images {ids}; the losses are now {losses}; last.pt was written before that step"
             )
         speed = (step - self.step) * self.batches.batch_size / (time.perf_counter() - self.clock)
         self.restart(step)
@@ -1124,12 +1137,12 @@ def validate(step, model, companions, val_set, best, files, workers):
         message = f"step {step}: AP {metrics['AP']:.3f}"
         if device.type in ("cuda", "xpu"):
             message += f", peak {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB"
-        warn(message)
-        if not files.has_model() or not len(val_set.boxes):  # without boxes the last model is kept
-            best = None
+        print_above_bar(message)
         metrics["step"] = step
-        better = best is None or metrics["AP"] > best["AP"]
-        if better and files.best(evaluated, metrics):
+        no_objects = not len(val_set.boxes)  # then every AP is -1: keep the last model
+        nothing_kept = best is None or not files.has_model()
+        better = nothing_kept or no_objects or metrics["AP"] > best["AP"]
+        if better and files.save_best(evaluated, metrics):
             best = metrics
     if dist.is_initialized():
         shared = [best]
@@ -1191,7 +1204,7 @@ def main(args: Namespace):
                 meter.restart(step)
             if step == iters or out_of_patience(step, best, settings):
                 break
-            seed_layers(step, rank, settings)
+            seed_step(step, rank, settings)
             micro_batches = [next(loader) for _ in range(args.accumulate)]
             losses = compute_gradients(model, network, micro_batches, settings)
             meter.add(step, losses, model)
@@ -1200,8 +1213,9 @@ def main(args: Namespace):
             done = step + 1
             saving = must_save(done, args, iters)
             logging = saving or is_due(done, max(1, min(20, iters // 100)))
+            # Asking the other ranks takes time that only the long steps of a CPU can spare.
             stopping = (logging or device.type == "cpu") and asked_to_stop(signals)
-            if logging or stopping:
+            if logging or stopping:  # raises an error, before a checkpoint, for a loss of NaN
                 report(done, meter, optimizer, files, bar)
             if saving or stopping:
                 files.checkpoint(done, settings, model, saved, best)
@@ -1256,8 +1270,7 @@ def must_save(done, args, iters):
 def asked_to_stop(signals):
     """Return whether any rank has received a signal to stop. Every rank calls this."""
     stops = torch.tensor(len(signals))
-    if dist.is_initialized():
-        dist.all_reduce(stops)
+    all_reduce(stops)
     return stops.item() > 0
 
 
@@ -1315,7 +1328,7 @@ class RunFiles:
         try:
             yield
         except (OSError, UserError) as error:
-            warn(f"{error}; {consequence}")
+            print_above_bar(f"{error}; {consequence}")
 
     def log(self, step, **values):
         """Append losses or metrics to log.jsonl. Call another logger here."""
@@ -1359,7 +1372,7 @@ class RunFiles:
                     (self.out / "metrics.json").unlink(missing_ok=True)
                 self.write_log()
 
-    def best(self, model, metrics):
+    def save_best(self, model, metrics):
         """Write model.pt and metrics.json; return whether that succeeded."""
         with self.warn_if_full("the older model stays"):
             fcos.save(model, self.out / "model.pt")
@@ -1533,8 +1546,8 @@ def say(text):
         print(text)
 
 
-def warn(text):
-    """Print a warning above the progress bar."""
+def print_above_bar(text):
+    """Print a line on stderr, above the progress bar."""
     tqdm.write(str(text), file=sys.stderr)
 
 
@@ -1620,7 +1633,7 @@ SHAPES = {  # by category id, with gaps as in COCO
 
 
 def parse_colors(text):
-    """Return colours in hexadecimal RGB as a float32 array (N, 3) in 0..255."""
+    """Return colors in hexadecimal RGB as a float32 array (N, 3) in 0..255."""
     return np.array([list(bytes.fromhex(color)) for color in text.split()], np.float32)
 
 
@@ -1629,7 +1642,7 @@ COLORS = parse_colors("ff6b6b ff9f43 ffd166 6ee7a8 4dd0c4 7cb8ff b79cff ff8fc2 f
 
 
 def draw_background(rng, w, h):
-    """Mix two colours by a gradient, stripes or checks, and clouds; return (h, w, 3) in 0..255."""
+    """Mix two colors by a gradient, stripes or checks, and clouds; return (h, w, 3) in 0..255."""
     first, second = rng.permutation(BACKGROUNDS)[:2]
     y, x = np.mgrid[:h, :w]
     turned = (x - w / 2 + 1j * (y - h / 2)) * np.exp(2j * np.pi * rng.uniform())
@@ -1653,9 +1666,9 @@ def draw_scene(rng):
     sizes = np.sort(10 * 5.5 ** rng.uniform(size=rng.integers(6, 11)))
     for size, color in zip(sizes[::-1], rng.permutation(COLORS)):  # small objects on top
         category = int(rng.choice(list(SHAPES)))
-        centre = complex(*rng.uniform(0, (w, h)))
+        center = complex(*rng.uniform(0, (w, h)))
         outline = draw_outline(rng, category)
-        drawn = fill_shape(size * outline, centre, SHAPES[category].hole, (w, h))
+        drawn = fill_shape(size * outline, center, SHAPES[category].hole, (w, h))
         x1, y1, x2, y2 = (edge / 4 for edge in drawn.getbbox())
         mask = np.asarray(drawn.reduce(4), np.float32) / 255
         whole_area = size**2 * np.ptp(outline.real) * np.ptp(outline.imag)
@@ -1686,12 +1699,12 @@ def draw_outline(rng, category):
     return squeezed * np.exp(1j * rng.uniform(-0.25, 0.25))
 
 
-def fill_shape(outline, centre, hole, wh):
+def fill_shape(outline, center, hole, wh):
     """Draw a shape in white on black, four times as large. hole: its size relative to the shape."""
     drawn = Image.new("L", (4 * wh[0], 4 * wh[1]))
-    for scale, grey in ((1, 255), (hole, 0)):  # a hole of size 0 draws nothing visible
-        corners = 4 * (outline * scale + centre)
-        ImageDraw.Draw(drawn).polygon(corners.view(float).tolist(), grey)
+    for scale, gray in ((1, 255), (hole, 0)):  # a hole of size 0 draws nothing visible
+        corners = 4 * (outline * scale + center)
+        ImageDraw.Draw(drawn).polygon(corners.view(float).tolist(), gray)
     return drawn
 
 

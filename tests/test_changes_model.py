@@ -281,7 +281,7 @@ def another_suppression():
         active=True,
         has_model=lambda: False,
         log=lambda *_, **__: True,
-        best=lambda *_, **__: True,
+        save_best=lambda *_, **__: True,
     )
     train.validate(0, model, {}, dataset, None, files, 0)
     rows = found_in_results()
