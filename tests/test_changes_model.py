@@ -37,14 +37,14 @@ FURTHER_LOSS = [
     (
         "fcos.py",
         '"ctr": ctr / num_positives}',
-        '"ctr": ctr / num_positives, "l1": (predicted - wanted).abs().sum() / num_positives}',
+        '"ctr": ctr / num_positives, "l1": (predicted - target).abs().sum() / num_positives}',
     )
 ]
 MEAN_LOSS = [
     (
         "fcos.py",
         '"ctr": ctr / num_positives}',
-        '"ctr": ctr / num_positives, "l1": (predicted - wanted).abs().mean()}',
+        '"ctr": ctr / num_positives, "l1": (predicted - target).abs().mean()}',
     )
 ]
 KIND_OF_IOU_LOSS = [
