@@ -753,7 +753,8 @@ class CocoDataset:
     def target(self, i):
         """Return the boxes of image i, float32 (G, 4) xyxy pixels, and their labels, int64 (G,)."""
         rows = slice(self.offsets[i], self.offsets[i + 1])
-        return torch.from_numpy(self.boxes[rows]), torch.from_numpy(self.labels[rows])
+        # copies, because an augmentation may change them in place
+        return torch.tensor(self.boxes[rows]), torch.tensor(self.labels[rows])
 
     def truth(self, i, hw) -> dict[str, torch.Tensor]:
         """Return the boxes of image i, scaled to an image of (height, width).
@@ -765,7 +766,7 @@ class CocoDataset:
         boxes, labels = self.target(i)
         scale = torch.tensor([hw[1] / w, hw[0] / h, hw[1] / w, hw[0] / h])
         rows = slice(self.offsets[i], self.offsets[i + 1])
-        columns = {name: torch.from_numpy(values[rows]) for name, values in self.columns.items()}
+        columns = {name: torch.tensor(values[rows]) for name, values in self.columns.items()}
         return {"boxes": boxes * scale, "labels": labels} | columns
 
     def sample(self, i, hw) -> dict[str, torch.Tensor]:

@@ -417,6 +417,16 @@ def test_an_augmentation_that_spoils_a_sample_is_named(
     assert "augment made" in error_line(capsys, command_line(shapes, tmp_path))
 
 
+def test_an_augmentation_may_change_a_sample_in_place(shapes):
+    dataset = evaluate.CocoDataset(*evaluate.coco_paths(shapes, "train2017"))
+    before = dataset.labels.copy(), dataset.boxes.copy()
+    sample = dataset.sample(0, tuple(dataset.hw[0].tolist()))
+    sample["labels"].fill_(0)
+    sample["boxes"].mul_(2)
+    assert np.array_equal(dataset.labels, before[0])
+    assert np.array_equal(dataset.boxes, before[1])
+
+
 def test_errors_in_a_sample_name_every_file_that_was_read_for_it(shapes, tmp_path, monkeypatch):
     """Here every sample shows a second image, as in a mosaic."""
 
