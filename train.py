@@ -208,11 +208,27 @@ def resolve(args: Namespace) -> dict:
         if not args.eval_every:
             raise UserError("--patience needs --eval-every")
     fcos.resized_hw(1, 1, max(settings["min_size"]), settings["max_size"])  # raises if too small
+    if not all(1 <= decay <= 18 for decay in settings["decays"]):
+        raise UserError(f"decays {settings['decays']}: expected eighteenths of the steps, 1 to 18")
     overrides = dict(settings.pop("set"))
     if "test_size" not in fcos.MODELS.get(settings["model"], {}) | overrides:  # as it is trained
         overrides["test_size"] = max(settings["min_size"]), settings["max_size"]
     settings["keywords"] = fcos.model_keywords(settings["model"], overrides)
     return settings
+
+
+def check_ranks(settings, args):
+    """Raise UserError on every rank unless all were started with the same flags."""
+    if not dist.is_initialized():
+        return
+    how = ("accumulate", "eval_every", "checkpoint_every", "compile", "fresh")
+    own = settings | {name: getattr(args, name) for name in how}
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, own)
+    for rank, other in enumerate(of_ranks):
+        changed = "; ".join(differences(of_ranks[0], other))
+        if changed:
+            raise UserError(f"rank {rank}: expected the flags of rank 0, found {changed:.500}")
 
 
 def find_data(args: Namespace) -> dict:
@@ -264,6 +280,13 @@ def print_settings(settings):
     for name, value in flatten(settings).items():
         if value is not None and name not in ("lr", "warmup", "decays"):
             say(f"{name:28s} {printable(value, 200)}")
+    if settings["patience"]:
+        every = settings["eval_every"]
+        last_change = settings["last_rate_change"]
+        first_end = (last_change // every + settings["patience"]) * every
+        if first_end >= settings["iters"]:  # see out_of_patience
+            change = f"counts from the last change of the learning rate, after step {last_change}"
+            say(f"warning: --patience cannot end this run before step {first_end}: it {change}")
 
 
 # ---- batches and augmentation ------------------------------------------------------------------
@@ -932,6 +955,10 @@ def describe(optimizer, model, settings):
     """Return the optimizer as settings, so that a run with another one is not resumed: its class,
     its groups, and the learning rate of the first group wherever that changes."""
     names = {p: name for name, p in model.named_parameters()}
+    updated = {p for group in optimizer.param_groups for p in group["params"]}
+    left_out = [names[p] for p in names if p.requires_grad and p not in updated]
+    if left_out:
+        raise UserError(f"the optimizer has no group with {', '.join(left_out):.300}")
     found = {"class": type(optimizer).__name__}
     for number, group in enumerate(optimizer.param_groups, 1):
         group.setdefault("initial_lr", group["lr"])
@@ -1170,6 +1197,7 @@ def main(args: Namespace):
     # Set up. Every mistake is found before anything is written.
     settings = resolve(args)
     rank, world_size, device = evaluate.start_process(args.device, make_fresh_store)
+    check_ranks(settings, args)
     train_set, val_set = load_data(args, settings)
     model = make_model(settings, train_set).to(device)
     optimizer = make_optimizer(model, settings)
@@ -1405,7 +1433,9 @@ def check_companions(companions):
     if taken:
         raise UserError(f"companion {min(taken)!r}: expected no name of {sorted(ENTRIES)}")
     for name, companion in companions.items():
-        methods = ("update", "state_dict", "load_state_dict")
+        methods = ["update", "state_dict", "load_state_dict"]
+        if name == "ema":
+            methods.append("evaluated")
         if not all(hasattr(companion, method) for method in methods):
             raise UserError(f"companion {name!r}: expected methods {', '.join(methods)}")
         for value in torch.utils._pytree.tree_leaves(companion.state_dict()):

@@ -277,6 +277,22 @@ def test_nodes_that_see_different_folders_are_refused(shapes, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flags", [("--lr", 0.5), ("--accumulate", 2), ("--set", "channels=32")])
+def test_ranks_with_different_flags_are_refused(shapes, tmp_path, flags):
+    """The command was edited on one of two nodes."""
+
+    def change_rank_1():
+        if os.environ["RANK"] == "1":
+            main = train.main
+            own = train.parse_args(command_line(shapes, tmp_path / "run", *flags))
+            train.main = lambda _: main(own)
+
+    for code, output in run_ranks(2, command_line(shapes, tmp_path / "run"), change_rank_1):
+        assert code == 2
+        assert "rank 1: expected the flags of rank 0, found" in output
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_rank_that_fails_alone_ends_without_waiting_for_the_others(shapes, tmp_path):
     def fail_on_rank_1():
         if os.environ["RANK"] == "0":
