@@ -180,6 +180,12 @@ def test_patience_ends_a_run_where_it_would_end_uninterrupted(
     assert_same_run(tmp_path / "killed", whole)
 
 
+def test_patience_that_cannot_end_a_run_is_reported(shapes, tmp_path, capsys):
+    """The learning rate changes last after step 5 of 6."""
+    run(command_line(shapes, tmp_path, "--eval-every", 2, "--patience", 2))
+    assert "--patience cannot end this run before step 8: it counts" in capsys.readouterr().out
+
+
 # ---- folders -----------------------------------------------------------------------------------
 
 

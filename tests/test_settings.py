@@ -47,6 +47,14 @@ def test_a_recipe_with_a_missing_or_unknown_setting_is_an_error():
         train.recipe("shapes", "none", **without_lr)
 
 
+@pytest.mark.parametrize("decays", [[60_000, 80_000], [0.67, 0.89]])
+def test_decays_that_are_no_eighteenths_are_refused(decays, monkeypatch):
+    """Other projects count them in steps, or as shares of a run."""
+    monkeypatch.setitem(train.RECIPES["shapes"], "decays", decays)
+    with pytest.raises(fcos.UserError, match="decays .* expected eighteenths"):
+        train.resolve(train.parse_args(["shapes"]))
+
+
 def test_a_row_and_a_recipe_of_any_name_train_load_and_resume(shapes, tmp_path, monkeypatch):
     """Two lines in two tables are enough."""
     row = fcos.MODELS["shapes"] | dict(levels=(3, 4, 5), ranges=(64, 128))

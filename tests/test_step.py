@@ -148,12 +148,22 @@ class Teacher:
         return self.state
 
 
+def test_parameters_that_no_group_updates_are_refused(shapes, tmp_path, monkeypatch, capsys):
+    def make_optimizer(model, settings):
+        return torch.optim.AdamW(model.backbone.parameters())
+
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    line = error_line(capsys, command_line(shapes, tmp_path / "run"))
+    assert "the optimizer has no group with fpn.lateral3.weight" in line
+
+
 @pytest.mark.parametrize(
     "companions, text",
     [
         ({"teacher": Teacher({"rate": np.float64(1)})}, "companion 'teacher': its state holds a"),
         ({"optimizer": Teacher({})}, "companion 'optimizer': expected no name of"),
         ({"teacher": object()}, "companion 'teacher': expected methods update, state"),
+        ({"ema": Teacher({})}, "companion 'ema': expected methods update, state"),
     ],
 )
 def test_companions_that_could_not_be_resumed_are_refused_before_training(
