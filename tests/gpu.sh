@@ -31,7 +31,7 @@ levers="train_norm train_graph train_epoch train_conv train_loss model train_aut
 case ${1:-all} in
 1) parts="tests $train" limit=${LIMIT:-400} ;;
 2) parts="$levers" limit=${LIMIT:-360} ;;
-all) parts="tests $train $levers train_dcn kernels growth loader scoring" limit=${LIMIT:-530} ;;
+all) parts="tests $train $levers train_dcn kernels growth loader" limit=${LIMIT:-530} ;;
 *) parts="$*" limit=${LIMIT:-530} ;;
 esac
 if [ "${FCOS_TEST_DEVICE:-cuda}" = cpu ]; then
@@ -139,7 +139,6 @@ for name in $parts; do
     kernels) bench kernels 100 ;;
     growth) bench growth 60 --seconds 0.2 ;;
     loader) bench loader 30 ;;
-    scoring) bench scoring 60 --rounds 1 ;;
     *) echo "gpu.sh: no part $name" ;;
     esac
 done
