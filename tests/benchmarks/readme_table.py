@@ -138,7 +138,7 @@ def speed_rows(*names):
 
 
 def inference():
-    return table(HEAD, speed_rows("model", "model_cpu"))
+    return table(HEAD, speed_rows("model", "model_cpu", "model_cpu_1_thread"))
 
 
 def quantized():
@@ -333,8 +333,8 @@ def road():
 
 def sources():
     """Return when and on what each file was measured."""
-    names = ("model", "train", "kernels", "growth_cuda", "model_cpu", "loader", "data", "growth")
-    names += ("quantize", "quantize_shapes", "tiles")
+    names = ("model", "train", "kernels", "growth_cuda", "model_cpu", "model_cpu_1_thread")
+    names += ("loader", "data", "growth", "quantize", "quantize_shapes", "tiles")
     lines = []
     for name in names:
         record = read(name)
