@@ -2365,8 +2365,10 @@ class Weights(NamedTuple):
 # Names under which training programs store the state dict, the preferred ones first. Wrappers also
 # put such names before every key.
 STATE_DICT_KEYS = """model state_dict blobs net network model_state_dict model_state weights module
-    ema model_ema ema_model ema_state_dict state_dict_ema student teacher detector _orig_mod
-    _fsdp_wrapped_module _checkpoint_wrapped_module""".split()
+    ema model_ema ema_model ema_state_dict state_dict_ema student teacher detector params
+    state""".split()
+# Wrappers of single modules put a name anywhere in a key.
+INNER_WRAPPER = r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)\."
 WRAPPER_PREFIX = rf"(?:{'|'.join(STATE_DICT_KEYS)})\."
 
 
@@ -2385,6 +2387,7 @@ def open_weights(source) -> Weights:
         if isinstance(state, dict):
             found = f"{len(state)} keys such as {short_repr(next(iter(state)), 60)}"
         raise UserError(f"{printable(path)}: expected a state dict, tensors by name, found {found}")
+    state = {re.sub(INNER_WRAPPER, "", key): value for key, value in state.items()}
     family, prefix, family_key = find_family(state, f"(?:{WRAPPER_PREFIX})*")
     if family is None:
         family, prefix, _ = find_family(state, r".*[./]")
@@ -2405,7 +2408,7 @@ def find_state(content):
     around = state = content
     for _ in range(4):  # last.pt of train.py holds a checkpoint that holds the weights
         inner = [state.get(key) for key in STATE_DICT_KEYS] if isinstance(state, dict) else []
-        inner = [value for value in inner if isinstance(value, dict)]
+        inner = [value for value in inner if isinstance(value, dict) and value]
         if inner:
             around, state = state, inner[0]
     return around, state

@@ -379,6 +379,10 @@ WRAPPED = {  # ways in which programs store a state dict
     "ema": lambda state: {"model": None, "ema": {"state_dict": state}},
     "lightning": lambda state: {"state_dict": WRAPPED["model."](state), "epoch": 3},
     "model.": lambda state: {f"model.{k}": v for k, v in state.items()},
+    "inside": lambda state: {
+        k.replace(".", "._orig_mod._checkpoint_wrapped_module.", 1): v for k, v in state.items()
+    },
+    "params": lambda state: {"model": {}, "params": state},
 }
 
 
