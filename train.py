@@ -890,6 +890,7 @@ def rehearse(network, model, batches, settings):
             raise UserError(f"output {min(taken)!r} of the head: {problem}")
         model.decode(outputs, batch["sizes"])
     losses = compute_gradients(model, network, [batch], settings)
+    check_empty_batch(model, network, batch, losses, settings)
     if batches.batch_size > batches.world_size * batches.micro_batches:
         check_normalization(model, network, batch, settings)
     network.train()
@@ -900,6 +901,19 @@ def rehearse(network, model, batches, settings):
     if losses.keys() & LOG_NAMES:
         raise UserError(f"losses {', '.join(losses)}: expected no name of {sorted(LOG_NAMES)}")
     model.zero_grad()
+
+
+def check_empty_batch(model, network, batch, losses, settings):
+    """Warn if a loss is missing or not finite for the batch without its boxes.
+
+    A step without boxes would then end the run, and so would every attempt to resume it.
+    """
+    truths = [{name: rows[:0] for name, rows in truth.items()} for truth in batch["truths"]]
+    found = compute_gradients(model, network, [batch | {"truths": truths}], settings)
+    for name in losses:
+        if name not in found or not found[name].isfinite():
+            fix = "divide by a normalizer that is clamped to 1, see fcos.fcos_loss"
+            say(f"warning: loss {name} is missing or not finite in a step without boxes; {fix}")
 
 
 def check_normalization(model, network, batch, settings):

@@ -148,6 +148,20 @@ class Teacher:
         return self.state
 
 
+@pytest.mark.parametrize("how", ["mean", "missing"])
+def test_a_loss_that_fails_without_boxes_is_warned_of(shapes, tmp_path, monkeypatch, capsys, how):
+    fcos_loss = fcos.fcos_loss
+
+    def with_width(outputs, targets, *rest, **keywords):
+        widths = outputs["ltrb"][targets["labels"] >= 0].sum(1)
+        further = {"width": widths.mean()} if how == "mean" or len(widths) else {}
+        return fcos_loss(outputs, targets, *rest, **keywords) | further
+
+    monkeypatch.setattr(fcos, "fcos_loss", with_width)
+    run(command_line(shapes, tmp_path / "run"))
+    assert "warning: loss width is missing or not finite" in capsys.readouterr().out
+
+
 def test_parameters_that_no_group_updates_are_refused(shapes, tmp_path, monkeypatch, capsys):
     def make_optimizer(model, settings):
         return torch.optim.AdamW(model.backbone.parameters())
