@@ -429,6 +429,7 @@ def test_between_rows_of_the_log_no_number_is_read_from_the_device(
     monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())  # knows no meta
     monkeypatch.setattr(train, "report_sizes", lambda *_: None)  # reads, but before training
     monkeypatch.setattr(train, "check_normalization", lambda *_: None)  # likewise
+    monkeypatch.setattr(train, "check_empty_batch", lambda *_: None)
     argv = command_line(shapes, tmp_path, "--iters", 200, *flags.split())
     few_levels = ["--set", "levels=(4,5)", "ranges=(64,)"]
     with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):
