@@ -33,6 +33,7 @@ import multiprocessing
 import operator
 import os
 import re
+import shutil
 import sys
 import traceback
 import unicodedata
@@ -814,11 +815,8 @@ STOP_SIGNALS = [
 ]
 OPEN_FILES = 40  # of a process without workers
 OPEN_FILES_PER_WORKER = 16
-# Messages of errors about a worker that died, hangs, or lacks open files or shared memory
-WORKER_ERRORS = (
-    r"DataLoader (worker \(pid|timed out)|ancillary data|Too many open files"
-    r"|\[Errno 28\] No space left on device$"
-)
+# PyTorch's error messages for a worker that died, hangs or cannot open files
+WORKER_ERRORS = r"DataLoader (worker \(pid|timed out)|ancillary data|Too many open files"
 WORKER_HELP = "raise `ulimit -n`, enlarge /dev/shm (docker run --shm-size=8g) or use --workers 0"
 
 
@@ -831,19 +829,23 @@ def start_worker(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def check_open_files(workers):
-    """Raise UserError if the limit of open files is too low for the dataloader workers."""
+def check_limits(workers):
+    """Raise UserError if dataloader workers have too few open files or no shared memory."""
+    if not workers:
+        return
     needed = OPEN_FILES + OPEN_FILES_PER_WORKER * workers
-    if workers and hasattr(os, "sysconf") and os.sysconf("SC_OPEN_MAX") < needed:
+    if hasattr(os, "sysconf") and os.sysconf("SC_OPEN_MAX") < needed:
         raise UserError(
             f"`ulimit -n`: {workers} dataloader workers need {needed} open files, found a limit of "
             f"{os.sysconf('SC_OPEN_MAX')}; raise it or use --workers 0"
         )
+    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < 2**16:
+        raise UserError(f"/dev/shm is full, and dataloader workers need it; {WORKER_HELP}")
 
 
 def read_ahead(read, items, workers, pin_memory=False):
     """Return an iterable of read(item), or the UserError it raised; workers read ahead."""
-    check_open_files(workers)
+    check_limits(workers)
     # The items take the place of a data set, and reading one takes the place of collating.
     return DataLoader(
         items,

@@ -1604,8 +1604,9 @@ def predict_images(model, images, batch_size, graph, view_options):
         outputs = model(images, sizes)
         if tta:  # the official augmentation merges candidates
             return model.candidates(outputs, sizes)
-        # each tile is suppressed to bound memory; only `merge` may then change the scores
-        return model.decode(outputs, sizes, keep_scores=tiles)
+        if tiles:  # suppressed to bound memory; only `merge` may change the scores
+            return model.decode(outputs, sizes, keep_scores=True)
+        return model.decode(outputs, sizes)
 
     if graph and model.pixel_mean.device.type == "cuda":
         run_model = replay(run_model)

@@ -1278,7 +1278,7 @@ def check_room(batches, workers):
     if batches.batch_size < shares:
         each = f"{batches.world_size} processes and {batches.micro_batches} micro-batches"
         raise UserError(f"--batch-size {batches.batch_size}: less than an image for each of {each}")
-    evaluate.check_open_files(workers)
+    evaluate.check_limits(workers)
     if os.path.isdir("/dev/shm"):
         pixels = max(h * w for h, w in batches.largest_hw)
         size = math.ceil(batches.batch_size / shares) * 3 * pixels
