@@ -888,8 +888,11 @@ def raise_errors(items):
 
 
 @contextlib.contextmanager
-def kill_workers_on_error():
-    """Kill the dataloader workers started in this context, which ignore signals, on any error.
+def kill_workers():
+    """Kill the dataloader workers started in this context at its end, since they ignore signals.
+
+    Without an error they have mostly ended. But a package that stores an exception keeps the frame
+    with the loader alive, and Python would wait for the workers at its exit.
 
     PyTorch's error about a worker that died or hangs becomes a UserError.
     """
@@ -897,17 +900,25 @@ def kill_workers_on_error():
     try:
         yield
     except BaseException as error:
-        unix = hasattr(signal, "SIGCHLD")  # PyTorch's handler raises an error when a worker dies
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if unix else None
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-            worker.join()
-        if unix:
-            signal.signal(signal.SIGCHLD, handler)
         # PyTorch writes "Caught" into errors that the code in a worker raised
         if re.search(WORKER_ERRORS, str(error)) and "Caught" not in str(error):
             raise UserError(f"{error}; {WORKER_HELP}") from None
         raise
+    finally:
+        workers = set(multiprocessing.active_children()) - others
+        if workers:
+            kill_processes(workers)
+
+
+def kill_processes(processes):
+    """Kill child processes without the error that PyTorch's handler raises if a worker dies."""
+    unix = hasattr(signal, "SIGCHLD")
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if unix else None
+    for process in processes:
+        process.kill()
+        process.join()
+    if unix:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def check_classes(model, dataset):
@@ -952,7 +963,7 @@ def predict(model, dataset, batch_size=1, workers=2, **options) -> list[dict] | 
     own_images = [i for batch in batches[rank::world_size] for i in batch]
     bar = progress_bar(read_ahead(dataset.image, own_images, workers), "predict")
     results: dict[int, list] = {}
-    with kill_workers_on_error(), bar, count_views(model, bar, options):
+    with kill_workers(), bar, count_views(model, bar, options):
         detections = model.predict(raise_errors(bar), batch_size=batch_size, **options)
         for i, found in zip(own_images, detections, strict=True):
             image_id = {"image_id": dataset.image_ids[i].item()}
@@ -1293,7 +1304,7 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **options) 
     report: list[dict] = []
     left_out = []
     taken: set[str] = set()
-    with lock_folder(out), kill_workers_on_error():
+    with lock_folder(out), kill_workers():
         fcos.remove_leftovers(out)
         bar = progress_bar(paths, "draw")
         for path, image in zip(bar, read_ahead(fcos.read_image, paths, workers)):
@@ -1584,8 +1595,7 @@ def run(main, args):
         for name, value in vars(args).items():
             if value == "":  # a variable that is not set in a shell
                 raise UserError(f"{name}: expected a value, found an empty argument")
-        with kill_workers_on_error():
-            main(args)
+        main(args)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

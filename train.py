@@ -1233,7 +1233,7 @@ def main(args: Namespace):
     inputs = settings["weights"], train_set.annotations.path, val_set.annotations.path
     check_companions(companions)
     saved = {"optimizer": optimizer} | companions
-    with evaluate.lock_folder(out), stop_signals() as signals:
+    with evaluate.lock_folder(out), stop_signals() as signals, evaluate.kill_workers():
         files, start, best = open_run(out, args, settings, model, saved, inputs)
         loader = start_loader(batches, start, workers, device)
         meter = Meter(start, batches, device, graphs)

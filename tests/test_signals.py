@@ -319,6 +319,29 @@ def test_a_bug_after_training_ends_the_run_although_workers_are_alive(shapes, tm
     assert "KeyError: 'a bug of mine'" in output
 
 
+def test_a_run_ends_although_an_exception_keeps_its_loader_alive(shapes, tmp_path):
+    """Packages such as timm store exceptions, whose tracebacks hold the frames of all callers."""
+    stored = []
+
+    def prepare():
+        make_model = train.make_model
+
+        def make_model_and_store_an_exception(*args):
+            try:
+                raise KeyError("an optional package")
+            except KeyError as error:
+                stored.append(error)
+            return make_model(*args)
+
+        train.make_model = make_model_and_store_an_exception
+
+    begin = time.monotonic()
+    argv = command_line(shapes, tmp_path / "run", "--iters", 2, "--workers", 1)
+    code, output = run_apart(argv, prepare)
+    assert code == 0, output
+    assert time.monotonic() - begin < 60
+
+
 # ---- disks and folders -------------------------------------------------------------------------
 
 
