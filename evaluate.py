@@ -49,7 +49,6 @@ import torch.distributed as dist
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from tqdm.utils import ObjectWrapper
 
 import fcos
 from fcos import UserError, printable
@@ -1565,19 +1564,25 @@ def find_line(error) -> str:
     return f"{Path(last.filename).name} line {last.lineno}"
 
 
-class LossyStream(ObjectWrapper):
+class LossyStream:
     """Standard error that loses text if its disk is full or its reader is gone.
 
     A progress bar must not end a run.
     """
 
+    def __init__(self, stream):
+        self.stream = stream  # not _wrapped: tqdm would not find its bars and write over them
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
     def write(self, text):
         with contextlib.suppress(OSError):
-            self._wrapped.write(text)
+            self.stream.write(text)
 
     def flush(self):
         with contextlib.suppress(OSError):
-            self._wrapped.flush()
+            self.stream.flush()
 
 
 def run(main, args):
