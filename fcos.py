@@ -1207,15 +1207,6 @@ class Numbers(NamedTuple):
     most: float
     any_length: bool = False  # of a tuple; otherwise as long as the default
 
-    def allow(self, value, default) -> bool:
-        kinds = (int,) if isinstance(self.least, int) else (int, float)  # a bool is neither
-        numbers = (value,)
-        if self.any_length or isinstance(default, tuple):
-            if not isinstance(value, tuple) or not (self.any_length or len(value) == len(default)):
-                return False
-            numbers = value
-        return all(type(x) in kinds and self.least <= x <= self.most for x in numbers)
-
 
 # Allowed values of keywords: bounds or choices. Other keywords need the type of their default.
 # Without these checks, a typing error or a damaged file could build a model that fails during
@@ -1262,12 +1253,18 @@ CHECKS: dict[str, Any] = {
 
 def is_allowed(value, default, allowed) -> bool:
     """Return whether an entry of CHECKS allows a value; None allows the type of the default."""
-    if isinstance(allowed, Numbers):
-        return allowed.allow(value, default)
-    if allowed is not None:
+    if allowed is None:
+        kind = str if default is None else type(default)
+        return type(value) is kind or (kind is float and type(value) is int)
+    if not isinstance(allowed, Numbers):
         return isinstance(value, str) and value in allowed
-    kind = str if default is None else type(default)
-    return type(value) is kind or (kind is float and type(value) is int)
+    numbers = (value,)
+    if allowed.any_length or isinstance(default, tuple):
+        numbers = value
+        if type(value) is not tuple or not (allowed.any_length or len(value) == len(default)):
+            return False
+    kinds = (int,) if type(allowed.least) is int else (int, float)  # a bool is neither
+    return all(type(x) in kinds and allowed.least <= x <= allowed.most for x in numbers)
 
 
 def check(keyword: str, value, default):
@@ -1347,10 +1344,11 @@ def resolve(keywords: dict) -> dict:
             found = short_repr(keyword)
             raise UserError(f"keyword {found}: expected one of {', '.join(resolved)}")
         resolved[keyword] = check(keyword, value, resolved[keyword])
+    levels = resolved["levels"]
     if resolved["ranges"] is None:
-        if resolved["levels"] != defaults(FCOS)["levels"]:
-            raise UserError(f"levels {resolved['levels']}: expected ranges with them, found none")
-        resolved["ranges"] = RANGES
+        if len(levels) != 1 and levels != defaults(FCOS)["levels"]:
+            raise UserError(f"levels {levels}: expected ranges with them, found none")
+        resolved["ranges"] = RANGES[: len(levels) - 1]  # one level has no other to hand over to
     check_combination(resolved)
     return resolved
 
@@ -1373,8 +1371,8 @@ def check_combination(keywords):
 def model_keywords(name: str, overrides: dict) -> dict:
     """Return the resolved keywords of the row `name` of MODELS, updated by `overrides`.
 
-    If the backbone changes, keywords of the row's backbone are dropped. Raises UserError for an
-    unknown row or keyword, and for other levels without ranges.
+    If backbone or levels change, the row's keywords of its backbone or its ranges are dropped.
+    Raises UserError for an unknown row or keyword.
     """
     if name not in MODELS:
         raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
@@ -1383,12 +1381,8 @@ def model_keywords(name: str, overrides: dict) -> dict:
     if overrides.get("backbone", row["backbone"]) != row["backbone"]:
         of_backbone = {*defaults(BACKBONES[row["backbone"]]), "frozen_stages", "imagenet"}
         kept = {key: value for key, value in kept.items() if key not in of_backbone}
-    levels = check("levels", overrides.get("levels", row["levels"]), row["levels"])
-    if len(levels) == 1:
-        overrides = {"ranges": ()} | overrides  # there is no other level to hand over to
-    if levels != row["levels"] and "ranges" not in overrides:
-        default = f"{name} has levels {row['levels']} and ranges {row['ranges']} in pixels"
-        raise UserError(f"levels {levels}: expected ranges with them; {default}")
+    if overrides.get("levels", row["levels"]) not in (row["levels"], list(row["levels"])):
+        kept = kept | {"ranges": None}
     return resolve(kept | overrides)
 
 
@@ -1475,11 +1469,10 @@ def exif_turn(image):
 
 
 def read_image(source, hw=None, upright=False) -> Tensor:
-    """Read an image as 8-bit RGB and return it as a uint8 tensor (3, H, W).
+    """Read an image as a uint8 RGB tensor (3, H, W).
 
-    source: a path, a PIL image, a file object, or the bytes of an image file. Gray, palette, CMYK
-    and transparent images are converted; 16-bit images keep the highest 8 bits in use.
-
+    source: a path, a PIL image, a file object, or the bytes of an image file. 16-bit images keep
+    the highest 8 bits in use.
     hw: the (height, width) of its annotations. The EXIF orientation is applied unless the stored
     image already has this size, because COCO's boxes refer to the stored pixels. upright: apply it
     even then, because YOLO's boxes refer to the upright image.
@@ -1505,8 +1498,6 @@ def read_image(source, hw=None, upright=False) -> Tensor:
             bits = int(pixels.max()).bit_length()  # cameras store 10, 12 or 14 bits in 16
             image = Image.fromarray((pixels >> max(bits - 8, 0)).astype(np.uint8))
         pixels = np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such image") from None
     except Exception as error:  # Pillow raises nearly anything for damaged files
         reason = getattr(error, "strerror", None) or printable(error)
         if isinstance(error, UnidentifiedImageError):
@@ -1515,9 +1506,8 @@ def read_image(source, hw=None, upright=False) -> Tensor:
             reason += "; split it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
         raise UserError(f"{name}: cannot be read as an image ({reason})") from None
     if hw is not None and pixels.shape[:2] != tuple(hw):
-        h, w = stored
         expected = f"expected {hw[1]}x{hw[0]} pixels as in its annotations"
-        raise UserError(f"{name}: {expected}, found {w}x{h}")
+        raise UserError(f"{name}: {expected}, found {stored[1]}x{stored[0]}")
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -1528,7 +1518,6 @@ def as_image(source) -> Tensor:
     """Return an image as a uint8 RGB tensor (3, H, W).
 
     source: what `read_image` takes, a uint8 RGB array (H, W, 3), or a uint8 RGB tensor (3, H, W).
-    Raises UserError for anything else, such as float or gray pixels or a batch.
     """
     image = source
     if isinstance(source, np.ndarray) and source.ndim == 3 and source.dtype == np.uint8:
@@ -1536,13 +1525,10 @@ def as_image(source) -> Tensor:
         image = torch.from_numpy(writable).permute(2, 0, 1)
     elif isinstance(source, SOURCES) or hasattr(source, "read"):
         image = read_image(source)
-    fits = isinstance(image, Tensor) and image.layout == torch.strided and not image.is_meta
-    fits = fits and image.ndim == 3 and image.dtype == torch.uint8
+    fits = isinstance(image, Tensor) and image.ndim == 3 and image.dtype == torch.uint8
     if not fits or len(image) != 3 or image.numel() == 0:
-        raise UserError(
-            f"image {short_repr(source, 60)}: expected a path, a PIL image, an RGB uint8 array "
-            "(H, W, 3), an RGB uint8 tensor (3, H, W), or an image file as bytes"
-        )
+        forms = "a path, a PIL image, an RGB uint8 array (H, W, 3) or tensor (3, H, W), or bytes"
+        raise UserError(f"image {short_repr(source, 60)}: expected {forms}")
     return image.cpu()
 
 
@@ -1593,10 +1579,7 @@ class View(NamedTuple):
 
 
 def predict_images(model, images, batch_size, graph, view_options):
-    """Do the work of `FCOS.predict`: run the views of each image and merge what they find.
-
-    view_options: the arguments of `make_views` except the size of the image.
-    """
+    """Run the views of each image and merge what they find; view_options: see `make_views`."""
     tta = view_options["tta"]
     tiles = view_options["tile"] is not None
 
@@ -1620,8 +1603,7 @@ def predict_images(model, images, batch_size, graph, view_options):
         runs = run_views(model, run_model, views, batch_size)
         for _, runs_of_image in groupby(runs, key=itemgetter(0)):
             _, views_of_image, found = zip(*runs_of_image)
-            several = tta or tiles
-            results.append(merge(model, found, views_of_image) if several else found[0])
+            results.append(merge(model, found, views_of_image) if tta or tiles else found[0])
     return results
 
 
@@ -1630,9 +1612,7 @@ def make_views(hw, test_size, tile=None, overlap=0.2, tta=False) -> list[View]:
 
     tile: add crops of tile x tile pixels that overlap by at least the share `overlap` of a side.
     tta: return the whole image at nine sizes, plain and mirrored, as in the official test-time
-    augmentation.
-
-    Raises UserError for tile together with tta.
+    augmentation; not with tiles.
     """
     hw = tuple(hw)
     whole = (0, 0, hw[1], hw[0])
@@ -1698,10 +1678,7 @@ UNMIRROR = {
 
 
 def map_back(model, found, view):
-    """Map the detections on a view to pixels of its image.
-
-    Raises UserError if the view is mirrored and a column has no rule in UNMIRROR.
-    """
+    """Map the detections on a view to pixels of its image."""
     x1, y1, x2, y2 = view.crop
     width = x2 - x1
     found = found | {"boxes": model.rescale(found["boxes"], view.size, (y2 - y1, width))}
@@ -1716,11 +1693,10 @@ def map_back(model, found, view):
 
 
 def merge(model, found, views):
-    """Merge the detections of all views of one image by one suppression.
+    """Merge the detections on all views of one image, in its pixels, by one suppression.
 
-    found: for each view a dict in pixels of the image. Boxes cut by the edge of a tile are dropped
-    if an uncut box covers them. Overlaps are computed in pixels of the first view, as in the
-    official code; this matters only for inclusive boxes.
+    Boxes cut by the edge of a tile are dropped if an uncut box covers them. Overlaps are computed
+    in pixels of the first view, as in the official code; this matters only for inclusive boxes.
     """
     merged = {name: torch.cat([one[name] for one in found]) for name in found[0]}
     if not len(merged["scores"]):
@@ -1759,8 +1735,7 @@ def find_covered(boxes, labels, cut):
 
 
 def as_list(detections: dict, score_threshold: float) -> list[dict]:
-    """Split a batch of detections or candidates into one dict per image, without padding (scores of
-    -inf) and low scores."""
+    """Split a batch of detections or candidates into one dict per image, without low scores."""
     results = []
     for b, scores in enumerate(detections["scores"]):
         found = (scores > -math.inf) & (scores >= score_threshold)
@@ -1887,15 +1862,14 @@ class SafeUnpickler(pickle._Unpickler):
         """Return an array of the bytes `raw`. Raises UnpicklingError unless they fit exactly, and
         UserError if the elements are not numbers."""
         if not re.fullmatch(r"f[248]|[iu][1248]|b1|[SU][1-9]\d{0,8}", kind.code):
-            name = printable(self.stack[-2], 99)  # the key of the array
-            found = printable(kind.code, 20)
-            raise UserError(f"{name}: expected an array of numbers, found {found}")
+            key = printable(self.stack[-2], 99)
+            raise UserError(f"{key}: expected an array of numbers, found {kind.code:.20}")
         dtype = np.dtype(kind.order + kind.code)
-        fits = type(raw) in (bytes, str) and type(shape) is tuple and len(shape) <= 32
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        fits = type(raw) is bytes and type(shape) is tuple and len(shape) <= 32
         fits = fits and all(type(side) is int and 0 <= side < 2**31 for side in shape)
         if not fits or math.prod(shape) * dtype.itemsize != len(raw):
             raise pickle.UnpicklingError("an array whose shape does not fit its bytes")
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw
         if dtype.kind == "U":
             raw.decode("utf-32-be" if kind.order == ">" else "utf-32-le")  # raises if not text
         return np.frombuffer(raw, dtype).reshape(shape, order="F" if order == "F" else "C")
@@ -1908,18 +1882,15 @@ class SafeUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError("a reference to something other than a storage")
 
     def limit_size(self, values):
-        self.values_left -= len(values) + sum(
-            len(value) for value in values if hasattr(value, "__len__")
-        )
+        lengths = [len(value) for value in values if hasattr(value, "__len__")]
+        self.values_left -= len(values) + sum(lengths)
         if self.values_left < 0:
             raise pickle.UnpicklingError("values larger than the file")
 
     def check_plain(self, values):
         for value in values:
-            if type(value) not in (str, bytes, int, float, bool, NoneType):
+            if not is_int64(value) and type(value) not in (str, bytes, float, bool, NoneType):
                 raise pickle.UnpicklingError(f"a key of type {type(value).__name__}")
-            if type(value) is int and not is_int64(value):  # hashing it takes time
-                raise pickle.UnpicklingError("a huge number as a key")
 
     def fill(self, target, items):
         """Add a list of alternating keys and values to a dict, and return the dict."""
@@ -1991,13 +1962,10 @@ def check_archive(file, size):
     members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise UserError("expected a file of torch.save, found a compressed archive; unpack it")
-    if sum(member.file_size for member in members) > size:
-        raise ValueError("members overlap")
-    if any(member.external_attr & 16 for member in members):  # torch.load would not fill the tensor
-        raise ValueError("a member is a folder")
-    damaged = archive.testzip()  # torch.load does not verify checksums
-    if damaged:
-        raise ValueError(f"the checksum of {damaged} is wrong")
+    overlap = sum(member.file_size for member in members) > size
+    folder = any(member.external_attr & 16 for member in members)  # torch.load would not fill it
+    if overlap or folder or archive.testzip():  # torch.load does not verify checksums
+        raise ValueError("damaged")
     for member in members:
         if member.filename.endswith("data.pkl"):
             with archive.open(member) as pickled:
@@ -2034,11 +2002,9 @@ def read_torch_or_pickle(file):
 
 
 def read_checkpoint(path):
-    """Read a file of torch.save, a pickle of arrays (.pkl) or a .safetensors file without running
-    code from it.
+    """Read a file of torch.save, a pickle of arrays (.pkl) or a .safetensors file.
 
-    Raises UserError if it is missing or damaged, or holds anything but tensors, arrays and plain
-    values.
+    Raises UserError for anything but tensors, arrays and plain values; no code of the file runs.
     """
     try:
         with open(regular_file(path), "rb") as file:
@@ -2054,13 +2020,10 @@ def read_checkpoint(path):
         reason = "damaged" if truncated else error.strerror or error
     except Exception as error:  # damaged files make the readers raise nearly anything
         reason = f"not a checkpoint or damaged ({type(error).__name__})"
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            reason = (
-                f"refused, because it holds {printable(refused[1], 99)} and could run any program; "
-                "save only its state dict"
-            )
-    raise UserError(f"{printable(path)}: {reason}")
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            name = printable(refused[1], 99)
+            reason = f"refused: {name} could run any program; save only the state dict"
+    raise UserError(f"{printable(path)}: {printable(reason)}")
 
 
 def stored_keywords(content: dict) -> dict:
@@ -2092,9 +2055,8 @@ def atomic_write(path, mode="wb", keep=None):
     """Open a file for writing that appears complete at `path`, or not at all.
 
     A temporary file in the same folder replaces `path` at the end; a link is replaced, not its
-    target. The old file moves to `keep` if given. A missing folder is created.
-
-    Raises UserError if the file cannot be written.
+    target. The old file moves to `keep` if given. A missing folder is created. Raises UserError if
+    the file cannot be written.
     """
     path = Path(path)
     temporary = path.parent / f".fcos-{secrets.token_hex(8)}.tmp"
@@ -2129,10 +2091,9 @@ def remove_leftovers(folder):
 
 
 def save(model: "FCOS", path):
-    """Write a checkpoint that `load` reads, completely or not at all.
+    """Write a checkpoint that `load` reads.
 
-    If the path ends in .safetensors, that format is written, with everything but the tensors as
-    JSON in its metadata.
+    If the path ends in .safetensors, everything but the tensors is JSON in the metadata.
     """
     content = checkpoint(model)
     if str(path).endswith(".safetensors"):
@@ -2149,12 +2110,10 @@ def save(model: "FCOS", path):
 
 
 def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "FCOS":
-    """Load a model in eval mode from a file of weights.
+    """Load a model in eval mode from a file of weights; "coco" is torchvision's, see `hub_file`.
 
     name: the row of MODELS, needed except for checkpoints of this project and of torchvision.
-    "coco" is torchvision's own file, see `hub_file`.
     backbone: the module, if the model was built with a custom one.
-
     Raises UserError if the file cannot be read or does not fit.
     """
     weights = open_weights(hub_file("coco") if path == "coco" else path)
@@ -2164,7 +2123,7 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
             if backbone is None:
                 raise UserError("has a custom backbone: pass the module as `backbone=`")
             keywords["backbone"] = backbone
-        check_parameter_count(classes, keywords, weights.size)
+        check_parameter_count(classes, keywords, os.path.getsize(weights.path))
         model = FCOS(classes, **keywords)
     except UserError as error:
         raise UserError(f"{printable(weights.path)}: {error}") from None
@@ -2177,10 +2136,7 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
 
 
 def find_description(weights, name):
-    """Return the name, number of classes and keywords of the model that a file of weights holds.
-
-    name: the row of MODELS, for a file that does not name it.
-    """
+    """Return the name, number of classes and keywords of the model that a file of weights holds."""
     if weights.family not in DETECTORS:
         raise UserError(f"expected a detector, found an ImageNet classifier ({weights.family})")
     content = weights.content
@@ -2208,10 +2164,9 @@ def check_class_lists(content, rows):
         values = content.get(entry)
         if values is None:
             continue
-        fits = isinstance(values, (list, tuple)) and len(values) == rows
         numbers = entry == "category_ids"
-        fits = fits and all(type(x) is str or (numbers and is_int64(x)) for x in values)
-        if not fits:
+        fits = isinstance(values, (list, tuple)) and len(values) == rows
+        if not fits or not all(type(x) is str or (numbers and is_int64(x)) for x in values):
             raise UserError(f"{entry} {short_repr(values)}: expected a list of {rows} {kind}")
 
 
@@ -2360,7 +2315,6 @@ class Weights(NamedTuple):
     state: dict  # tensors or arrays by name, without the prefix of wrappers
     family: str  # one of FAMILIES
     family_key: str = ""  # the key that identifies the family
-    size: float = math.inf  # of the file, in bytes
 
 
 # Names under which training programs store the state dict, the preferred ones first. Wrappers also
@@ -2375,19 +2329,15 @@ WRAPPER_PREFIX = rf"(?:{'|'.join(STATE_DICT_KEYS)})\."
 
 def open_weights(source) -> Weights:
     """Open a path or a dict; raises UserError if it holds no state dict of a known family."""
-    is_path = isinstance(source, (str, os.PathLike))
-    path = source if is_path else "weights"
-    size = math.inf
-    if is_path:
+    path: str | os.PathLike = "weights"
+    if isinstance(source, (str, os.PathLike)):
+        path = source
         source = read_checkpoint(path)
-        size = os.path.getsize(path)
     content, state = find_state(source)
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or len(state) > 20_000:  # real files have up to 2,000, and renaming is slow
-        found = f"a {type(state).__name__}"
-        if isinstance(state, dict):
-            found = f"{len(state)} keys such as {short_repr(next(iter(state)), 60)}"
-        raise UserError(f"{printable(path)}: expected a state dict, tensors by name, found {found}")
+        expected = "a state dict of at most 20000 tensors by name"
+        raise UserError(f"{printable(path)}: expected {expected}, found {short_repr(state)}")
     state = {re.sub(INNER_WRAPPER, "", key): value for key, value in state.items()}
     family, prefix, family_key = find_family(state, f"(?:{WRAPPER_PREFIX})*")
     if family is None:
@@ -2401,7 +2351,7 @@ def open_weights(source) -> Weights:
     # keys with the prefix come last, so that they replace others of the same name
     keys = sorted(state, key=lambda key: key.startswith(prefix))
     tensors = {key.removeprefix(prefix): state[key] for key in keys}
-    return Weights(path, content, tensors, family, family_key, size)
+    return Weights(path, content, tensors, family, family_key)
 
 
 def find_state(content):
@@ -2456,8 +2406,8 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
         check_tensors(model.state_dict(), tensors)
         convention = check_convention(stored_convention(model, weights))
     except UserError as error:
-        where = printable(weights.path)
-        raise UserError(f"{where}: does not fit {model.name}: {error}") from None
+        path = printable(weights.path)
+        raise UserError(f"{path}: does not fit {model.name}: {error}") from None
     model.set_convention(**convention)
     model.load_state_dict(tensors, strict=False)
     of_coco = weights.family in DETECTORS and weights.family != "fcos" and model.num_classes == 80
@@ -2632,14 +2582,13 @@ def stored_convention(model, weights):
 def mmdetection_pixels(model, weights):
     """Return the pixel convention of an mmdetection model, from its configuration if stored."""
     meta = weights.content.get("meta")
-    for key in ("cfg", "config"):
-        text = meta.get(key) if isinstance(meta, dict) else None
-        if isinstance(text, str):
-            found = [re.search(rf"{name}=\[([\d.,\s]{{,200}})\]", text) for name in ("mean", "std")]
-            if all(found):
-                values = [re.findall(r"\d+(?:\.\d+)?", match[1]) for match in found]
-                mean, std = (tuple(map(float, numbers)) for numbers in values)
-                return dict(bgr="to_rgb=True" not in text, mean=mean, std=std)
+    config = meta.get("cfg", meta.get("config")) if isinstance(meta, dict) else None
+    if isinstance(config, str):
+        found = [re.search(rf"{name}=\[([\d.,\s]{{,200}})\]", config) for name in ("mean", "std")]
+        if all(found):
+            values = [re.findall(r"\d+(?:\.\d+)?", match[1]) for match in found]
+            mean, std = (tuple(map(float, numbers)) for numbers in values)
+            return dict(bgr="to_rgb=True" not in config, mean=mean, std=std)
     if not model.keywords.get("stride_in_1x1", True):
         return TORCH
     return MSRA if "bbox_head.cls_convs.0.conv.bias" in weights.state else {}
@@ -2655,19 +2604,17 @@ def hub_file(name: str, classifier: str | None = None) -> Path:
         choices = get_model_weights("fcos_resnet50_fpn" if name == "coco" else classifier)
         weights = choices.COCO_V1 if name == "coco" else choices.IMAGENET1K_V1
     except (AttributeError, TypeError, ValueError):
-        raise UserError(
-            f"imagenet {short_repr(classifier)}: torchvision has no such weights; Caffe-style rows "
-            "(stride in the 1x1 convolution) need a file listed in the README"
-        ) from None
+        fix = "Caffe-style rows (stride in the 1x1 convolution) need a file listed in the README"
+        found = short_repr(classifier)
+        raise UserError(f"imagenet {found}: torchvision has no such weights; {fix}") from None
     path = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(weights.url, str(path), path.stem.split("-")[-1])
         except (OSError, RuntimeError, HTTPException) as error:
-            raise UserError(
-                f"{name}: cannot download {weights.url} ({error}); put the file into {path.parent}"
-            ) from None
+            problem = f"cannot download {weights.url} ({error})"
+            raise UserError(f"{name}: {problem}; put the file into {path.parent}") from None
     return path
 
 
