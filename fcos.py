@@ -50,7 +50,6 @@ from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from itertools import groupby, islice
-from operator import itemgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, NamedTuple
@@ -937,7 +936,8 @@ class FCOS(nn.Module):
 
         changes: entries of CONVENTION. Raises UserError for another entry, type or range.
         """
-        self.convention = check_convention(getattr(self, "convention", CONVENTION) | changes)
+        changed = getattr(self, "convention", CONVENTION) | changes
+        self.convention = check_entries("convention", changed, CONVENTION)
         for name in ("mean", "std"):
             value = torch.tensor(self.convention[name]).view(3, 1, 1).to(next(self.parameters()))
             self.register_buffer(f"pixel_{name}", value, persistent=False)
@@ -1317,14 +1317,14 @@ def check_features(features, hw, backbone):
         raise UserError(f"backbone {name}: features of (channels, height, width): {values}")
 
 
-def check_convention(convention) -> dict:
-    """Return a convention with lists as tuples; raises UserError if an entry is not allowed."""
-    if not isinstance(convention, dict):
-        raise UserError(f"convention {short_repr(convention)}: expected a dict")
-    unknown = ", ".join(short_repr(key) for key in convention if key not in CONVENTION)
-    if unknown:
-        raise UserError(f"convention {unknown:.200}: expected entries of {', '.join(CONVENTION)}")
-    return {name: check(name, value, CONVENTION[name]) for name, value in convention.items()}
+def check_entries(kind: str, entries, defaults: dict) -> dict:
+    """Return the entries of a dict, checked; raises UserError for one that has no default."""
+    if not isinstance(entries, dict):
+        raise UserError(f"{kind} {short_repr(entries)}: expected a dict")
+    for name in entries:
+        if name not in defaults:
+            raise UserError(f"{kind} {short_repr(name)}: expected one of {', '.join(defaults)}")
+    return {name: check(name, value, defaults[name]) for name, value in entries.items()}
 
 
 def resolve(keywords: dict) -> dict:
@@ -1333,17 +1333,15 @@ def resolve(keywords: dict) -> dict:
     The result and the number of classes suffice to build the same model again.
     Raises UserError for an unknown keyword or a value that is not allowed.
     """
+    if not isinstance(keywords, dict):
+        raise UserError(f"keywords {short_repr(keywords)}: expected a dict")
     resolved = defaults(FCOS)
     backbone = keywords.get("backbone", "resnet")
     if backbone is None:  # a module was passed to FCOS
         resolved["backbone"] = None
     else:
         resolved |= defaults(BACKBONES[check("backbone", backbone, "resnet")])
-    for keyword, value in keywords.items():
-        if keyword not in resolved:
-            found = short_repr(keyword)
-            raise UserError(f"keyword {found}: expected one of {', '.join(resolved)}")
-        resolved[keyword] = check(keyword, value, resolved[keyword])
+    resolved |= check_entries("keyword", keywords, resolved)
     levels = resolved["levels"]
     if resolved["ranges"] is None:
         if len(levels) != 1 and levels != defaults(FCOS)["levels"]:
@@ -1601,7 +1599,7 @@ def predict_images(model, images, batch_size, graph, view_options):
     results = []
     with torch.no_grad(), inference(model):
         runs = run_views(model, run_model, views, batch_size)
-        for _, runs_of_image in groupby(runs, key=itemgetter(0)):
+        for _, runs_of_image in groupby(runs, key=lambda run: run[0]):
             _, views_of_image, found = zip(*runs_of_image)
             results.append(merge(model, found, views_of_image) if tta or tiles else found[0])
     return results
@@ -2026,13 +2024,6 @@ def read_checkpoint(path):
     raise UserError(f"{printable(path)}: {printable(reason)}")
 
 
-def stored_keywords(content: dict) -> dict:
-    """Return the resolved keywords of the model in one of our checkpoints."""
-    if not isinstance(content["keywords"], dict):
-        raise UserError(f"keywords {short_repr(content['keywords'])}: expected a dict")
-    return resolve(content["keywords"])
-
-
 def checkpoint(model: "FCOS") -> dict:
     """Return all that `load` needs to build the model again, as tensors and plain Python values.
 
@@ -2154,7 +2145,7 @@ def find_description(weights, name):
     if type(number) is not int or number != rows:
         raise UserError(f"num_classes {short_repr(number)}: expected {rows} as in its weights")
     check_class_lists(content, rows)
-    return stored_name, rows, stored_keywords(content)
+    return stored_name, rows, resolve(content["keywords"])
 
 
 def check_class_lists(content, rows):
@@ -2404,7 +2395,7 @@ def load_weights(model: "FCOS", source, classes: list[str] | None = None) -> dic
         check_names(weights.family, tensors, missing, unknown, fine_tuned=bool(classes))
         new_classes = choose_class_rows(model, weights, tensors, classes)
         check_tensors(model.state_dict(), tensors)
-        convention = check_convention(stored_convention(model, weights))
+        convention = check_entries("convention", stored_convention(model, weights), CONVENTION)
     except UserError as error:
         path = printable(weights.path)
         raise UserError(f"{path}: does not fit {model.name}: {error}") from None
@@ -2474,7 +2465,7 @@ def check_keywords(model, weights):
     """Raise UserError if file and model differ in a keyword that shapes do not show."""
     expected = {}
     if weights.family == "fcos" and "keywords" in weights.content:
-        stored = stored_keywords(weights.content)
+        stored = resolve(weights.content["keywords"])
         hidden = "activation", "ctr_on", "quality", "levels", "scales", "stride_in_1x1"
         expected = {keyword: stored.get(keyword) for keyword in hidden}
     elif weights.family not in DETECTORS and isinstance(model.backbone, ResNet):
@@ -2677,7 +2668,6 @@ def export_onnx(model: "FCOS", path, height: int, width: int):
     Raises UserError for other sizes, or if onnx or onnxscript is missing.
     """
     try:
-        import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"{path}: pip install onnx onnxscript ({error})") from None

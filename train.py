@@ -791,7 +791,7 @@ def keywords_for(weights, keywords):
     """
     if weights:
         is_ours = "num_classes" in weights.content
-        stored = fcos.stored_keywords(weights.content) if is_ours else {}
+        stored = fcos.resolve(weights.content["keywords"]) if is_ours else {}
         return {name: stored[name] for name in ("norm", "frozen_stages") if name in stored}
     changes = {}
     if keywords.get("norm") == "frozen":
@@ -1505,7 +1505,7 @@ def resume(out, settings, model, saved, launch=None):
     try:
         if launch and content["launch"] != launch:
             return 0, None, []
-        keywords = fcos.stored_keywords(content["model"])
+        keywords = fcos.resolve(content["model"]["keywords"])
         stored = content["settings"] | {"model": settings["model"], "keywords": keywords}
         of_model = {name: getattr(model, name) for name in ("classes", "convention")}
         stored |= {name: content["model"][name] for name in of_model}

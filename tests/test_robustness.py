@@ -458,7 +458,7 @@ CLEAR_MESSAGES = {
     ),
     "no classes": refused(PLAIN, MODEL + "|classes", change_model("classes", [])),
     "convention": refused(
-        EVAL, MODEL + "|convention 1: expected entries", change_model("convention", {1: 2})
+        EVAL, MODEL + "|convention 1: expected one of", change_model("convention", {1: 2})
     ),
     "list as convention": refused(
         FROM, MODEL + "|convention [[]]", change_model("convention", [[]])
