@@ -51,7 +51,6 @@ from functools import partial
 from http.client import HTTPException
 from itertools import groupby, islice
 from pathlib import Path
-from types import NoneType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -1777,8 +1776,8 @@ class SafeUnpickler(pickle._Unpickler):
     """Read a pickle of plain values and arrays without calling any function that it names.
 
     A pickle is a program, and numpy's constructors trust it: a forged pickle can make them read and
-    write any address. `call` and `build` replace the functions, and make an array only from bytes
-    that match its shape and element type. Tensors become None; after this check torch.load may read
+    write any address. `call` and `load_build` replace them, and make an array only from bytes that
+    match its shape and element type. Tensors become None; after this check torch.load may read
     the file. Keys must be plain, because hashing a deeply nested tuple overflows the stack. The
     size of the file limits all arguments together, because a small file could pass the same value
     many times and fill the memory.
@@ -1834,7 +1833,8 @@ class SafeUnpickler(pickle._Unpickler):
             case "collections.OrderedDict", ():
                 return OrderedDict()
             case "collections.OrderedDict", (pairs,):
-                return self.fill(OrderedDict(), [x for key, value in pairs for x in (key, value)])
+                self.check_plain([key for key, _ in pairs])
+                return OrderedDict(pairs)
             case "collections.Counter" | "__builtin__.set", (keys,):
                 self.check_plain(keys)
                 return None
@@ -1842,19 +1842,21 @@ class SafeUnpickler(pickle._Unpickler):
             return None
         raise pickle.UnpicklingError(f"arguments of {function}")
 
-    def build(self, value, state):
-        """Return a value after its state was set."""
+    def load_build(self):
+        """Set the state of the last value."""
+        state = self.stack.pop()
+        value = self.stack[-1]
         self.limit_size(state)
         match value, state:
             case OrderedDict(), dict():
-                return value
+                pass
             case StoredType(), (3, "<" | ">" | "=" | "|", None, None, None, int(), int(), int()):
                 value.order = state[1]
-                return value
             case StoredArray(array=None), (1, shape, kind, int(fortran), raw):
                 value.array = self.make_array(shape, kind, "F" if fortran else "C", raw)
-                return value.array
-        raise pickle.UnpicklingError(f"a state of a {type(value).__name__}")
+                self.stack[-1] = value.array
+            case _:
+                raise pickle.UnpicklingError(f"a state of a {type(value).__name__}")
 
     def make_array(self, shape, kind, order, raw):
         """Return an array of the bytes `raw`. Raises UnpicklingError unless they fit exactly, and
@@ -1887,11 +1889,12 @@ class SafeUnpickler(pickle._Unpickler):
 
     def check_plain(self, values):
         for value in values:
-            if not is_int64(value) and type(value) not in (str, bytes, float, bool, NoneType):
+            if not is_int64(value) and type(value) not in (str, bytes, float, bool, type(None)):
                 raise pickle.UnpicklingError(f"a key of type {type(value).__name__}")
 
-    def fill(self, target, items):
-        """Add a list of alternating keys and values to a dict, and return the dict."""
+    def fill(self, items):
+        """Add a list of alternating keys and values to the last value, a dict."""
+        target = self.stack[-1]
         keys, values = items[::2], items[1::2]
         self.check_plain(keys)
         if any(callable(value) or isinstance(value, (StoredArray, StoredType)) for value in values):
@@ -1899,24 +1902,19 @@ class SafeUnpickler(pickle._Unpickler):
         if type(target) not in (dict, OrderedDict):
             raise pickle.UnpicklingError(f"items of a {type(target).__name__}")
         target.update(zip(keys, values, strict=True))
-        return target
 
     def load_dict(self):
         items = self.pop_mark()
-        self.append(self.fill({}, items))
+        self.append({})
+        self.fill(items)
 
     def load_setitems(self):
-        items = self.pop_mark()
-        self.fill(self.stack[-1], items)
+        self.fill(self.pop_mark())
 
     def load_setitem(self):
-        value = self.stack.pop()
-        key = self.stack.pop()
-        self.fill(self.stack[-1], [key, value])
-
-    def load_build(self):
-        state = self.stack.pop()
-        self.stack[-1] = self.build(self.stack[-1], state)
+        items = self.stack[-2:]
+        del self.stack[-2:]
+        self.fill(items)
 
     dispatch: ClassVar[dict] = {
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
@@ -2291,13 +2289,6 @@ FAMILIES = {
 DETECTORS = "fcos", "official", "adelaidet", "torchvision", "mmdetection"
 
 
-def rename_key(key: str, names: list) -> str:
-    """Return our name for a key of another project. names: a table such as NAMES."""
-    for pattern, replacement in names:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
 class Weights(NamedTuple):
     """The content of a file of weights."""
 
@@ -2429,7 +2420,9 @@ def rename_tensors(model, weights):
     tensors = {}
     unknown = {}
     for key, value in weights.state.items():
-        name = rename_key(key, names)
+        name = key
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
         if name in own and name not in tensors:
             tensors[name] = as_dense(key, value, own[name])
         else:
@@ -2662,8 +2655,7 @@ def export_onnx(model: "FCOS", path, height: int, width: int):
     """Write `Deployed` to an ONNX file, for any number of images of any size.
 
     height, width: the example for tracing; every padded height and width must be a multiple of 32.
-    The model's thresholds are built in. The metadata hold the names of the classes and the test
-    size.
+    The model's thresholds are built in; classes and test size are in the metadata.
 
     Raises UserError for other sizes, or if onnx or onnxscript is missing.
     """

@@ -414,7 +414,7 @@ CLEAR_MESSAGES = {
         )
         for path in (MODEL, "w.pkl")
     },
-    "keys": refused(EVAL, MODEL + "|keys", change_model("model", {1: torch.zeros(1)})),
+    "keys": refused(EVAL, MODEL + "|tensors by name", change_model("model", {1: torch.zeros(1)})),
     "inclusive": refused(PLAIN, MODEL + "|inclusive", change_model("convention inclusive", [[]])),
     **{
         f"{name} {value}": refused(
