@@ -2508,14 +2508,13 @@ def choose_class_rows(model, weights, tensors, classes):
             tensors[name] = tensors[name][list(COCO)]  # row numbers are category ids
     if not classes:
         return []
+    if len(classes) != model.num_classes:
+        raise UserError(f"{len(classes)} classes for {model.num_classes} rows")
     rows = len(tensors[layers[0]])
+    check_class_lists(weights.content, rows)
     known = weights.content.get("classes") or []
     if not known and rows in (80, len(classes)):
         known = list(COCO.values()) if rows == 80 else classes
-    named = isinstance(known, (list, tuple)) and len(known) in (0, rows)
-    if len(classes) != model.num_classes or not named:
-        here = f"{len(classes)} classes for {model.num_classes} rows"
-        raise UserError(f"{here}, {short_repr(known)} for {rows}")
     for name in layers:
         chosen = own[name].clone()
         for row, c in enumerate(classes):
@@ -2668,18 +2667,16 @@ def export_onnx(model: "FCOS", path, height: int, width: int):
     # A feature map with one row or column would be exported as a constant size.
     height, width = (max(side, 2 * model.strides[-1]) for side in (height, width))
     device = model.pixel_mean.device
-    example = (
-        torch.zeros(2, 3, height, width, dtype=torch.uint8, device=device),
-        torch.tensor([[height, width]] * 2, device=device),
-    )
+    images = torch.zeros(2, 3, height, width, dtype=torch.uint8, device=device)
+    sizes = torch.tensor([[height, width]] * 2, device=device)
     B, h, w = (torch.export.Dim(name, min=1) for name in ("B", "h", "w"))
     deployed = Deployed(model)
     with torch.no_grad(), inference(model):  # folded norms are constants, which quantizers need
         program = torch.onnx.export(
             deployed.eval(),
-            example,
+            (images, sizes),
             input_names=["images", "sizes"],
-            output_names=list(deployed(*example)),
+            output_names=list(deployed(images, sizes)),
             dynamo=True,
             verbose=False,
             dynamic_shapes={"images": {0: B, 2: 32 * h, 3: 32 * w}, "sizes": {0: B}},
