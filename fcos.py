@@ -428,8 +428,7 @@ class Timm(nn.Module):
         self.strides = tuple(strides[i] for i in self.indices)
         self.channels = tuple(channels[i] for i in self.indices)
         self.channels_last = maps[-1].shape[1] != channels[-1]  # maps (B, h, w, C)
-        differ = any(maps[i].shape[2] * strides[i] != 128 for i in self.indices)
-        if differ or not {8, 16, 32} <= set(strides):
+        if not {8, 16, 32} <= set(strides):
             raise UserError(f"arch {arch!r}: expected maps at strides 8, 16, 32, found {strides}")
         pixels = getattr(self.body, "pretrained_cfg", None) or self.body.default_cfg
         mean = tuple(round(255.0 * value, 3) for value in pixels["mean"])
@@ -1311,9 +1310,8 @@ def check_features(features, hw, backbone):
     expected = [(channels, *size) for channels, size in zip(backbone.channels, sizes)]
     found = [tuple(feature.shape[1:]) for feature in features]
     if found != expected:
-        name = type(backbone).__name__
-        values = f"expected {expected} by its strides and channels, found {found}"
-        raise UserError(f"backbone {name}: features of (channels, height, width): {values}")
+        values = f"(channels, height, width) {expected} as it declares, found {found}"
+        raise UserError(f"backbone {type(backbone).__name__}: expected features of {values}")
 
 
 def check_entries(kind: str, entries, defaults: dict) -> dict:
