@@ -1730,7 +1730,7 @@ def find_covered(boxes, labels, cut):
 
 
 def as_list(detections: dict, score_threshold: float) -> list[dict]:
-    """Split a batch of detections or candidates into one dict per image, without low scores."""
+    """Split a batch of detections into one dict per image, without padding and low scores."""
     results = []
     for b, scores in enumerate(detections["scores"]):
         found = (scores > -math.inf) & (scores >= score_threshold)
