@@ -46,7 +46,7 @@ import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -76,11 +76,8 @@ LAYOUTS = [  # annotations and images: COCO, Roboflow, `coco split`, CVAT, YOLO,
 
 
 def coco_paths(data, split: str) -> tuple[Path, Path]:
-    """Return the (annotations, image folder) of a split such as "val2017" in the folder `data`.
-
-    The first of LAYOUTS that exists, or COCO's if the folder is missing.
-    Raises UserError with the list of layouts if the folder has none of them.
-    """
+    """Return the (annotations, image folder) of a split such as "val2017": those of the first of
+    LAYOUTS in the folder `data`, or of COCO's if the folder is missing."""
     data = Path(data)
     name = split.removesuffix("2017")
     words = {"split": split, "name": name, "part": "valid" if name == "val" else name}
@@ -117,19 +114,17 @@ def find_images(folder, names, path):
 
     A name matches the file of the same name, in any Unicode form and with either slash, in the
     folder or beside it; if there is none, the only image with that stem (names may lack a suffix).
-    Raises UserError if a name matches no file or several.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such image folder; {list_nearest(folder)}")
     present = set(os.listdir(folder))
     index = functools.cache(index_folder)
     files = [name if name in present else find_image(folder, name, index) for name in names]
-    if None in files:
-        missing = [name for name, file in zip(names, files) if file is None]
-        raise UserError(
-            f"{folder}: lacks {len(missing)} of {len(names)} images of {path}, such as "
-            f"{printable(missing[0])}; {list_nearest(folder / missing[0].lstrip('/'))}"
-        )
+    missing = [name for name, file in zip(names, files) if file is None]
+    if missing:
+        counts = f"{len(missing)} of {len(names)} images of {path}"
+        nearest = list_nearest(folder / missing[0].lstrip("/"))
+        raise UserError(f"{folder}: lacks {counts}, such as {printable(missing[0])}; {nearest}")
     return files
 
 
@@ -151,10 +146,7 @@ def find_image(folder, name, index):
 
 
 def index_folder(folder):
-    """Return the files of a folder under ("name", name), and its images under ("stem", stem).
-
-    Keys are in Unicode's composed form (NFC); file names are as in the folder.
-    """
+    """Return the files of a folder by ("name", name), and its images by ("stem", stem), in NFC."""
     index = {}
     with contextlib.suppress(OSError):  # no such folder
         for file in sorted(os.listdir(folder)):
@@ -165,13 +157,10 @@ def index_folder(folder):
     return index
 
 
-def same_content(paths, hashed=10_000):
-    """Return lists of the positions of images with the same content.
-
-    If there are more than `hashed` paths, only the paths are compared, which is fast.
-    """
+def same_content(paths):
+    """Return lists of the positions of images with the same content, or path if there are many."""
     keys = [str(path) for path in paths]
-    if len(keys) <= hashed:
+    if len(keys) <= 10_000:  # reading more files takes too long
         sizes = [os.path.getsize(path) for path in paths]
         counts = Counter(sizes)
         for position, path in enumerate(paths):
@@ -179,9 +168,8 @@ def same_content(paths, hashed=10_000):
                 with open(path, "rb") as file:
                     keys[position] = hashlib.file_digest(file, "sha256").digest()
     groups = {}
-    if len(set(keys)) < len(keys):
-        for position, key in enumerate(keys):
-            groups.setdefault(key, []).append(position)
+    for position, key in enumerate(keys):
+        groups.setdefault(key, []).append(position)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -244,10 +232,7 @@ class YoloClasses(msgspec.Struct):
 
 
 def read_json(path, kind=Any):
-    """Read a JSON file as the msgspec type `kind`, see `decode`; it is mapped into memory.
-
-    Raises UserError if it is missing or has another type.
-    """
+    """Read a JSON file as the msgspec type `kind`, see `decode`; it is mapped into memory."""
     try:
         with open(fcos.regular_file(path), "rb") as file:
             try:
@@ -302,7 +287,6 @@ def read_labels(path, image_dir):
 
     CVAT: an XML file. Pascal VOC: a folder of XML files, or a list of their names in
     ImageSets/Main. YOLO: a folder of text files, with data.yaml in it or above it.
-    Raises UserError if they cannot be read.
     """
     kind = YOLO
     if path.suffix == ".xml":
@@ -344,10 +328,7 @@ def read_xml(path):
         content.images = [image for image in content.images if Path(image.file_name).stem in names]
         missing = names - {Path(image.file_name).stem for image in content.images}
         if missing:
-            raise ValueError(
-                f"no file in Annotations has the <filename> of {len(missing)} of its {len(names)} "
-                f"images, such as {printable(min(missing))}"
-            )
+            raise ValueError(f"expected an XML in Annotations with <filename> {min(missing)}")
         ids = {image.id for image in content.images}
         content.annotations = [box for box in content.annotations if box.image_id in ids]
     for image in content.images:
@@ -378,19 +359,15 @@ def read_yolo(path, image_dir):
     content = Instances([], [], categories)
     files = {unicodedata.normalize("NFC", file.stem): file for file in path.glob("*.txt")}
     images = {}
-    for image in filter(is_image, sorted(os.listdir(image_dir))):
+    for id, image in enumerate(filter(is_image, sorted(os.listdir(image_dir))), 1):
         stem = unicodedata.normalize("NFC", os.path.splitext(image)[0])
         if stem in images:
-            raise ValueError(
-                f"{printable(image)} and {printable(images[stem])} share one text file"
-            )
+            raise ValueError(f"{image} and {images[stem]} share one text file")
         images[stem] = image
-    for stem, image in images.items():
         with Image.open(fcos.regular_file(Path(image_dir, image))) as photo:
             width, height = photo.size
             if fcos.exif_turn(photo) in sideways:
                 height, width = photo.size
-        id = len(content.images) + 1
         content.images.append(ImageEntry(id, image, height, width))
         file = files.get(stem)
         text = fcos.regular_file(file).read_text("utf-8-sig", "replace") if file else ""
@@ -409,20 +386,15 @@ def read_yolo(path, image_dir):
         warnings.warn(f"{nested} label files in subfolders are left out", stacklevel=2)
     unused = sorted(files.keys() - images.keys() - {"classes"})
     if unused:
-        warnings.warn(
-            f"{len(unused)} label files have no image and are left out, such as {unused[0]}.txt",
-            stacklevel=2,
-        )
+        problem = f"have no image and are left out, such as {unused[0]}.txt"
+        warnings.warn(f"{len(unused)} label files {problem}", stacklevel=2)
     if not content.annotations:
         raise ValueError(f"no box belongs to an image in {image_dir}")
     return content
 
 
 def read_class_names(path):
-    """Return the names of the classes in YOLO's data.yaml, in or above the folder `path`.
-
-    Raises ValueError if there is no such file, or if it does not name every class.
-    """
+    """Return the names of the classes in YOLO's data.yaml, in or above the folder `path`."""
     places = [folder / "data.yaml" for folder in (path, *path.absolute().parents[:3])]
     yaml = next(filter(Path.is_file, places), None)
     if yaml is None:
@@ -439,10 +411,7 @@ def read_class_names(path):
 
 
 def sort_by_id(entries, where):
-    """Return images or categories in ascending order of their ids.
-
-    Raises UserError unless the ids are unique, and all whole numbers or all text.
-    """
+    """Return images or categories in ascending order of their ids, which must be unique."""
     ids = [entry.id for entry in entries]
     kinds = {type(id) for id in ids}
     if kinds not in ({int}, {str}) or (kinds == {int} and max(map(abs, ids)) >= 2**63):
@@ -507,12 +476,12 @@ def take_columns(boxes, images, categories, path, size=20_000):
             "areas": np.array([box.area for box in block], np.float64),  # NaN for None
             "crowds": np.array([bool(box.iscrowd) for box in block], bool),
         }
-        if (columns["categories"] < 0).any():
-            first = (columns["categories"] < 0).argmax()
-            raise UserError(
-                f"{path}: annotations[{len(boxes) + first}]: category_id "
-                f"{block[first].category_id!r:.100} is not in {categories.tolist()!r:.200}"
-            )
+        unknown = columns["categories"] < 0
+        if unknown.any():
+            first = unknown.argmax()
+            id = f"category_id {block[first].category_id!r:.100}"
+            known = f"{categories.tolist()!r:.200}"
+            raise UserError(f"{path}: annotations[{len(boxes) + first}]: {id} is not in {known}")
         for name in extra:
             listed = [getattr(box, name) for box in block]
             try:
@@ -562,7 +531,6 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
     """Read a COCO instances JSON, or the labels that `read_labels` takes.
 
     classes: names in the order of their labels, if a model or another file decides the classes.
-    Raises UserError that names the file, the list and the row of unusable content.
     """
     path = Path(path)
     notes: list[str] = []
@@ -579,11 +547,11 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
     first_id = boxes[0].image_id if boxes else None
     columns = take_columns(boxes, image_ids, np.array(category_ids), path)
     rows = columns.pop("rows")
-    if len(rows) and (rows < 0).all():
-        raise UserError(
-            f"{path}: no annotation belongs to an image; annotations[0] has image_id "
-            f"{first_id!r:.100}, the first image has id {image_ids[0].item()!r:.100}"
-        )
+    unknown = rows < 0
+    if len(rows) and unknown.all():
+        problem = f"no annotation belongs to an image; the first has image_id {first_id!r:.100}"
+        raise UserError(f"{path}: {problem}, the first image has id {image_ids[0].item()!r:.100}")
+    note_boxes(notes, columns["xywh"], unknown, "have an unknown image_id and are left out")
     positions = columns.pop("categories")
     used = np.bincount(positions, minlength=len(categories)) > 0
     names = name_categories(categories, notes)
@@ -609,6 +577,14 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
         upright=kind == YOLO,
         notes=notes,
     )
+
+
+def note_boxes(notes, xywh, which, problem):
+    """Add a note about the boxes that a mask marks, if there are any."""
+    if which.any():
+        first = which.argmax()
+        example = f"annotations[{first}], {xywh[first].tolist()}"
+        notes.append(f"{which.sum()} of {len(which)} boxes {problem}, such as {example}")
 
 
 def name_categories(categories, notes):
@@ -638,10 +614,8 @@ def choose_classes(names, categories, used, path, classes, notes):
     missing = [name for name in classes if name not in names]
     for name, has_box in zip(names, used):
         if name in ignored and (has_box or (missing and name in usual)):
-            raise UserError(
-                f"{path}: category {name!r:.100}: expected one of the {len(classes)} classes that "
-                f"were trained on, {classes!r:.200}"
-            )
+            expected = f"one of the {len(classes)} classes that were trained on, {classes!r:.200}"
+            raise UserError(f"{path}: category {name!r:.100}: expected {expected}")
     if ignored:
         notes.append(f"ignored categories (not a class, no boxes): {ignored!r:.200}")
     if missing:
@@ -685,21 +659,19 @@ class CocoDataset:
         wrong = np.flatnonzero(((sizes <= 0) | (sizes % 1 != 0) | (sizes >= 2**31)).any(1))
         if len(wrong):
             height, width = sizes[wrong[0]]
-            raise UserError(
-                f"{self.annotations}: {printable(self._names[wrong[0]])}: expected a height and "
-                f"width in whole pixels, found {height:g} and {width:g}"
-            )
+            image = f"{self.annotations}: {printable(self._names[wrong[0]])}"
+            problem = f"expected height and width in whole pixels, found {height:g} and {width:g}"
+            raise UserError(f"{image}: {problem}")
         return sizes.astype(np.int64)
 
     def _note_copies(self):
-        names = self._names.tolist()
-        groups = same_content([os.path.join(self.image_dir, name) for name in names])
+        paths = [os.path.join(self.image_dir, name) for name in self._names.tolist()]
+        groups = same_content(paths)
         if groups:
-            names = [printable(self._names[i]) for i in groups[0][:2]]
-            self.notes.append(
-                f"{sum(map(len, groups)) - len(groups)} images are copies of another, such as "
-                f"{' and '.join(names)}; objects labeled in one are background in the other"
-            )
+            copies = sum(len(group) - 1 for group in groups)
+            names = printable(" and ".join(self._names[groups[0][:2]]))
+            problem = "objects labeled in one are background in the other"
+            self.notes.append(f"{copies} images are copies of another, such as {names}; {problem}")
 
     def _set_boxes(self):
         truth = self.annotations
@@ -714,17 +686,11 @@ class CocoDataset:
         with np.errstate(invalid="ignore"):
             clipped = (np.abs(inside - xyxy) > 1).any(0)  # up to a pixel is rounding in the JSON
         for problem, rows in (
-            ("have an unknown image_id and are left out", ~known),
             ("have no area inside their image and are left out", ~full & known),
             ("reach beyond their image and are clipped", clipped & full & known),
             ("are crowds and not targets", truth.crowds & full & known),
         ):
-            if rows.any():
-                first = rows.argmax()
-                self.notes.append(
-                    f"{rows.sum()} of {len(rows)} boxes {problem}, such as annotations[{first}], "
-                    f"{truth.xywh[first].tolist()}"
-                )
+            note_boxes(self.notes, truth.xywh, rows, problem)
         if 2 * (clipped & known).sum() > len(known):
             problem = "expected boxes [x, y, width, height], found perhaps [x1, y1, x2, y2]"
             self.notes.append(f"most boxes reach beyond their image: {problem}")
@@ -779,17 +745,13 @@ def check_pixels(xywh, where):
     small = xywh[(np.abs(xywh) <= 2).all(1)]  # not 1: reading Pascal VOC moves boxes by a pixel
     fractions = small[(small % 1).any(1)]
     if 2 * len(small) > len(xywh) and len(fractions):
-        raise UserError(
-            f"{where}: expected boxes in pixels, found normalized ones, such as "
-            f"{fractions[0].tolist()}; multiply them by the size of their image"
-        )
+        found = f"normalized ones, such as {fractions[0].tolist()}"
+        fix = "multiply them by the size of their image"
+        raise UserError(f"{where}: expected boxes in pixels, found {found}; {fix}")
 
 
 def load_dataset(annotations, image_dir, classes=None) -> CocoDataset:
-    """Read a CocoDataset on rank 0 and send it to every other process.
-
-    Every process of torch.distributed must call it. An error of rank 0 is raised in all of them.
-    """
+    """Read a CocoDataset on rank 0, and send it or the error to every other process."""
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return CocoDataset(annotations, image_dir, classes)
@@ -807,39 +769,34 @@ def load_dataset(annotations, image_dir, classes=None) -> CocoDataset:
 
 # ---- prediction --------------------------------------------------------------------------------
 
-STOP_SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-    if hasattr(signal, name)  # Windows lacks some
-]
-OPEN_FILES = 40  # of a process without workers
-OPEN_FILES_PER_WORKER = 16
+STOP_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = [number for number in signal.Signals if number.name in STOP_NAMES]
 # PyTorch's error messages for a worker that died, hangs or cannot open files
 WORKER_ERRORS = r"DataLoader (worker \(pid|timed out)|ancillary data|Too many open files"
 WORKER_HELP = "raise `ulimit -n`, enlarge /dev/shm (docker run --shm-size=8g) or use --workers 0"
 
 
 def start_worker(_):
-    """Make a dataloader worker ignore the signals that stop a run.
-
-    They often reach all processes, but the parent needs its workers to finish the step.
-    """
+    """Let a dataloader worker ignore stop signals: its parent needs it to finish the step."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def check_limits(workers):
-    """Raise UserError if dataloader workers have too few open files or no shared memory."""
+def check_limits(workers, item_bytes=2**15):
+    """Raise UserError if dataloader workers have too few open files or too little shared memory."""
     if not workers:
         return
-    needed = OPEN_FILES + OPEN_FILES_PER_WORKER * workers
-    if hasattr(os, "sysconf") and os.sysconf("SC_OPEN_MAX") < needed:
-        raise UserError(
-            f"`ulimit -n`: {workers} dataloader workers need {needed} open files, found a limit of "
-            f"{os.sysconf('SC_OPEN_MAX')}; raise it or use --workers 0"
-        )
-    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < 2**16:
-        raise UserError(f"/dev/shm is full, and dataloader workers need it; {WORKER_HELP}")
+    files = 40 + 16 * workers  # of a process without workers, and of a worker
+    if hasattr(os, "sysconf") and os.sysconf("SC_OPEN_MAX") < files:
+        limit = os.sysconf("SC_OPEN_MAX")
+        raise UserError(f"workers need {files} open files, found a limit of {limit}; {WORKER_HELP}")
+    if os.path.isdir("/dev/shm"):
+        free = shutil.disk_usage("/dev/shm").free / 2**20
+        # a worker reads two items ahead
+        needed = env_number("LOCAL_WORLD_SIZE", default=1) * workers * 2 * item_bytes / 2**20
+        if needed > free:
+            problem = f"/dev/shm has {free:.1f} MB free, and workers may need {needed:.1f}"
+            raise UserError(f"{problem}; {WORKER_HELP}")
 
 
 def read_ahead(read, items, workers, pin_memory=False):
@@ -892,8 +849,6 @@ def kill_workers():
 
     Without an error they have mostly ended. But a package that stores an exception keeps the frame
     with the loader alive, and Python would wait for the workers at its exit.
-
-    PyTorch's error about a worker that died or hangs becomes a UserError.
     """
     others = set(multiprocessing.active_children())
     try:
@@ -924,33 +879,25 @@ def check_classes(model, dataset):
     """Raise UserError with the first difference if a model and a data set differ in classes."""
     path = dataset.annotations
     found = dataset.classes
-    expected = None if model.classes is None else list(model.classes)
-    if expected is None and len(found) != model.num_classes:
-        raise UserError(
-            f"{path}: expected the {model.num_classes} classes of the model, found {len(found)}"
-        )
-    if expected is None and not path.in_id_order:
-        raise UserError(
-            f"{path}: its categories are not sorted by id, and the model does not store the order "
-            "of its classes"
-        )
-    if expected not in (None, found):
-        pairs = itertools.zip_longest(expected, found)
-        first, other = next(pair for pair in pairs if pair[0] != pair[1])
-        raise UserError(
-            f"{path}: expected the {len(expected)} classes of the model, found {len(found)}; the "
-            f"first difference is {first!r:.100} against {other!r:.100}"
-        )
+    if model.classes is not None:
+        for expected, other in itertools.zip_longest(model.classes, found):
+            if expected != other:
+                raise UserError(f"{path}: expected class {expected!r:.100}, found {other!r:.100}")
+    elif len(found) != model.num_classes:
+        raise UserError(f"{path}: expected {model.num_classes} classes, found {len(found)}")
+    elif not path.in_id_order:
+        raise UserError(f"{path}: expected categories sorted by id, because the model has no names")
 
 
-def predict(model, dataset, batch_size=1, workers=2, **options) -> list[dict] | None:
+def predict(model, dataset, batch_size=None, workers=2, **options) -> list[dict] | None:
     """Predict every image of a CocoDataset; return the detections in COCO's results format.
 
     [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}, ...] in the order of the images,
     and every extra column of the detections. Every process of torch.distributed takes its share
     of the batches; the list is complete on rank 0 and None elsewhere.
-    options: more keywords of FCOS.predict, such as tta.
+    batch_size: by default 8 on a GPU, 1 elsewhere. options: more keywords of FCOS.predict.
     """
+    batch_size = batch_size or (1 if model.pixel_mean.device.type == "cpu" else 8)
     rank, world_size = rank_and_world_size()
     images_of: dict[tuple, list] = {}  # by padded size: results must not depend on the batch
     for i, hw in enumerate(dataset.hw.tolist()):
@@ -962,7 +909,7 @@ def predict(model, dataset, batch_size=1, workers=2, **options) -> list[dict] | 
     own_images = [i for batch in batches[rank::world_size] for i in batch]
     bar = progress_bar(read_ahead(dataset.image, own_images, workers), "predict")
     results: dict[int, list] = {}
-    with kill_workers(), bar, count_views(model, bar, options):
+    with kill_workers(), bar:
         detections = model.predict(raise_errors(bar), batch_size=batch_size, **options)
         for i, found in zip(own_images, detections, strict=True):
             image_id = {"image_id": dataset.image_ids[i].item()}
@@ -981,33 +928,12 @@ def predict(model, dataset, batch_size=1, workers=2, **options) -> list[dict] | 
 def progress_bar(items, name):
     """Wrap an iterable of images in a progress bar, shown on rank 0."""
     # position 0 replaces the bar of training; in any other, Jupyter draws every update
-    hidden = rank_and_world_size()[0] > 0
-    layout = dict(position=0, leave=False, dynamic_ncols=True, miniters=0)
-    return tqdm(items, name, unit="image", disable=hidden, **layout)
-
-
-@contextlib.contextmanager
-def count_views(model, bar, options):
-    """Show the number of views beside a progress bar if an image has several, which takes long."""
-    seen = 0
-
-    def show(module, inputs):
-        nonlocal seen
-        seen += len(inputs[0])
-        bar.set_postfix_str(f"view {seen}", refresh=False)
-        bar.update(0)  # draws the bar, at most ten times a second
-
-    with contextlib.ExitStack() as stack:
-        if options.get("tile") or options.get("tta"):
-            stack.callback(model.register_forward_pre_hook(show).remove)
-        yield
+    layout = dict(position=0, leave=False, dynamic_ncols=True)
+    return tqdm(items, name, unit="image", disable=rank_and_world_size()[0] > 0, **layout)
 
 
 def result_rows(found, category_ids) -> list[dict]:
-    """Return the detections on one image in COCO's results format, without its image_id.
-
-    Every extra column of the detections keeps its name.
-    """
+    """Return the detections on one image in COCO's results format, without its image_id."""
     boxes = found["boxes"]
     columns = {name: values.tolist() for name, values in found.items() if name != "boxes"}
     columns["category_id"] = [category_ids[label] for label in columns.pop("labels")]
@@ -1028,7 +954,6 @@ def score(results, annotations, per_class=False) -> dict[str, float]:
     annotations: Annotations, or the path of a COCO instances JSON.
     per_class: add "AP/<class>" and, at IoU 0.5, the best "F1" and its "threshold" over all classes,
     "F1/<class>" and "threshold/<class>" (see best_f1).
-    Raises UserError that names the entry if results do not fit the annotations.
     """
     if not isinstance(annotations, Annotations):
         annotations = read_annotations(annotations)
@@ -1057,10 +982,7 @@ def score(results, annotations, per_class=False) -> dict[str, float]:
 
 
 def read_results(results, annotations):
-    """Return the rows, labels, xywh and scores of results as a dict of arrays.
-
-    Results of categories that are not classes are dropped: they cannot change the metrics.
-    """
+    """Return the rows, labels, xywh and scores of results, without those of ignored categories."""
     if isinstance(results, (str, os.PathLike)):
         where = str(results)
         entries = read_json(results, list[ResultEntry])
@@ -1192,9 +1114,7 @@ def draw(
 
     picture = Image.fromarray(fcos.as_image(image).permute(1, 2, 0).numpy())
     scale = min(math.ceil(min_side / min(picture.size)), 4000 // max(picture.size)) or 1
-    picture = picture.resize(
-        (picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC
-    )
+    picture = ImageOps.scale(picture, scale)
     size = font_size or max(12, min(picture.size) // 40)
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
     pen = ImageDraw.Draw(picture)
@@ -1261,7 +1181,6 @@ def find_pictures(sources) -> list[Path]:
     """Return the image files that paths, folders and patterns such as *.jpg name.
 
     A folder means all images below it that Pillow reads; the number of other files is printed.
-    Raises UserError for a source without an image.
     """
     pictures: list[Path] = []
     skipped = 0
@@ -1291,15 +1210,12 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **options) 
     FCOS.predict.
 
     Returns the files that could not be read, predicted or drawn; stderr says why.
-    Raises UserError if `out` holds the pictures, or if another process writes there.
     """
     out = Path(out)
     own = os.path.realpath(out)
     paths = [p for p in find_pictures(sources) if os.path.dirname(os.path.realpath(p)) != own]
     if not paths:
-        raise UserError(
-            f"{out}: holds the pictures and drawing would replace them; use another --out"
-        )
+        raise UserError(f"{out}: holds the pictures, drawing would replace them; use another --out")
     report: list[dict] = []
     left_out = []
     taken: set[str] = set()
@@ -1310,8 +1226,7 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **options) 
             try:
                 if isinstance(image, UserError):
                     raise image
-                with count_views(model, bar, options):
-                    found = model.predict(image, score_threshold=score_threshold, **options)[0]
+                found = model.predict(image, score_threshold=score_threshold, **options)[0]
                 picture = draw(image, found, model.classes, score_threshold)
                 name = name_drawing(path, taken)
                 with fcos.atomic_write(out / name) as file:  # replaces a link, not its target
@@ -1401,10 +1316,14 @@ def number_for(keyword):
     return number(type(bounds.least), bounds.least, bounds.most)
 
 
-positive_int = number(int, 1, 2**63 - 1)
-not_negative = number(int, 0, 2**63 - 1)
-image_count = number(int, 1, 2**16)
-worker_count = number(int, 0, 256)
+# The flags of both scripts share these keywords of add_argument and the names of data formats
+COUNT = dict(type=number(int, 1, 2**63 - 1), metavar="N")
+PIXELS = COUNT | dict(metavar="PIXELS")
+IMAGES = dict(type=number(int, 1, 2**16), metavar="N")
+WORKERS = dict(type=number(int, 0, 256), metavar="N")
+PRECISION = dict(choices=("fp32", "bf16"), default="fp32")
+KEYWORD_VALUES = dict(type=keyword_value, nargs="+", action="extend", default=[])
+LAYOUT_NAMES = "COCO, Roboflow, CVAT, YOLO or Pascal VOC"
 
 
 def check_target(path, inputs):
@@ -1430,8 +1349,7 @@ def lock_folder(folder, wait=False):
     """Create a folder if it is missing and lock it, so that one run at a time writes there.
 
     Only rank 0 takes the lock. If it is killed, the system releases the lock even if its dataloader
-    workers still run. wait: wait for the lock.
-    Raises UserError if another process holds the lock.
+    workers still run. wait: wait for a lock that another process holds, instead of an error.
     """
     if rank_and_world_size()[0] > 0:
         yield
@@ -1444,9 +1362,7 @@ def lock_folder(folder, wait=False):
 
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process writes there; choose another --out"
-            ) from None
+            raise UserError(f"{folder}: another process writes there; use another --out") from None
         except (ImportError, OSError):
             pass  # Windows, or a network file system without locks
         try:
@@ -1459,11 +1375,7 @@ def lock_folder(folder, wait=False):
 
 
 def find_device(name=None) -> torch.device:
-    """Return the torch.device that --device names; by default CUDA, or the CPU if there is none.
-
-    Under torchrun every process gets the device of its local rank. Raises UserError if PyTorch
-    finds no such device.
-    """
+    """Return the device that --device names, or the local rank's; by default CUDA or the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     found = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     kind, _, index = (name or ("cuda" if "cuda" in found else "cpu")).partition(":")
@@ -1472,45 +1384,36 @@ def find_device(name=None) -> torch.device:
         raise UserError(f"--device {name}: PyTorch does not find it; use --device {choices}")
     if kind not in ("cuda", "xpu"):
         return torch.device(kind)
-    device = torch.device(kind, int(index or env_number("LOCAL_RANK", 0)))
+    device = torch.device(kind, int(index or env_number("LOCAL_RANK", default=0)))
     torch.accelerator.set_device_index(device.index)
     return device
 
 
-def env_number(name, default=None) -> int:
-    """Return a launcher's environment variable as an int. Raises UserError if it is not one."""
+def env_number(name, least=0, most=2**16 - 1, default=None) -> int:
+    """Return a launcher's environment variable as an int. Raises UserError for another value."""
     text = f"{os.environ.get(name, default)}"
-    if not text.isdecimal():
-        raise UserError(f"{name}: expected a whole number, found {text:.100}; use torchrun")
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise UserError(f"{name}: expected {least} to {most}, found {text:.100}; use torchrun")
     return int(text)
 
 
 def read_launcher() -> tuple[int, int] | None:
-    """Return (rank, number of processes) if a launcher such as torchrun started this process.
-
-    Otherwise return None. Raises UserError if several processes were started independently.
-    """
+    """Return (rank, number of processes) if a launcher started this process, else None."""
     env = os.environ
     if not {"RANK", "WORLD_SIZE"} & env.keys():
         for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):  # srun, mpirun
             tasks = env.get(name, "1")
             if tasks != "1":
-                fix = "start one torchrun per node, as with srun --ntasks-per-node=1 torchrun ..."
-                raise UserError(f"{name}: {tasks} independent tasks were started; {fix}")
+                problem = f"{tasks} independent tasks were started"
+                raise UserError(f"{name}: {problem}; start one torchrun per node")
         return None
     rank = env_number("RANK")
-    world_size = env_number("WORLD_SIZE")
-    if rank >= world_size:
-        raise UserError(
-            f"RANK: expected less than WORLD_SIZE {world_size}, found {rank}; use torchrun"
-        )
+    world_size = env_number("WORLD_SIZE", least=rank + 1)
     if world_size == 1 and not dist.is_torchelastic_launched():
         return None
     if not env.get("MASTER_ADDR"):
         raise UserError("MASTER_ADDR: expected an address, found nothing; use torchrun")
-    port = env_number("MASTER_PORT")
-    if not 0 < port < 2**16:
-        raise UserError(f"MASTER_PORT: expected 1 to 65535, found {port}; use torchrun")
+    env_number("MASTER_PORT", least=1)
     return rank, world_size
 
 
@@ -1534,9 +1437,6 @@ def start_process(device, make_store=None) -> tuple[int, int, torch.device]:
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         timeout = datetime.timedelta(hours=2)  # long enough for rank 0 to score
-        if not dist.is_torchelastic_launched():
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            print(f"rank {rank} waits for {world_size} processes at {address}", file=sys.stderr)
         store = None
         if make_store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = make_store(rank, world_size, timeout)
@@ -1565,10 +1465,7 @@ def find_line(error) -> str:
 
 
 class LossyStream:
-    """Standard error that loses text if its disk is full or its reader is gone.
-
-    A progress bar must not end a run.
-    """
+    """Standard error that loses text, instead of ending the run, if it cannot be written."""
 
     def __init__(self, stream):
         self.stream = stream  # not _wrapped: tqdm would not find its bars and write over them
@@ -1621,31 +1518,22 @@ def parse_args(argv=None):
     add("model", nargs="?", help='model.pt of a run, "coco", or a file of another FCOS family')
     add("--model", dest="row", help="row of fcos.MODELS, for files that do not name it")
     add("--device", help="cpu, cuda, mps or xpu (cuda if there is one)")
-    precision_help = "bf16: autocast (%(default)s)"
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision_help)
-    pixels = dict(type=positive_int, metavar="PIXELS")
-    add("--min-size", help="short side (as stored with the model)", **pixels)
-    add("--max-size", help="limit of the long side (as stored with the model)", **pixels)
-    workers_help = "dataloader workers (%(default)s)"
-    add("--workers", type=worker_count, metavar="N", default=2, help=workers_help)
+    add("--precision", help="bf16: autocast (%(default)s)", **PRECISION)
+    add("--min-size", help="short side (as stored with the model)", **PIXELS)
+    add("--max-size", help="limit of the long side (as stored with the model)", **PIXELS)
+    add("--workers", default=2, help="dataloader workers (%(default)s)", **WORKERS)
     add("--export", metavar="F.onnx", help="write the model as ONNX, for images of any size")
-    keyword = dict(type=keyword_value, nargs="+", action="extend", default=[])
-    add("--set", metavar="KEYWORD=VALUE", help=f"change {', '.join(DECODING)}", **keyword)
-    tile = number_for("tile")
-    add("--tile", type=tile, metavar="PIXELS", help="also predict square crops of this side")
-    overlap_help = "share of a tile that the next one repeats (%(default)s)"
-    add("--overlap", type=number_for("overlap"), metavar="X", default=0.2, help=overlap_help)
+    add("--set", metavar="KEYWORD=VALUE", help=f"change {', '.join(DECODING)}", **KEYWORD_VALUES)
+    tile = dict(type=number_for("tile"), metavar="PIXELS")
+    add("--tile", help="also predict square crops of this side", **tile)
+    overlap = dict(type=number_for("overlap"), metavar="X", default=0.2)
+    add("--overlap", help="share of a tile that the next one repeats (%(default)s)", **overlap)
     add = parser.add_argument_group("score it on a data set").add_argument
-    add(
-        "--data",
-        metavar="DIR",
-        help="folder in the layout of COCO, Roboflow, CVAT, YOLO or Pascal VOC",
-    )
+    add("--data", metavar="DIR", help=f"folder in the layout of {LAYOUT_NAMES}")
     add("--split", default="val2017", help="part of --data (%(default)s)")
     add("--annotations", metavar="F", help="COCO JSON or other labels, instead of --data")
     add("--image-dir", metavar="DIR", help="the folder of its images")
-    batch_help = "images at a time (8 on a GPU, 1 elsewhere)"
-    add("--batch-size", type=image_count, metavar="N", help=batch_help)
+    add("--batch-size", help="images at a time (8 on a GPU, 1 elsewhere)", **IMAGES)
     add("--save-json", metavar="F", help="write the detections in COCO's results format")
     add("--tta", action="store_true", help="test-time augmentation: 18 views, two at a time")
     add("--per-class", action="store_true", help="add AP, best F1 and its threshold per class")
@@ -1653,9 +1541,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("draw what it finds").add_argument
     add("--images", nargs="+", metavar="FILE|DIR", help="pictures to draw on; needs --out")
     add("--out", metavar="DIR", help="folder for the drawings and detections.json")
-    probability = number(float, 0, 1)
-    threshold_help = "the least score that is drawn (%(default)s)"
-    add("--score-threshold", type=probability, metavar="X", default=0.5, help=threshold_help)
+    threshold = dict(type=number(float, 0, 1), metavar="X", default=0.5)
+    add("--score-threshold", help="the least score that is drawn (%(default)s)", **threshold)
     return parser.parse_args(argv)
 
 
@@ -1683,34 +1570,15 @@ def check_flags(args):
         raise UserError(f"choose one of {choices}")
 
 
-def score_results(args):
-    """Print the metrics of a results file."""
-    annotations = read_annotations(args.annotations)
-    print(table(score(args.results, annotations, args.per_class)))
-    unknown = int((annotations.rows < 0).sum())
-    if unknown:
-        annotations.notes.append(f"{unknown} boxes have an unknown image_id")
-    print_notes(annotations.notes, annotations)
-
-
 def print_notes(notes, path):
     for note in notes:
         print(printable(f"{path}: {note}", 500), file=sys.stderr)
 
 
-def export_model(args, model):
-    check_target(args.export, [args.model])
-    height, width = fcos.padded_hw([model.test_size])
-    fcos.export_onnx(model, args.export, height, width)
-    print(f"{printable(args.export)}: takes images padded to multiples of 32 pixels, in fp32")
-
-
 def draw_images(args, model):
     """Draw detections. Raises UserError at the end if pictures were left out."""
-    views = dict(tile=args.tile, overlap=args.overlap)
-    left_out = draw_folder(
-        model, args.images, args.out, args.score_threshold, args.workers, **views
-    )
+    options = dict(workers=args.workers, tile=args.tile, overlap=args.overlap)
+    left_out = draw_folder(model, args.images, args.out, args.score_threshold, **options)
     if left_out:
         raise UserError(f"pictures that could not be read, predicted or drawn: {len(left_out)}")
 
@@ -1729,9 +1597,8 @@ def score_model(args, model):
         check_target(args.save_json, [args.model, dataset.annotations.path, *images])
     if rank == 0:
         print_notes(dataset.notes, dataset.annotations)
-    batch_size = args.batch_size or (1 if model.pixel_mean.device.type == "cpu" else 8)
     views = dict(tile=args.tile, overlap=args.overlap, tta=args.tta)
-    results = predict(model, dataset, batch_size, args.workers, **views)
+    results = predict(model, dataset, args.batch_size, args.workers, **views)
     if rank != 0:
         return
     if args.save_json:
@@ -1743,7 +1610,9 @@ def score_model(args, model):
 def main(args):
     check_flags(args)
     if args.results:
-        score_results(args)
+        annotations = read_annotations(args.annotations)
+        print(table(score(args.results, annotations, args.per_class)))
+        print_notes(annotations.notes, annotations)
         return
     rank, _, device = start_process(args.device)
     model = fcos.load(args.model, args.row).to(device)
@@ -1752,7 +1621,9 @@ def main(args):
         print_notes([f"{model.name} with {model.convention}"], args.model)
     model.test_size = args.min_size or model.test_size[0], args.max_size or model.test_size[1]
     if args.export:
-        export_model(args, model)
+        check_target(args.export, [args.model])
+        fcos.export_onnx(model, args.export, *fcos.padded_hw([model.test_size]))
+        print(f"{printable(args.export)}: takes images padded to multiples of 32 pixels, in fp32")
         return
     with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
         if args.images:

@@ -120,13 +120,13 @@ HOW_IT_RUNS = "how it runs"
 
 def make_parser():
     parser = evaluate.ArgumentParser(__doc__)
-    positive_int = evaluate.positive_int
-    not_negative = evaluate.not_negative
-    parser.add_argument(
-        "recipe", nargs="?", default="fcos_imprv_R_50_FPN_1x", help="row of RECIPES (%(default)s)"
-    )
+    number = evaluate.number
+    count = evaluate.COUNT
+    pixels = evaluate.PIXELS
+    recipe = dict(nargs="?", default="fcos_imprv_R_50_FPN_1x")
+    parser.add_argument("recipe", help="row of RECIPES (%(default)s)", **recipe)
     add = parser.add_argument_group(DATA).add_argument
-    layouts = "COCO, Roboflow, CVAT, YOLO or Pascal VOC"
+    layouts = evaluate.LAYOUT_NAMES
     add("--data", metavar="DIR", help=f"folder in the layout of {layouts} (data/coco)")
     add("--train-images", metavar="DIR", help="for any other layout: pass all four, not --data")
     add("--train-annotations", metavar="JSON")
@@ -135,37 +135,30 @@ def make_parser():
     add = parser.add_argument_group("what is trained, instead of the recipe's").add_argument
     weights_help = "start from a detector or ImageNet classifier, torchvision's, or nothing"
     add("--weights", metavar="PATH|coco|imagenet|none", help=weights_help)
-    keyword = dict(type=evaluate.keyword_value, nargs="+", action="extend", default=[])
     keywords_help = "keywords of the model, such as radius=0 quality=iou: see fcos.FCOS"
-    add("--set", metavar="KEYWORD=VALUE", help=keywords_help, **keyword)
+    add("--set", metavar="KEYWORD=VALUE", help=keywords_help, **evaluate.KEYWORD_VALUES)
     add("--negatives", action="store_true", help="also train on images without objects")
     add("--augment", action="store_true", help="vary colors and crop, for small data sets")
-    image_count = evaluate.image_count
-    batch_help = "images per step, over all GPUs and micro-batches"
-    add("--batch-size", type=image_count, metavar="N", help=batch_help)
-    add("--iters", type=positive_int, metavar="N", help="steps; the schedule keeps its proportions")
-    rate = evaluate.number(float, 1e-12, 1e38)
-    add("--lr", type=rate, help="learning rate (scaled with --batch-size)")
-    pixels = dict(type=positive_int, metavar="PIXELS")
+    images = evaluate.IMAGES
+    add("--batch-size", help="images per step, over all GPUs and micro-batches", **images)
+    add("--iters", help="steps; the schedule keeps its proportions", **count)
+    add("--lr", type=number(float, 1e-12, 1e38), help="learning rate (scaled with --batch-size)")
     add("--min-size", nargs="+", help="one or more choices for the short side", **pixels)
     add("--max-size", help="limit of the long side", **pixels)
     add("--multiple", help="pad to multiples of this (32; 128 with --compile)", **pixels)
-    decay = evaluate.number(float, 1e-9, 1 - 1e-9)
-    add("--ema", type=decay, metavar="DECAY", help="average the weights, such as 0.999 (none)")
-    add("--patience", type=positive_int, metavar="N", help="stop after N evaluations without gain")
-    seed_help = "of the initial weights, the data order and the augmentation (%(default)s)"
-    add("--seed", type=not_negative, metavar="N", default=0, help=seed_help)
-    precision_help = "bf16: autocast, for GPUs (%(default)s)"
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision_help)
+    decay = dict(type=number(float, 1e-9, 1 - 1e-9), metavar="DECAY")
+    add("--ema", help="average the weights, such as 0.999 (none)", **decay)
+    add("--patience", help="stop after N evaluations without gain", **count)
+    seed = dict(type=number(int, 0, 2**63 - 1), metavar="N", default=0)
+    add("--seed", help="of initial weights, data order and augmentation (%(default)s)", **seed)
+    add("--precision", help="bf16: autocast, for GPUs (%(default)s)", **evaluate.PRECISION)
     add = parser.add_argument_group(HOW_IT_RUNS).add_argument
     add("--out", metavar="DIR", help="folder of the run (runs/RECIPE)")
-    workers_help = "dataloader workers per rank (4 on a GPU, else 1)"
-    add("--workers", type=evaluate.worker_count, metavar="N", help=workers_help)
-    count = dict(type=positive_int, metavar="N")
+    workers = evaluate.WORKERS
+    add("--workers", help="dataloader workers per rank (4 on a GPU, else 1)", **workers)
     add("--accumulate", default=1, help="micro-batches per step (%(default)s)", **count)
     add("--eval-every", help="steps between evaluations (only at the end)", **count)
-    checkpoint_help = "steps between checkpoints (%(default)s)"
-    add("--checkpoint-every", default=2500, help=checkpoint_help, **count)
+    add("--checkpoint-every", default=2500, help="steps between checkpoints (%(default)s)", **count)
     add("--device", help="cpu, cuda, mps or xpu (cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--fresh", action="store_true", help="start over, whatever --out holds")
@@ -183,10 +176,7 @@ def stored_flags():
 
 
 def resolve(args: Namespace) -> dict:
-    """Return the settings that decide the result: the recipe's, or the flags' where given.
-
-    "keywords" are all keywords of the model. Raises UserError for settings that do not go together.
-    """
+    """Return the settings that decide the result: the flags, or else the recipe; all keywords."""
     if args.recipe not in RECIPES:
         raise UserError(f"recipe {args.recipe!r}: expected one of {', '.join(RECIPES)}")
     settings = {"recipe": args.recipe, "decays": DECAYS} | RECIPES[args.recipe]
@@ -232,10 +222,7 @@ def check_ranks(settings, args):
 
 
 def find_data(args: Namespace) -> dict:
-    """Return {"train": (annotation file, image folder), "val": ...} as the flags or the recipe say.
-
-    Raises UserError if only some of the four flags for own data are given.
-    """
+    """Return {"train": (annotations, image folder), "val": ...} as the flags or the recipe say."""
     own = {
         "train": (args.train_annotations, args.train_images),
         "val": (args.val_annotations, args.val_images),
@@ -282,18 +269,16 @@ def print_settings(settings):
             say(f"{name:28s} {printable(value, 200)}")
     if settings["patience"]:
         every = settings["eval_every"]
-        last_change = settings["last_rate_change"]
-        first_end = (last_change // every + settings["patience"]) * every
+        first_end = (settings["last_rate_change"] // every + settings["patience"]) * every
         if first_end >= settings["iters"]:  # see out_of_patience
-            change = f"counts from the last change of the learning rate, after step {last_change}"
-            say(f"warning: --patience cannot end this run before step {first_end}: it {change}")
+            why = "it counts from the last change of the learning rate"
+            say(f"warning: --patience cannot end this run before step {first_end}: {why}")
 
 
 # ---- batches and augmentation ------------------------------------------------------------------
 
 # The random streams: purpose, and the length of a position. The index in this list is part of the
-# seed; streams that came later, such as "libraries", are seeded by their names. See
-# TrainBatches.rng.
+# seed; later streams, such as "libraries", are seeded by their names, see TrainBatches.rng.
 STREAMS = [("group", 0), ("order", 2), ("sizes", 1), ("augment", 2), ("augment_more", 2)]
 
 
@@ -347,8 +332,7 @@ class TrainBatches:
         another. Raises ValueError if an item takes a stream twice and would get equal numbers.
         """
         stream = purpose, len(position)  # NumPy fills short seeds with zeros: (2, 5) is (2, 5, 0)
-        known = stream in STREAMS
-        number = STREAMS.index(stream) if known else zlib.crc32(repr(stream).encode())
+        number = STREAMS.index(stream) if stream in STREAMS else zlib.crc32(repr(stream).encode())
         if (purpose, position) in self.drawn:
             raise ValueError(f"stream {purpose!r} at {position} is taken twice: use another name")
         self.drawn.add((purpose, position))
@@ -408,8 +392,7 @@ class TrainBatches:
         {"images": uint8 (b, 3, H, W), "sizes": (b, 2), "counts": the b numbers of boxes, "boxes":
         (sum of G, 4) xyxy pixels, "labels": (sum of G,), and every further column}. Boxes of all
         images are concatenated, because processes exchange few tensors faster; `to_device` splits
-        them. Raises UserError, naming the files, if one cannot be read or an augmentation spoils a
-        sample.
+        them.
         """
         step, micro_batch = divmod(item, self.micro_batches)
         plan = self.plan(step)
@@ -594,10 +577,7 @@ def crop(sample, rng):
 
 
 def load_data(args: Namespace, settings: dict):
-    """Return the training and the validation set, and print warnings about them.
-
-    Raises UserError if a file cannot be used, or if there is no box to train on.
-    """
+    """Return the training and the validation set, and print warnings about them."""
     paths = find_data(args)
     if str(paths["train"][1]) == "data/shapes/train2017":
         draw_shapes("data/shapes")
@@ -608,12 +588,10 @@ def load_data(args: Namespace, settings: dict):
     empty = int((~train_set.trainable).sum())
     if empty == len(train_set) or not len(train_set.boxes):
         why = "; ".join(train_set.notes) or f"it lists {len(train_path.rows)} boxes"
-        problem = "expected an image with a box to train on, found none"
-        raise UserError(f"{train_path}: {problem}; {why}")
+        raise UserError(f"{train_path}: expected an image with a box to train on; {why}")
     if empty:
         use = "negatives" if settings["negatives"] else "left out; --negatives trains on them"
-        images = f"{empty} of {len(train_set)} images"
-        say(f"{train_path}: {images} have no boxes to train on and are {use}")
+        say(f"{train_path}: {empty} of {len(train_set)} images without boxes to train on are {use}")
     counts = np.bincount(train_set.labels, minlength=len(train_set.classes))
     without = [name for name, count in zip(train_set.classes, counts) if count == 0]
     if without:
@@ -639,10 +617,7 @@ def count_shared_images(train_set, val_set):
 
 
 def load_split(paths, classes=None):
-    """Read a data set; print its size and its warnings.
-
-    classes: the names of the classes; by default the annotations decide.
-    """
+    """Read a data set, with the classes of its annotations by default; print its warnings."""
     annotations, image_dir = paths
     if not Path(annotations).exists():
         nearest = evaluate.list_nearest(annotations)
@@ -683,8 +658,8 @@ def draw_shapes(folder):
 
 
 def report_sizes(model, batches):
-    """Print for each class the size of its boxes after resizing, and the share without a location,
-    which is not trained on. If that exceeds a tenth, print a --min-size that would help."""
+    """Print the size of the boxes after resizing and the share without a location, which is not
+    trained on, for the ten worst classes. Above a tenth, print a --min-size that would help."""
     if evaluate.rank_and_world_size()[0] > 0:
         return
     min_sizes = sorted(batches.settings["min_size"])
@@ -694,8 +669,6 @@ def report_sizes(model, batches):
         name = printable(batches.dataset.classes[label])
         size = f"{side:.0f} pixels at --min-size {sizes[0]} (median)"
         say(f"{name}: boxes of {size}, {lost:.0%} of {count} without a location")
-    if len(found) > 10:
-        say(f"... of the other {len(found) - 10} classes no more than {found[10][0]:.0%}")
     if largest_share_lost(found) > 0.1:
         remedy = "a finer level (--set levels=[2,3,4,5,6] with ranges) or tiles of the images"
         for factor in (4, 3, 2, 1.5, 1.25):
@@ -785,10 +758,7 @@ def make_model(settings: dict, dataset) -> fcos.FCOS:
 
 
 def keywords_for(weights, keywords):
-    """Return the keywords that the initial weights decide.
-
-    Our own checkpoints store the kind of norm. Without weights nothing can be frozen.
-    """
+    """Return the keywords that depend on the weights: their norm, or nothing frozen without any."""
     if weights:
         is_ours = "num_classes" in weights.content
         stored = fcos.resolve(weights.content["keywords"]) if is_ours else {}
@@ -823,9 +793,8 @@ def make_network(model, settings, batches):
                 torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # Training does not use the buffers, so none is broadcast; torch 2.15 deprecates the flag.
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-        network = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        options = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(model, **options)
     rehearse(network, model, batches, settings)
     return network
 
@@ -877,8 +846,6 @@ def rehearse(network, model, batches, settings):
     A mistake in the model or the loss raises an error here, before anything is written. DDP sums
     gradients in another order after its first backward pass, which is this one; so a resumed run
     sums in the same order as one that never stopped.
-
-    Raises UserError if no loss depends on a parameter, or for a reserved name of an output or loss.
     """
     batch = to_device(batches.smallest(), next(model.parameters()).device)
     network.eval()  # running statistics stay as they are
@@ -894,8 +861,7 @@ def rehearse(network, model, batches, settings):
     if batches.batch_size > batches.world_size * batches.micro_batches:
         check_normalization(model, network, batch, settings)
     network.train()
-    named = model.named_parameters()
-    unused = [name for name, p in named if p.requires_grad and p.grad is None]
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if unused:
         raise UserError(f"no loss depends on {', '.join(unused)}")
     if losses.keys() & LOG_NAMES:
@@ -904,10 +870,7 @@ def rehearse(network, model, batches, settings):
 
 
 def check_empty_batch(model, network, batch, losses, settings):
-    """Warn if a loss is missing or not finite for the batch without its boxes.
-
-    A step without boxes would then end the run, and so would every attempt to resume it.
-    """
+    """Warn of a loss that fails in a step without boxes: it would end the run, resumed or not."""
     truths = [{name: rows[:0] for name, rows in truth.items()} for truth in batch["truths"]]
     found = compute_gradients(model, network, [batch | {"truths": truths}], settings)
     for name in losses:
@@ -917,10 +880,7 @@ def check_empty_batch(model, network, batch, losses, settings):
 
 
 def check_normalization(model, network, batch, settings):
-    """Warn if a loss depends on how a step is split into micro-batches, as a mean does.
-
-    Computes the losses of the batch twice over: in one micro-batch, and in two.
-    """
+    """Warn if a loss depends on how a step is split into micro-batches, as a mean does."""
     twice = {name: torch.cat([x, x]) if torch.is_tensor(x) else x + x for name, x in batch.items()}
     together = compute_gradients(model, network, [twice], settings)
     apart = compute_gradients(model, network, [batch, batch], settings)
@@ -951,10 +911,7 @@ def make_optimizer(model: torch.nn.Module, settings: dict) -> torch.optim.Optimi
 
 
 def lr_at(step: int, lr: float, iters: int, warmup: int, decays=DECAYS) -> float:
-    """Return the learning rate of a step, counted from 0: constant warm-up, then decays.
-
-    The other arguments are those of `recipe`.
-    """
+    """Return the learning rate of a step, counted from 0. Other arguments: see `recipe`."""
     passed = sum(step >= iters * eighteenths // 18 for eighteenths in decays)
     return lr * (1 / 3 if step < warmup else 1) * 0.1**passed
 
@@ -1136,10 +1093,7 @@ class Meter:
         self.first_bad = torch.minimum(self.first_bad, bad)
 
     def read(self, step):
-        """Return what is logged after `step` steps: the losses over all ranks, and the speed.
-
-        Raises UserError on every rank if a loss or a gradient of any was not finite.
-        """
+        """Return the losses over all ranks and the speed. Raises UserError if one is not finite."""
         values = torch.stack(list(self.losses.values()))
         all_reduce(values)
         all_reduce(self.first_bad, dist.ReduceOp.MIN)
@@ -1147,10 +1101,8 @@ class Meter:
         first_bad = self.first_bad.item()
         if first_bad < self.batches.iters:
             ids = self.batches.dataset.image_ids[self.batches.plan(first_bad).indices].tolist()
-            raise UserError(
-                f"the loss or its gradient is not finite since step {first_bad + 1} with the "
-                f"images {ids}; the losses are now {losses}; last.pt was written before that step"
-            )
+            problem = f"since step {first_bad + 1} with the images {ids}; losses are now {losses}"
+            raise UserError(f"the loss or its gradient is not finite {problem}; last.pt is older")
         speed = (step - self.step) * self.batches.batch_size / (time.perf_counter() - self.clock)
         self.restart(step)
         row = {"loss": sum(losses.values())} | losses | {"images_per_second": round(speed, 2)}
@@ -1160,10 +1112,7 @@ class Meter:
 
 
 def validate(step, model, companions, val_set, best, files, workers):
-    """Score the model after `step` steps, or its average; log the metrics and keep the best model.
-
-    Returns the metrics of the best evaluation so far, on every rank.
-    """
+    """Score and log the model or its average; keep the best; return its metrics on all ranks."""
     evaluated = companions["ema"].evaluated() if "ema" in companions else model
     device = next(model.parameters()).device
     if dist.is_initialized():
@@ -1178,7 +1127,7 @@ def validate(step, model, companions, val_set, best, files, workers):
         message = f"step {step}: AP {metrics['AP']:.3f}"
         if device.type in ("cuda", "xpu"):
             message += f", peak {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB"
-        print_above_bar(message)
+        tqdm.write(message, file=sys.stderr)
         metrics["step"] = step
         no_objects = not len(val_set.boxes)  # then every AP is -1: keep the last model
         nothing_kept = best is None or not files.has_model()
@@ -1194,8 +1143,7 @@ def validate(step, model, companions, val_set, best, files, workers):
 
 def out_of_patience(step, best, settings):
     """Return whether --patience evaluations since the last change of the learning rate have found
-    no better model. This depends on steps only, so a resumed run stops where an uninterrupted one
-    does."""
+    no better model. This depends on steps only, so resuming does not change where a run stops."""
     if not settings["patience"] or best is None:
         return False
     every = settings["eval_every"]
@@ -1272,26 +1220,17 @@ def main(args: Namespace):
 
 
 def check_room(batches, workers):
-    """Raise UserError if a micro-batch of a rank would be empty, or if dataloader workers have too
-    few open files or too little shared memory."""
+    """Raise UserError if a micro-batch of a rank would be empty, or if workers lack memory."""
     shares = batches.world_size * batches.micro_batches
     if batches.batch_size < shares:
         each = f"{batches.world_size} processes and {batches.micro_batches} micro-batches"
         raise UserError(f"--batch-size {batches.batch_size}: less than an image for each of {each}")
-    evaluate.check_limits(workers)
-    if os.path.isdir("/dev/shm"):
-        pixels = max(h * w for h, w in batches.largest_hw)
-        size = math.ceil(batches.batch_size / shares) * 3 * pixels
-        needed = evaluate.env_number("LOCAL_WORLD_SIZE", 1) * workers * 2 * size
-        free = shutil.disk_usage("/dev/shm").free
-        if needed > free:
-            room = f"/dev/shm has {free >> 20} MB free, and workers may need {needed >> 20}"
-            raise UserError(f"{room}; enlarge it (docker run --shm-size) or use --workers 0")
+    pixels = max(h * w for h, w in batches.largest_hw)
+    evaluate.check_limits(workers, math.ceil(batches.batch_size / shares) * 3 * pixels)
 
 
 def start_loader(batches, start, workers, device):
-    """Start the dataloader workers; return an iterator over the micro-batches from step `start` on,
-    as `to_device` returns them."""
+    """Start the workers; return an iterator over micro-batches on the device, from `start` on."""
     items = range(start * batches.micro_batches, len(batches))
     pinned = device.type in ("cuda", "xpu")
     loader = evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=pinned)
@@ -1324,8 +1263,7 @@ def report(done, meter, optimizer, files, bar):
 
 
 def print_result(best, files):
-    """Print the best metrics, as JSON in the last line. Raises UserError if no model or checkpoint
-    could be written."""
+    """Print the best metrics, as JSON in the last line. Raises UserError without a model."""
     path = files.out / "model.pt"
     if best is None or not files.has_model():
         raise UserError(f"{path}: cannot be written; {files.resume_advice()}")
@@ -1370,7 +1308,7 @@ class RunFiles:
         try:
             yield
         except (OSError, UserError) as error:
-            print_above_bar(f"{error}; {consequence}")
+            tqdm.write(f"{error}; {consequence}", file=sys.stderr)
 
     def log(self, step, **values):
         """Append losses or metrics to log.jsonl. Call another logger here."""
@@ -1495,7 +1433,6 @@ def resume(out, settings, model, saved, launch=None):
 
     launch: resume only a checkpoint of this launch. Returns the number of steps done, the metrics
     of the best evaluation, and the lines of the log; (0, None, []) without a checkpoint.
-    Raises UserError if the checkpoint and the code disagree.
     """
     path, content, problems = find_checkpoint(out)
     if content is None:
@@ -1517,8 +1454,7 @@ def resume(out, settings, model, saved, launch=None):
         reason = printable(f"{type(error).__name__} {error}", 200)
         raise UserError(f"{path}: cannot be resumed ({reason}); --fresh starts over") from None
     if changed:
-        rest = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        texts = "; ".join(changed[:5]) + rest
+        texts = "; ".join(changed)
         fix = f"use --fresh, or choose another --out (with --weights {path} to continue from it)"
         raise UserError(f"{out}: holds a run of other settings ({texts}); repeat them, {fix}")
     for problem in problems:
@@ -1545,10 +1481,7 @@ def find_checkpoint(out):
 
 
 def restore(path, content, settings, model, saved):
-    """Load a checkpoint; return the number of steps done and the metrics of the best evaluation.
-
-    Raises ValueError and others if an entry is missing or does not match.
-    """
+    """Load a checkpoint; return the number of steps done and the best metrics."""
     step = content["step"]
     model_content = content["model"]
     best = content["best"]
@@ -1588,11 +1521,6 @@ def say(text):
     """Print a line on rank 0."""
     if evaluate.rank_and_world_size()[0] == 0:
         print(text)
-
-
-def print_above_bar(text):
-    """Print a line on stderr, above the progress bar."""
-    tqdm.write(str(text), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -1732,10 +1660,7 @@ def draw_scene(rng):
 
 
 def draw_outline(rng, category):
-    """Return the corners of a shape of size 1 around 0, squeezed and turned at random.
-
-    A corner (x, y) is the complex number x + iy.
-    """
+    """Return the corners x + iy of a shape of size 1 around 0, squeezed and turned at random."""
     distances = SHAPES[category].distances
     angles = np.arange(len(distances)) / len(distances) - 0.25  # in turns
     corners = np.exp(2j * np.pi * angles) * distances
@@ -1753,10 +1678,7 @@ def fill_shape(outline, center, hole, wh):
 
 
 def make_shapes(root, seed=0, train=1400, val=200):
-    """Draw the shapes data set in the layout of COCO 2017; the folder appears when it is complete.
-
-    Picture i of a split depends on (seed, split, i) only. Raises OSError if the folder has files.
-    """
+    """Draw the shapes data set in COCO's layout; the folder appears when it is complete."""
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:

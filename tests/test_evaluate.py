@@ -263,10 +263,10 @@ def test_without_class_names_as_many_categories_sorted_by_id_are_needed(tmp_path
     edit(path, categories=lambda rows: sorted(rows, key=lambda row: row["id"]))
     evaluate.check_classes(model, evaluate.CocoDataset(path, folder))
     dataset = evaluate.CocoDataset(annotations, folder)
-    with pytest.raises(UserError, match="categories are not sorted by id"):
+    with pytest.raises(UserError, match="expected categories sorted by id"):
         evaluate.check_classes(model, dataset)
     model.num_classes = 4
-    with pytest.raises(UserError, match="expected the 4 classes of the model, found 3"):
+    with pytest.raises(UserError, match="expected 4 classes, found 3"):
         evaluate.check_classes(model, dataset)
 
 

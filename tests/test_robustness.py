@@ -325,7 +325,7 @@ NO_HANG = {
 TORCHRUN = {  # environment variables of a launch, and the error
     "RANK=x": "RANK: expected|found x|torchrun",
     "RANK=1 WORLD_SIZE=2": "MASTER_ADDR: expected|torchrun",
-    "RANK=2 WORLD_SIZE=2": "RANK: expected less than WORLD_SIZE 2, found 2|torchrun",
+    "RANK=2 WORLD_SIZE=2": "WORLD_SIZE: expected 3 to 65535, found 2|torchrun",
     "RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=0": "MASTER_PORT: expected 1",
     "WORLD_SIZE=2": "RANK: expected|found None|torchrun",
     "SLURM_STEP_NUM_TASKS=2": "2 independent tasks|torchrun",

@@ -104,7 +104,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(
         time.sleep(0.05)
     before = read_files(out)
     line = error_line(capsys, [*argv, "--fresh"])
-    assert line.endswith("run: another process writes there; choose another --out")
+    assert line.endswith("run: another process writes there; use another --out")
     assert read_files(out) == before
     first.kill()
     first.join()
@@ -262,9 +262,9 @@ def no_shared_memory():
     "prepare, texts",
     [
         (few_open_files, ("ulimit -n", "open files")),
-        (small_shared_memory, ("/dev/shm has 1 MB free", "--shm-size")),
+        (small_shared_memory, ("/dev/shm has 1.0 MB free", "--shm-size")),
         (full_shared_memory, ("unable to allocate shared memory", "/dev/shm")),
-        (no_shared_memory, ("/dev/shm is full", "--shm-size")),
+        (no_shared_memory, ("/dev/shm has 0.0 MB free", "--shm-size")),
     ],
 )
 def test_a_run_without_room_for_workers_ends_with_one_line(shapes, tmp_path, prepare, texts):
