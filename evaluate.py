@@ -91,7 +91,10 @@ def coco_paths(data, split: str) -> tuple[Path, Path]:
     if data.is_dir():
         looked_for = ", ".join(layout[0] for layout in layouts)
         there = list_nearest(data / split)
-        raise UserError(f"{data}: no annotations of {split}; looked for {looked_for}; {there}")
+        raise UserError(
+            f"{data}: no annotations of {split}; looked for {looked_for}; {there}; for another "
+            "layout pass the paths of images and annotations, see --help"
+        )
     return data / annotations, data / images
 
 
