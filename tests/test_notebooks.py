@@ -3,12 +3,14 @@
     python tests/test_notebooks.py              # run all, write outputs and pictures
     python tests/test_notebooks.py 03 06        # run these
 
-Written are the cells' outputs without what goes to stderr (progress bars) and widgets, and
-notebooks/images/. They come from runs/shapes, runs/shapes_radius_0 (see 02_centerness), and for the
-photographs from BCCD (github.com/Shenggan/BCCD_Dataset) and HIT-UAV
-(github.com/suojiashun/HIT-UAV-Infrared-Thermal-Dataset, 400 x 320 pixels) in COCO's layout below
-data/, with models that tests/benchmarks/accuracy.py has trained: stride-4-and-its-loss-0-900,
-copied to runs/bccd, and HIT-UAV-stride-4-and-its-loss-2-450, copied to runs/hituav.
+This writes the outputs of the cells, without progress bars and widgets, and notebooks/images/. It
+needs the models runs/shapes and runs/shapes_radius_0 (see 02_centerness). For the photographs it
+needs two data sets in COCO's layout and their models, which tests/benchmarks/accuracy.py trains:
+
+    data/bccd    github.com/Shenggan/BCCD_Dataset
+    runs/bccd    a copy of runs/accuracy/stride-4-and-its-loss-0-900
+    data/hituav  github.com/suojiashun/HIT-UAV-Infrared-Thermal-Dataset, at 400 x 320 pixels
+    runs/hituav  a copy of runs/accuracy/HIT-UAV-stride-4-and-its-loss-2-450
 """
 
 import asyncio
@@ -38,7 +40,7 @@ NAMES = (  # not a search: a reader's own notebooks are not tested
     "06_deploy",
 )
 NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in NAMES]
-BCCD = {  # what the pictures of blood cells put in the place of a notebook's lines
+BCCD = {  # {pattern: text} that replaces lines of a notebook for the pictures of blood cells
     r"(?m)^DATA, SPLIT = .*": 'DATA, SPLIT = "data/bccd", "val2017"',
     r"(?m)^MODEL, DATA, SPLIT = .*": (
         'MODEL, DATA, SPLIT = "runs/bccd/model.pt", "data/bccd", "val2017"'
@@ -64,7 +66,7 @@ FLAGS = (  # few levels are exported in less time
     "--iters 60 --batch-size 8 --lr 0.02 --min-size 96 --max-size 136 --workers 0 "
     "--set levels=[3,4,5] ranges=[32,64]"
 )
-SHORT = {  # what a test puts in the place of a notebook's lines
+SHORT = {  # {pattern: text} that replaces lines of a notebook in the tests
     r"(?m)^STEPS = \d+$": "STEPS = 8",
     r"logspace\(2, 10, 49": "logspace(2, 10, 9",
     r"rounds=20": "rounds=2",
@@ -79,11 +81,11 @@ matplotlib.pyplot.close("all")
 
 
 def execute(path, folder, then=None, replace=None, kernel=None):
-    """Run the notebook at `path` in a new kernel that starts in `folder`, and return it.
+    """Run the notebook at `path` in a new kernel that starts in `folder`; return it with outputs.
 
-    then: code of one more cell, which is not kept. replace: {pattern: text} of lines to change.
-    kernel: a manager of kernels, whose running kernel is used if it has one; its names are deleted.
-    Outputs on stderr and widgets are left out, and so is the widgets' state.
+    then: the code of a further cell, which is removed afterwards. replace: {pattern: text} for
+    lines to change. kernel: a manager of kernels; if one is running, it is used after its names are
+    deleted. Outputs on stderr, widgets and their state are removed.
     """
     nbclient = pytest.importorskip("nbclient", reason="running notebooks needs nbclient")
     nbformat = pytest.importorskip("nbformat")
@@ -125,7 +127,7 @@ def code_cells(notebook):
 
 
 def kinds(cell):
-    """Return what a cell shows: "stdout", or the richest form of a result or picture."""
+    """Return the kind of each output: "stdout", or the richest form of a result or picture."""
     return [
         o["name"] if o["output_type"] == "stream" else sorted(o["data"])[0] for o in cell["outputs"]
     ]
@@ -217,7 +219,7 @@ def test_runs_from_top_to_bottom(path, clone, kernel):
 
 
 def test_a_photo_without_annotations(clone, kernel):
-    """IMAGE of 03_predictions may be a folder, or a picture with its OBJECTS."""
+    """IMAGE of 03_predictions may be a folder, or a picture, with or without its OBJECTS."""
     path = ROOT / "notebooks" / "03_predictions.ipynb"
     for image, objects in (("val2017", []), ("val2017/000001000001.jpg", [("star", 1, 2, 30, 40)])):
         settings = {
@@ -227,6 +229,14 @@ def test_a_photo_without_annotations(clone, kernel):
         notebook = execute(path, clone / "notebooks", None, SHORT | settings, kernel)
         shown = str([cell.outputs for cell in code_cells(notebook)])
         assert ("There are no annotations" in shown) == (not objects)
+
+
+def test_an_assignment_in_a_photo_without_boxes(clone, kernel):
+    """IMAGE of 01_assignment works without BOXES."""
+    path = ROOT / "notebooks" / "01_assignment.ipynb"
+    settings = {r"(?m)^IMAGE = None": 'IMAGE = "data/shapes/val2017/000001000001.jpg"'}
+    notebook = execute(path, clone / "notebooks", None, SHORT | settings, kernel)
+    assert all(cell.outputs for cell in code_cells(notebook)[1:])
 
 
 @pytest.mark.browser
@@ -342,9 +352,11 @@ def jupyter_lab(folder, logs):
 # ---- writing -----------------------------------------------------------------------------------
 
 
-def draw_detections(rows=2, columns=6, height=210):
-    """Draw the first twelve validation pictures, unchosen, for the top of the README, with the
-    detections above the threshold of the best F1 over the 200 pictures."""
+def draw_detections(rows=2, columns=5, height=256):
+    """Draw the first ten validation pictures for the top of the README.
+
+    They show the detections above the threshold with the best F1 on all 200 pictures.
+    """
     from PIL import Image, ImageOps
 
     import evaluate
@@ -359,31 +371,36 @@ def draw_detections(rows=2, columns=6, height=210):
     for i in range(rows * columns):
         image = dataset.image(i)
         found = model.predict(image, score_threshold=metrics["threshold"])[0]
-        picture = evaluate.draw(image, found, model.classes, 0, min_side=400, font_size=20)
+        picture = evaluate.draw(image, found, model.classes, 0, min_side=500, font_size=30)
         picture = ImageOps.pad(picture, (height, height), color="white")
         sheet.paste(picture, (i % columns * (height + 8), i // columns * (height + 8)))
     return sheet
 
 
-def draw_tiles():
-    """Draw one pass over the drone's picture beside tiles, for 06_deploy."""
-    from PIL import Image
+def draw_tiles(scale=3):
+    """Draw the detections in the drone's picture without and with tiles, for 06_deploy.
+
+    The boxes have no names: on objects this small, a name would hide its neighbors.
+    """
+    from PIL import Image, ImageDraw
 
     import evaluate
     import fcos
 
     model = fcos.load("runs/hituav/model.pt")
     image = fcos.read_image(f"data/hituav/val2017/{DRONE}")
-    drawn = []
-    for tile in (None, 200):
+    _, height, width = image.shape
+    sheet = Image.new("RGB", (scale * 2 * width + 8, scale * height), "white")
+    for k, tile in enumerate((None, 200)):
         found = model.predict(image, score_threshold=0.5, tile=tile)[0]
-        drawn.append(evaluate.draw(image, found, model.classes, 0.5, 640, font_size=14))
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture = picture.resize((scale * width, scale * height), Image.Resampling.BICUBIC)
+        pen = ImageDraw.Draw(picture)
+        for box in scale * found["boxes"]:
+            evaluate.draw_box(pen, box.tolist(), evaluate.COLORS[0], 4)
+        sheet.paste(picture, (k * (scale * width + 8), 0))
         print(f"tile={tile}: {len(found['scores'])} detections")
-    width, height = drawn[0].size
-    sheet = Image.new("RGB", (2 * width + 8, height), "white")
-    for k, picture in enumerate(drawn):
-        sheet.paste(picture, (k * (width + 8), 0))
-    return sheet.resize((1200, 1200 * height // sheet.width))
+    return sheet.resize((1200, 1200 * sheet.height // sheet.width))
 
 
 def drone_objects():
@@ -425,6 +442,7 @@ def save_viewer(file):
 
 
 def write(numbers):
+    """Run the notebooks of these numbers, or all; store their outputs, and draw the pictures."""
     import nbformat
 
     os.chdir(ROOT)
@@ -452,4 +470,5 @@ def write(numbers):
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     write(sys.argv[1:])
