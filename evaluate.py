@@ -76,8 +76,11 @@ LAYOUTS = [  # annotations and images: COCO, Roboflow, `coco split`, CVAT, YOLO,
 
 
 def coco_paths(data, split: str) -> tuple[Path, Path]:
-    """Return the (annotations, image folder) of a split such as "val2017": those of the first of
-    LAYOUTS in the folder `data`, or of COCO's if the folder is missing."""
+    """Return the (annotations, image folder) of a split such as "val2017" in the folder `data`.
+
+    The first of LAYOUTS that exists, or COCO's if the folder is missing.
+    Raises UserError with the list of layouts if the folder has none of them.
+    """
     data = Path(data)
     name = split.removesuffix("2017")
     words = {"split": split, "name": name, "part": "valid" if name == "val" else name}
@@ -117,6 +120,7 @@ def find_images(folder, names, path):
 
     A name matches the file of the same name, in any Unicode form and with either slash, in the
     folder or beside it; if there is none, the only image with that stem (names may lack a suffix).
+    Raises UserError if a name matches no file or several.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such image folder; {list_nearest(folder)}")
@@ -149,7 +153,10 @@ def find_image(folder, name, index):
 
 
 def index_folder(folder):
-    """Return the files of a folder by ("name", name), and its images by ("stem", stem), in NFC."""
+    """Return the files of a folder under ("name", name), and its images under ("stem", stem).
+
+    Keys are in Unicode's composed form (NFC); file names are as in the folder.
+    """
     index = {}
     with contextlib.suppress(OSError):  # no such folder
         for file in sorted(os.listdir(folder)):
@@ -161,7 +168,10 @@ def index_folder(folder):
 
 
 def same_content(paths):
-    """Return lists of the positions of images with the same content, or path if there are many."""
+    """Return lists of the positions of images with the same content.
+
+    If there are many, only the paths are compared.
+    """
     keys = [str(path) for path in paths]
     if len(keys) <= 10_000:  # reading more files takes too long
         sizes = [os.path.getsize(path) for path in paths]
@@ -235,7 +245,10 @@ class YoloClasses(msgspec.Struct):
 
 
 def read_json(path, kind=Any):
-    """Read a JSON file as the msgspec type `kind`, see `decode`; it is mapped into memory."""
+    """Read a JSON file as the msgspec type `kind`, see `decode`; it is mapped into memory.
+
+    Raises UserError if it is missing or has another type.
+    """
     try:
         with open(fcos.regular_file(path), "rb") as file:
             try:
@@ -290,6 +303,7 @@ def read_labels(path, image_dir):
 
     CVAT: an XML file. Pascal VOC: a folder of XML files, or a list of their names in
     ImageSets/Main. YOLO: a folder of text files, with data.yaml in it or above it.
+    Raises UserError if they cannot be read.
     """
     kind = YOLO
     if path.suffix == ".xml":
@@ -397,7 +411,10 @@ def read_yolo(path, image_dir):
 
 
 def read_class_names(path):
-    """Return the names of the classes in YOLO's data.yaml, in or above the folder `path`."""
+    """Return the names of the classes in YOLO's data.yaml, in or above the folder `path`.
+
+    Raises ValueError if there is no such file, or if it does not name every class.
+    """
     places = [folder / "data.yaml" for folder in (path, *path.absolute().parents[:3])]
     yaml = next(filter(Path.is_file, places), None)
     if yaml is None:
@@ -414,7 +431,10 @@ def read_class_names(path):
 
 
 def sort_by_id(entries, where):
-    """Return images or categories in ascending order of their ids, which must be unique."""
+    """Return images or categories in ascending order of their ids.
+
+    Raises UserError unless the ids are unique, and all whole numbers or all text.
+    """
     ids = [entry.id for entry in entries]
     kinds = {type(id) for id in ids}
     if kinds not in ({int}, {str}) or (kinds == {int} and max(map(abs, ids)) >= 2**63):
@@ -534,6 +554,7 @@ def read_annotations(path, classes=None, image_dir=None) -> Annotations:
     """Read a COCO instances JSON, or the labels that `read_labels` takes.
 
     classes: names in the order of their labels, if a model or another file decides the classes.
+    Raises UserError that names the file, the list and the row of unusable content.
     """
     path = Path(path)
     notes: list[str] = []
@@ -754,7 +775,10 @@ def check_pixels(xywh, where):
 
 
 def load_dataset(annotations, image_dir, classes=None) -> CocoDataset:
-    """Read a CocoDataset on rank 0, and send it or the error to every other process."""
+    """Read a CocoDataset on rank 0 and send it to every other process.
+
+    Every process of torch.distributed must call it. An error of rank 0 is raised in all of them.
+    """
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return CocoDataset(annotations, image_dir, classes)
@@ -912,7 +936,7 @@ def predict(model, dataset, batch_size=None, workers=2, **options) -> list[dict]
     own_images = [i for batch in batches[rank::world_size] for i in batch]
     bar = progress_bar(read_ahead(dataset.image, own_images, workers), "predict")
     results: dict[int, list] = {}
-    with kill_workers(), bar:
+    with kill_workers(), bar, count_views(model, bar, options):
         detections = model.predict(raise_errors(bar), batch_size=batch_size, **options)
         for i, found in zip(own_images, detections, strict=True):
             image_id = {"image_id": dataset.image_ids[i].item()}
@@ -931,12 +955,32 @@ def predict(model, dataset, batch_size=None, workers=2, **options) -> list[dict]
 def progress_bar(items, name):
     """Wrap an iterable of images in a progress bar, shown on rank 0."""
     # position 0 replaces the bar of training; in any other, Jupyter draws every update
-    layout = dict(position=0, leave=False, dynamic_ncols=True)
+    layout = dict(position=0, leave=False, dynamic_ncols=True, miniters=0)
     return tqdm(items, name, unit="image", disable=rank_and_world_size()[0] > 0, **layout)
 
 
+@contextlib.contextmanager
+def count_views(model, bar, options):
+    """Show the number of views beside a progress bar if an image has several, which takes long."""
+    seen = 0
+
+    def show(module, inputs):
+        nonlocal seen
+        seen += len(inputs[0])
+        bar.set_postfix_str(f"view {seen}", refresh=False)
+        bar.update(0)  # draws the bar, at most ten times a second
+
+    with contextlib.ExitStack() as stack:
+        if options.get("tile") or options.get("tta"):
+            stack.callback(model.register_forward_pre_hook(show).remove)
+        yield
+
+
 def result_rows(found, category_ids) -> list[dict]:
-    """Return the detections on one image in COCO's results format, without its image_id."""
+    """Return the detections on one image in COCO's results format, without its image_id.
+
+    Every extra column of the detections keeps its name.
+    """
     boxes = found["boxes"]
     columns = {name: values.tolist() for name, values in found.items() if name != "boxes"}
     columns["category_id"] = [category_ids[label] for label in columns.pop("labels")]
@@ -957,6 +1001,7 @@ def score(results, annotations, per_class=False) -> dict[str, float]:
     annotations: Annotations, or the path of a COCO instances JSON.
     per_class: add "AP/<class>" and, at IoU 0.5, the best "F1" and its "threshold" over all classes,
     "F1/<class>" and "threshold/<class>" (see best_f1).
+    Raises UserError that names the entry if results do not fit the annotations.
     """
     if not isinstance(annotations, Annotations):
         annotations = read_annotations(annotations)
@@ -985,7 +1030,10 @@ def score(results, annotations, per_class=False) -> dict[str, float]:
 
 
 def read_results(results, annotations):
-    """Return the rows, labels, xywh and scores of results, without those of ignored categories."""
+    """Return the rows, labels, xywh and scores of results as a dict of arrays.
+
+    Results of categories that are not classes are dropped: they cannot change the metrics.
+    """
     if isinstance(results, (str, os.PathLike)):
         where = str(results)
         entries = read_json(results, list[ResultEntry])
@@ -1184,6 +1232,7 @@ def find_pictures(sources) -> list[Path]:
     """Return the image files that paths, folders and patterns such as *.jpg name.
 
     A folder means all images below it that Pillow reads; the number of other files is printed.
+    Raises UserError for a source without an image.
     """
     pictures: list[Path] = []
     skipped = 0
@@ -1213,6 +1262,7 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **options) 
     FCOS.predict.
 
     Returns the files that could not be read, predicted or drawn; stderr says why.
+    Raises UserError if `out` holds the pictures, or if another process writes there.
     """
     out = Path(out)
     own = os.path.realpath(out)
@@ -1229,7 +1279,8 @@ def draw_folder(model, sources, out, score_threshold=0.5, workers=0, **options) 
             try:
                 if isinstance(image, UserError):
                     raise image
-                found = model.predict(image, score_threshold=score_threshold, **options)[0]
+                with count_views(model, bar, options):
+                    found = model.predict(image, score_threshold=score_threshold, **options)[0]
                 picture = draw(image, found, model.classes, score_threshold)
                 name = name_drawing(path, taken)
                 with fcos.atomic_write(out / name) as file:  # replaces a link, not its target
@@ -1352,7 +1403,7 @@ def lock_folder(folder, wait=False):
     """Create a folder if it is missing and lock it, so that one run at a time writes there.
 
     Only rank 0 takes the lock. If it is killed, the system releases the lock even if its dataloader
-    workers still run. wait: wait for a lock that another process holds, instead of an error.
+    workers still run. wait: wait for the lock. Raises UserError if another process holds it.
     """
     if rank_and_world_size()[0] > 0:
         yield
@@ -1378,7 +1429,11 @@ def lock_folder(folder, wait=False):
 
 
 def find_device(name=None) -> torch.device:
-    """Return the device that --device names, or the local rank's; by default CUDA or the CPU."""
+    """Return the torch.device that --device names; by default CUDA, or the CPU if there is none.
+
+    Under torchrun every process gets the device of its local rank. Raises UserError if PyTorch
+    finds no such device.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     found = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     kind, _, index = (name or ("cuda" if "cuda" in found else "cpu")).partition(":")
@@ -1401,7 +1456,10 @@ def env_number(name, least=0, most=2**16 - 1, default=None) -> int:
 
 
 def read_launcher() -> tuple[int, int] | None:
-    """Return (rank, number of processes) if a launcher started this process, else None."""
+    """Return (rank, number of processes) if a launcher such as torchrun started this process.
+
+    Otherwise return None. Raises UserError if several processes were started independently.
+    """
     env = os.environ
     if not {"RANK", "WORLD_SIZE"} & env.keys():
         for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):  # srun, mpirun
@@ -1440,6 +1498,9 @@ def start_process(device, make_store=None) -> tuple[int, int, torch.device]:
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         timeout = datetime.timedelta(hours=2)  # long enough for rank 0 to score
+        if not dist.is_torchelastic_launched():
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            print(f"rank {rank} waits for {world_size} processes at {address}", file=sys.stderr)
         store = None
         if make_store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = make_store(rank, world_size, timeout)

@@ -1366,8 +1366,8 @@ def check_combination(keywords):
 def model_keywords(name: str, overrides: dict) -> dict:
     """Return the resolved keywords of the row `name` of MODELS, updated by `overrides`.
 
-    If backbone or levels change, the row's keywords of its backbone or its ranges are dropped.
-    Raises UserError for an unknown row or keyword.
+    If the backbone changes, keywords of the row's backbone are dropped. Raises UserError for an
+    unknown row or keyword, and for other levels without ranges.
     """
     if name not in MODELS:
         raise UserError(f"model {name!r}: expected one of {', '.join(MODELS)}")
@@ -1376,7 +1376,11 @@ def model_keywords(name: str, overrides: dict) -> dict:
     if overrides.get("backbone", row["backbone"]) != row["backbone"]:
         of_backbone = {*defaults(BACKBONES[row["backbone"]]), "frozen_stages", "imagenet"}
         kept = {key: value for key, value in kept.items() if key not in of_backbone}
-    if overrides.get("levels", row["levels"]) not in (row["levels"], list(row["levels"])):
+    levels = check("levels", overrides.get("levels", row["levels"]), row["levels"])
+    if levels != row["levels"] and "ranges" not in overrides:
+        if len(levels) != 1:  # a single level has no ranges
+            default = f"{name} has levels {row['levels']} and ranges {row['ranges']} in pixels"
+            raise UserError(f"levels {levels}: expected ranges with them; {default}")
         kept = kept | {"ranges": None}
     return resolve(kept | overrides)
 
@@ -1464,10 +1468,11 @@ def exif_turn(image):
 
 
 def read_image(source, hw=None, upright=False) -> Tensor:
-    """Read an image as a uint8 RGB tensor (3, H, W).
+    """Read an image as 8-bit RGB and return it as a uint8 tensor (3, H, W).
 
-    source: a path, a PIL image, a file object, or the bytes of an image file. 16-bit images keep
-    the highest 8 bits in use.
+    source: a path, a PIL image, a file object, or the bytes of an image file. Gray, palette, CMYK
+    and transparent images are converted; 16-bit images keep the highest 8 bits in use.
+
     hw: the (height, width) of its annotations. The EXIF orientation is applied unless the stored
     image already has this size, because COCO's boxes refer to the stored pixels. upright: apply it
     even then, because YOLO's boxes refer to the upright image.
@@ -1513,6 +1518,7 @@ def as_image(source) -> Tensor:
     """Return an image as a uint8 RGB tensor (3, H, W).
 
     source: what `read_image` takes, a uint8 RGB array (H, W, 3), or a uint8 RGB tensor (3, H, W).
+    Raises UserError for anything else, such as float or gray pixels or a batch.
     """
     image = source
     if isinstance(source, np.ndarray) and source.ndim == 3 and source.dtype == np.uint8:
@@ -1574,7 +1580,10 @@ class View(NamedTuple):
 
 
 def predict_images(model, images, batch_size, graph, view_options):
-    """Run the views of each image and merge what they find; view_options: see `make_views`."""
+    """Do the work of `FCOS.predict`: run the views of each image and merge what they find.
+
+    view_options: the arguments of `make_views` except the size of the image.
+    """
     tta = view_options["tta"]
     tiles = view_options["tile"] is not None
 
@@ -1607,7 +1616,9 @@ def make_views(hw, test_size, tile=None, overlap=0.2, tta=False) -> list[View]:
 
     tile: add crops of tile x tile pixels that overlap by at least the share `overlap` of a side.
     tta: return the whole image at nine sizes, plain and mirrored, as in the official test-time
-    augmentation; not with tiles.
+    augmentation.
+
+    Raises UserError for tile together with tta.
     """
     hw = tuple(hw)
     whole = (0, 0, hw[1], hw[0])
@@ -1673,7 +1684,10 @@ UNMIRROR = {
 
 
 def map_back(model, found, view):
-    """Map the detections on a view to pixels of its image."""
+    """Map the detections on a view to pixels of its image.
+
+    Raises UserError if the view is mirrored and a column has no rule in UNMIRROR.
+    """
     x1, y1, x2, y2 = view.crop
     width = x2 - x1
     found = found | {"boxes": model.rescale(found["boxes"], view.size, (y2 - y1, width))}
@@ -1996,9 +2010,11 @@ def read_torch_or_pickle(file):
 
 
 def read_checkpoint(path):
-    """Read a file of torch.save, a pickle of arrays (.pkl) or a .safetensors file.
+    """Read a file of torch.save, a pickle of arrays (.pkl) or a .safetensors file without running
+    code from it.
 
-    Raises UserError for anything but tensors, arrays and plain values; no code of the file runs.
+    Raises UserError if it is missing or damaged, or holds anything but tensors, arrays and plain
+    values.
     """
     try:
         with open(regular_file(path), "rb") as file:
@@ -2042,8 +2058,9 @@ def atomic_write(path, mode="wb", keep=None):
     """Open a file for writing that appears complete at `path`, or not at all.
 
     A temporary file in the same folder replaces `path` at the end; a link is replaced, not its
-    target. The old file moves to `keep` if given. A missing folder is created. Raises UserError if
-    the file cannot be written.
+    target. The old file moves to `keep` if given. A missing folder is created.
+
+    Raises UserError if the file cannot be written.
     """
     path = Path(path)
     temporary = path.parent / f".fcos-{secrets.token_hex(8)}.tmp"
@@ -2078,9 +2095,10 @@ def remove_leftovers(folder):
 
 
 def save(model: "FCOS", path):
-    """Write a checkpoint that `load` reads.
+    """Write a checkpoint that `load` reads, completely or not at all.
 
-    If the path ends in .safetensors, everything but the tensors is JSON in the metadata.
+    If the path ends in .safetensors, that format is written, with everything but the tensors as
+    JSON in its metadata.
     """
     content = checkpoint(model)
     if str(path).endswith(".safetensors"):
@@ -2097,10 +2115,12 @@ def save(model: "FCOS", path):
 
 
 def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "FCOS":
-    """Load a model in eval mode from a file of weights; "coco" is torchvision's, see `hub_file`.
+    """Load a model in eval mode from a file of weights.
 
     name: the row of MODELS, needed except for checkpoints of this project and of torchvision.
+    "coco" is torchvision's own file, see `hub_file`.
     backbone: the module, if the model was built with a custom one.
+
     Raises UserError if the file cannot be read or does not fit.
     """
     weights = open_weights(hub_file("coco") if path == "coco" else path)
@@ -2123,7 +2143,10 @@ def load(path, name: str | None = None, backbone: nn.Module | None = None) -> "F
 
 
 def find_description(weights, name):
-    """Return the name, number of classes and keywords of the model that a file of weights holds."""
+    """Return the name, number of classes and keywords of the model that a file of weights holds.
+
+    name: the row of MODELS, for a file that does not name it.
+    """
     if weights.family not in DETECTORS:
         raise UserError(f"expected a detector, found an ImageNet classifier ({weights.family})")
     content = weights.content

@@ -176,7 +176,10 @@ def stored_flags():
 
 
 def resolve(args: Namespace) -> dict:
-    """Return the settings that decide the result: the flags, or else the recipe; all keywords."""
+    """Return the settings that decide the result: the recipe's, or the flags' where given.
+
+    "keywords" are all keywords of the model. Raises UserError for settings that do not go together.
+    """
     if args.recipe not in RECIPES:
         raise UserError(f"recipe {args.recipe!r}: expected one of {', '.join(RECIPES)}")
     settings = {"recipe": args.recipe, "decays": DECAYS} | RECIPES[args.recipe]
@@ -222,7 +225,10 @@ def check_ranks(settings, args):
 
 
 def find_data(args: Namespace) -> dict:
-    """Return {"train": (annotations, image folder), "val": ...} as the flags or the recipe say."""
+    """Return {"train": (annotation file, image folder), "val": ...} as the flags or the recipe say.
+
+    Raises UserError if only some of the four flags for own data are given.
+    """
     own = {
         "train": (args.train_annotations, args.train_images),
         "val": (args.val_annotations, args.val_images),
@@ -392,7 +398,8 @@ class TrainBatches:
         {"images": uint8 (b, 3, H, W), "sizes": (b, 2), "counts": the b numbers of boxes, "boxes":
         (sum of G, 4) xyxy pixels, "labels": (sum of G,), and every further column}. Boxes of all
         images are concatenated, because processes exchange few tensors faster; `to_device` splits
-        them.
+        them. Raises UserError, naming the files, if one cannot be read or an augmentation spoils a
+        sample.
         """
         step, micro_batch = divmod(item, self.micro_batches)
         plan = self.plan(step)
@@ -577,7 +584,10 @@ def crop(sample, rng):
 
 
 def load_data(args: Namespace, settings: dict):
-    """Return the training and the validation set, and print warnings about them."""
+    """Return the training and the validation set, and print warnings about them.
+
+    Raises UserError if a file cannot be used, or if there is no box to train on.
+    """
     paths = find_data(args)
     if str(paths["train"][1]) == "data/shapes/train2017":
         draw_shapes("data/shapes")
@@ -617,7 +627,10 @@ def count_shared_images(train_set, val_set):
 
 
 def load_split(paths, classes=None):
-    """Read a data set, with the classes of its annotations by default; print its warnings."""
+    """Read a data set; print its size and its warnings.
+
+    classes: the names of the classes; by default the annotations decide.
+    """
     annotations, image_dir = paths
     if not Path(annotations).exists():
         nearest = evaluate.list_nearest(annotations)
@@ -758,7 +771,10 @@ def make_model(settings: dict, dataset) -> fcos.FCOS:
 
 
 def keywords_for(weights, keywords):
-    """Return the keywords that depend on the weights: their norm, or nothing frozen without any."""
+    """Return the keywords that the initial weights decide.
+
+    Our own checkpoints store the kind of norm. Without weights nothing can be frozen.
+    """
     if weights:
         is_ours = "num_classes" in weights.content
         stored = fcos.resolve(weights.content["keywords"]) if is_ours else {}
@@ -846,6 +862,8 @@ def rehearse(network, model, batches, settings):
     A mistake in the model or the loss raises an error here, before anything is written. DDP sums
     gradients in another order after its first backward pass, which is this one; so a resumed run
     sums in the same order as one that never stopped.
+
+    Raises UserError if no loss depends on a parameter, or for a reserved name of an output or loss.
     """
     batch = to_device(batches.smallest(), next(model.parameters()).device)
     network.eval()  # running statistics stay as they are
@@ -870,7 +888,10 @@ def rehearse(network, model, batches, settings):
 
 
 def check_empty_batch(model, network, batch, losses, settings):
-    """Warn of a loss that fails in a step without boxes: it would end the run, resumed or not."""
+    """Warn if a loss is missing or not finite for the batch without its boxes.
+
+    A step without boxes would then end the run, and so would every attempt to resume it.
+    """
     truths = [{name: rows[:0] for name, rows in truth.items()} for truth in batch["truths"]]
     found = compute_gradients(model, network, [batch | {"truths": truths}], settings)
     for name in losses:
@@ -880,7 +901,10 @@ def check_empty_batch(model, network, batch, losses, settings):
 
 
 def check_normalization(model, network, batch, settings):
-    """Warn if a loss depends on how a step is split into micro-batches, as a mean does."""
+    """Warn if a loss depends on how a step is split into micro-batches, as a mean does.
+
+    Computes the losses of the batch twice over: in one micro-batch, and in two.
+    """
     twice = {name: torch.cat([x, x]) if torch.is_tensor(x) else x + x for name, x in batch.items()}
     together = compute_gradients(model, network, [twice], settings)
     apart = compute_gradients(model, network, [batch, batch], settings)
@@ -911,7 +935,10 @@ def make_optimizer(model: torch.nn.Module, settings: dict) -> torch.optim.Optimi
 
 
 def lr_at(step: int, lr: float, iters: int, warmup: int, decays=DECAYS) -> float:
-    """Return the learning rate of a step, counted from 0. Other arguments: see `recipe`."""
+    """Return the learning rate of a step, counted from 0: constant warm-up, then decays.
+
+    The other arguments are those of `recipe`.
+    """
     passed = sum(step >= iters * eighteenths // 18 for eighteenths in decays)
     return lr * (1 / 3 if step < warmup else 1) * 0.1**passed
 
@@ -1093,7 +1120,10 @@ class Meter:
         self.first_bad = torch.minimum(self.first_bad, bad)
 
     def read(self, step):
-        """Return the losses over all ranks and the speed. Raises UserError if one is not finite."""
+        """Return what is logged after `step` steps: the losses over all ranks, and the speed.
+
+        Raises UserError on every rank if a loss or a gradient of any was not finite.
+        """
         values = torch.stack(list(self.losses.values()))
         all_reduce(values)
         all_reduce(self.first_bad, dist.ReduceOp.MIN)
@@ -1112,7 +1142,10 @@ class Meter:
 
 
 def validate(step, model, companions, val_set, best, files, workers):
-    """Score and log the model or its average; keep the best; return its metrics on all ranks."""
+    """Score the model after `step` steps, or its average; log the metrics and keep the best model.
+
+    Returns the metrics of the best evaluation so far, on every rank.
+    """
     evaluated = companions["ema"].evaluated() if "ema" in companions else model
     device = next(model.parameters()).device
     if dist.is_initialized():
@@ -1220,7 +1253,8 @@ def main(args: Namespace):
 
 
 def check_room(batches, workers):
-    """Raise UserError if a micro-batch of a rank would be empty, or if workers lack memory."""
+    """Raise UserError if a micro-batch of a rank would be empty, or if dataloader workers have too
+    few open files or too little shared memory."""
     shares = batches.world_size * batches.micro_batches
     if batches.batch_size < shares:
         each = f"{batches.world_size} processes and {batches.micro_batches} micro-batches"
@@ -1230,7 +1264,8 @@ def check_room(batches, workers):
 
 
 def start_loader(batches, start, workers, device):
-    """Start the workers; return an iterator over micro-batches on the device, from `start` on."""
+    """Start the dataloader workers; return an iterator over the micro-batches from step `start` on,
+    as `to_device` returns them."""
     items = range(start * batches.micro_batches, len(batches))
     pinned = device.type in ("cuda", "xpu")
     loader = evaluate.read_ahead(batches.__getitem__, items, workers, pin_memory=pinned)
@@ -1263,7 +1298,8 @@ def report(done, meter, optimizer, files, bar):
 
 
 def print_result(best, files):
-    """Print the best metrics, as JSON in the last line. Raises UserError without a model."""
+    """Print the best metrics, as JSON in the last line. Raises UserError if no model or checkpoint
+    could be written."""
     path = files.out / "model.pt"
     if best is None or not files.has_model():
         raise UserError(f"{path}: cannot be written; {files.resume_advice()}")
@@ -1433,6 +1469,7 @@ def resume(out, settings, model, saved, launch=None):
 
     launch: resume only a checkpoint of this launch. Returns the number of steps done, the metrics
     of the best evaluation, and the lines of the log; (0, None, []) without a checkpoint.
+    Raises UserError if the checkpoint and the code disagree.
     """
     path, content, problems = find_checkpoint(out)
     if content is None:
@@ -1481,7 +1518,10 @@ def find_checkpoint(out):
 
 
 def restore(path, content, settings, model, saved):
-    """Load a checkpoint; return the number of steps done and the best metrics."""
+    """Load a checkpoint; return the number of steps done and the metrics of the best evaluation.
+
+    Raises ValueError and others if an entry is missing or does not match.
+    """
     step = content["step"]
     model_content = content["model"]
     best = content["best"]
@@ -1660,7 +1700,10 @@ def draw_scene(rng):
 
 
 def draw_outline(rng, category):
-    """Return the corners x + iy of a shape of size 1 around 0, squeezed and turned at random."""
+    """Return the corners of a shape of size 1 around 0, squeezed and turned at random.
+
+    A corner (x, y) is the complex number x + iy.
+    """
     distances = SHAPES[category].distances
     angles = np.arange(len(distances)) / len(distances) - 0.25  # in turns
     corners = np.exp(2j * np.pi * angles) * distances
@@ -1678,7 +1721,10 @@ def fill_shape(outline, center, hole, wh):
 
 
 def make_shapes(root, seed=0, train=1400, val=200):
-    """Draw the shapes data set in COCO's layout; the folder appears when it is complete."""
+    """Draw the shapes data set in the layout of COCO 2017; the folder appears when it is complete.
+
+    Picture i of a split depends on (seed, split, i) only. Raises OSError if the folder has files.
+    """
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:

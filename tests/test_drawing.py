@@ -251,6 +251,12 @@ def test_only_the_broken_images_are_left_out(tmp_path, capsys, workers):
 # ---- what a drawing must not overwrite ---------------------------------------------------------
 
 
+def test_the_views_of_a_tiled_picture_are_counted(tmp_path, capsys):
+    picture = photo(tmp_path / "in" / "x.png")
+    evaluate.draw_folder(coco_model(), [picture], tmp_path / "out", tile=32)
+    assert re.search(r"view \d+", capsys.readouterr().err)
+
+
 def test_a_drawing_does_not_follow_a_link(tmp_path):
     precious = photo(tmp_path / "precious.jpg")
     before = precious.read_bytes()
