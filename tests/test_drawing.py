@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,10 +252,17 @@ def test_only_the_broken_images_are_left_out(tmp_path, capsys, workers):
 # ---- what a drawing must not overwrite ---------------------------------------------------------
 
 
-def test_the_views_of_a_tiled_picture_are_counted(tmp_path, capsys):
-    picture = photo(tmp_path / "in" / "x.png")
-    evaluate.draw_folder(coco_model(), [picture], tmp_path / "out", tile=32)
-    assert re.search(r"view \d+", capsys.readouterr().err)
+def test_the_views_of_a_tiled_picture_are_counted():
+    model = coco_model()
+    shown = []
+    bar = SimpleNamespace(set_postfix_str=lambda text, refresh: shown.append(text))
+    bar.update = lambda images: None
+    picture = np.zeros((96, 128, 3), np.uint8)
+    views = fcos.make_views((96, 128), model.test_size, tile=64)
+    with evaluate.count_views(model, bar, {"tile": 64}):
+        model.predict(picture, tile=64)
+    assert shown[-1] == f"view {len(views)}"
+    assert len(views) > 1
 
 
 def test_a_drawing_does_not_follow_a_link(tmp_path):
