@@ -1021,7 +1021,7 @@ class FCOS(nn.Module):
         cls_levels = outputs["cls"].split(outputs["levels"], 1)
         ctr_levels = outputs["ctr"].split(outputs["levels"], 1)
         pairs = []
-        first = 0  # location of the level
+        first = 0  # the position of the level's first location
         for cls, ctr in zip(cls_levels, ctr_levels):
             location, label, product = best_pairs(cls, ctr, rule, self.topk)
             pairs.append((location + first, label, product))
@@ -1112,9 +1112,11 @@ class FCOS(nn.Module):
         tile = check("tile", tile, None)
         overlap = check("overlap", overlap, 0.2)
         views = dict(test_size=(short, long), tile=tile, overlap=overlap, tta=tta)
-        results = predict_images(self, list_images(images), batch_size, graph, views)
-        kept = [found["scores"] >= score_threshold for found in results]
-        return [{name: x[mask] for name, x in found.items()} for found, mask in zip(results, kept)]
+        results = []
+        for found in predict_images(self, list_images(images), batch_size, graph, views):
+            kept = found["scores"] >= score_threshold
+            results.append({name: values[kept] for name, values in found.items()})
+        return results
 
 
 def best_pairs(cls, ctr, rule, topk):

@@ -1042,7 +1042,7 @@ def to_device(batch, device):
 
 
 def all_reduce(values, operation=dist.ReduceOp.SUM):
-    """Add a tensor over all processes, in place; a process alone does nothing."""
+    """Replace a tensor by its sum over all processes, or by the result of another operation."""
     if dist.is_initialized():
         dist.all_reduce(values, operation)
 
